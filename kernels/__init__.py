@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op, named as in `crystalformer`. Installed as `crystalformer.kernels`."""
