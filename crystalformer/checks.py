@@ -1,0 +1,110 @@
+"""Argument checks: every error names the argument, what it must be and what it was."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_check_values_on_gpu = False
+
+
+class debug_checks:
+    """Checks values (NaN, signs, singular cells) of CUDA tensors too, at the price of a GPU synchronisation a check.
+
+    Values of CPU tensors are always checked. `debug_checks(True)` switches the checks on for the process,
+    `with debug_checks(True):` for a block.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        global _check_values_on_gpu
+        self._before = _check_values_on_gpu
+        _check_values_on_gpu = bool(enabled)
+
+    def __enter__(self) -> "debug_checks":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _check_values_on_gpu
+        _check_values_on_gpu = self._before
+
+
+def values_visible(x: Tensor) -> bool:
+    """Whether the values of x may be looked at: not while compiling, not on a GPU unless asked for."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _check_values_on_gpu)
+
+
+def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tensor | None = None) -> None:
+    """Checks that x is a tensor of the shape that `dims` names, with the dtype and device of `like`.
+
+    Args:
+        dims: names or numbers of the dimensions, "N H D" or "C 3 3".
+        known: sizes of the names seen so far; names met here for the first time are added.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+    names = dims.split()
+    sizes = [int(d) if d.isdigit() else known.get(d) for d in names]
+    if x.dim() != len(names) or any(s is not None and s != n for s, n in zip(sizes, x.shape, strict=False)):
+        wanted = ", ".join(d if s is None or d.isdigit() else f"{d}={s}" for d, s in zip(names, sizes, strict=True))
+        raise ValueError(f"{name} must have shape ({wanted}), not {tuple(x.shape)}")
+    known.update(zip(names, x.shape, strict=True))
+    if like is None:
+        return
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype}, as the other arguments, not {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as the other arguments, not on {x.device}")
+
+
+def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
+    if x.dtype not in allowed:
+        raise TypeError(f"{name} must be {' or '.join(map(str, allowed))}, not {x.dtype}")
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    if values_visible(x) and not bool(torch.isfinite(x).all()):
+        where = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite, but {name}{where} is {x[tuple(where)].item()}")
+
+
+def check_positive(name: str, x: Tensor) -> None:
+    check_finite(name, x)
+    if values_visible(x) and x.numel() and not bool((x > 0).all()):
+        raise ValueError(f"{name} must be positive, but its smallest value is {x.min().item():g}")
+
+
+def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> float:
+    """x as a float with low < x < high; `closed` admits x = low."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(x).__name__}")
+    if not (low < x < high or (closed and x == low)):
+        upper = f"smaller than {high:g}" if high < float("inf") else "finite"
+        raise ValueError(f"{name} must be {'at least' if closed else 'larger than'} {low:g} and {upper}, not {x}")
+    return float(x)
+
+
+def check_lattice(name: str, lattice: Tensor) -> None:
+    """A lattice is singular when its volume is nothing beside the product of its edges."""
+    check_finite(name, lattice)
+    if not values_visible(lattice):
+        return
+    flatness = torch.linalg.det(lattice.double()).abs() / lattice.double().norm(dim=-1).prod(-1)
+    bad = ~(flatness > 1e-6)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must have a volume, but {name}[{index}] is singular: {lattice[index].tolist()}")
+
+
+def check_ptr(name: str, ptr: Any, num_atoms: int) -> None:
+    """Offsets of the crystals in the packed rows: 0, ..., N, each crystal with at least one atom."""
+    if not isinstance(ptr, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(ptr).__name__}")
+    check_dtype(name, ptr, torch.int64)
+    if ptr.dim() != 1 or len(ptr) < 1:
+        raise ValueError(f"{name} must have shape (C+1), not {tuple(ptr.shape)}")
+    if values_visible(ptr):
+        if int(ptr[0]) != 0 or int(ptr[-1]) != num_atoms:
+            raise ValueError(f"{name} must run from 0 to the number of atoms {num_atoms}, "
+                             f"not from {int(ptr[0])} to {int(ptr[-1])}")  # fmt: skip
+        if not bool((ptr.diff() > 0).all()):
+            raise ValueError(f"{name} must rise by at least one atom a crystal, but it is {ptr.tolist()}")

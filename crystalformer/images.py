@@ -1,0 +1,272 @@
+"""The periodic images that each atom attends to, packed in one list with a certificate of what it leaves out."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .lattice import points_in_spheres, triangular
+from .truncation import BEYOND, pair_cutoff2, row_cutoff2, tail_radius2
+
+# Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
+PAIRS_AT_ONCE = 1 << 18
+# An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å).
+CUTOFF_SLACK = 1e-8
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """The images e = (i, j, n) of all atoms: atom j of the same crystal, moved by n lattice vectors, seen from atom i.
+
+    Row i holds the images of atom i, sorted by (j, n). The list is symmetric: with (i, j, n) it holds (j, i, -n). It
+    holds each atom itself, (i, i, 0). It describes which images there are, not where: the same list serves while
+    positions and lattice move a little, and gradients flow through them, not through the list.
+
+    Attributes:
+        row_ptr: (N+1) int64, row i is the entries row_ptr[i] to row_ptr[i+1].
+        col: (M) int32, atom j of each image.
+        shift: (M,3) int32, n of each image.
+        ptr: (C+1) int64, the first atom of each crystal.
+        cutoff: (C) fp64, Å. All images this near are there; with `every_pair` the longest cutoff of any pair.
+        num_pairs: P, the sum over crystals of the squared number of atoms.
+        decay_min, tol, logit_range: what the list is certified for (see `build_images`), or None for a cutoff that the
+            caller chose.
+        every_pair: whether every pair of atoms has the images its own sum needs.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+    shift: Tensor
+    ptr: Tensor
+    cutoff: Tensor
+    num_pairs: int
+    decay_min: float | None = None
+    tol: float | None = None
+    logit_range: float | None = None
+    every_pair: bool = False
+
+    @property
+    def num_images(self) -> int:
+        return len(self.col)
+
+    @property
+    def num_atoms(self) -> int:
+        return len(self.row_ptr) - 1
+
+    @property
+    def num_crystals(self) -> int:
+        return len(self.ptr) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.col.device
+
+    def _map(self, function) -> "ImageList":  # type: ignore[no-untyped-def]
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: function(x) for name, x in tensors.items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageList":
+        """The list on another device."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ImageList":
+        """The list in page-locked memory, for copies to a GPU that do not wait."""
+        return self._map(lambda x: x.pin_memory())
+
+    @staticmethod
+    def cat(lists: "list[ImageList]") -> "ImageList":
+        """Joins lists of separate crystals into the list of their batch, in order.
+
+        The certificate of the result is the weakest of its parts.
+
+        Raises:
+            ValueError: for no lists, or lists on several devices.
+        """
+        lists = list(lists)
+        if not lists:
+            raise ValueError("lists must hold at least one ImageList, not none")
+        if len({x.device for x in lists}) > 1:
+            raise ValueError(f"lists must be on one device, not on {sorted({str(x.device) for x in lists})}")
+        atoms = [0]
+        images = [0]
+        for x in lists:
+            atoms.append(atoms[-1] + x.num_atoms)
+            images.append(images[-1] + x.num_images)
+
+        def weakest(name: str, choose) -> float | None:  # type: ignore[no-untyped-def]
+            values = [getattr(x, name) for x in lists]
+            return None if None in values else choose(values)
+
+        zero = lists[0].ptr[:1]
+        return ImageList(
+            row_ptr=torch.cat([zero] + [x.row_ptr[1:] + m for x, m in zip(lists, images, strict=False)]),
+            col=torch.cat([x.col + n for x, n in zip(lists, atoms, strict=False)]),
+            shift=torch.cat([x.shift for x in lists]),
+            ptr=torch.cat([zero] + [x.ptr[1:] + n for x, n in zip(lists, atoms, strict=False)]),
+            cutoff=torch.cat([x.cutoff for x in lists]),
+            num_pairs=sum(x.num_pairs for x in lists),
+            decay_min=weakest("decay_min", max),
+            tol=weakest("tol", max),
+            logit_range=weakest("logit_range", min),
+            every_pair=all(x.every_pair for x in lists),
+        )
+
+
+def crystal_of_atom(ptr: Tensor, num_atoms: int) -> Tensor:
+    """(N) the crystal of each atom."""
+    return torch.repeat_interleave(ptr.diff(), output_size=num_atoms)
+
+
+@torch.no_grad()
+def build_images(
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    decay_min: float = 0.1276,
+    tol: float = 1e-6,
+    logit_range: float = 4.0,
+    cutoff: float | None = None,
+    every_pair: bool = False,
+) -> ImageList:
+    """The images that each atom attends to, with a certified cutoff for each crystal.
+
+    The attention of atom i weighs image e with exp(score - a d_e²). The list is certified: for every atom, every decay
+    a >= decay_min and all content scores q·k/sqrt(D) that differ by at most `logit_range`, the images left out hold at
+    most the fraction `tol` of the weight. The cutoff is the shortest that the certificate allows (docs/math.md,
+    section 4).
+
+    Args:
+        positions: (N,3) fp32 or fp64, Cartesian, Å. Atoms may lie outside the cell.
+        lattice: (C,3,3), rows are the lattice vectors, Å. Either handedness.
+        ptr: (C+1) int64, the first atom of each crystal and, last, N.
+        decay_min: smallest decay a that will be used, Å^-2. The default is that of the paper's model, 0.5/(2·1.4²).
+        tol: largest fraction of the attention's weight that may be left out.
+        logit_range: largest difference between the content scores of an atom.
+        cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff.
+        every_pair: keep, for every pair of atoms, what the pair's own sum needs: the part of
+            sum_n exp(-a d_ijn²) left out is at most `tol` of it, for every a >= decay_min. `periodic_encoding` needs
+            it. Pairs have cutoffs of their own, and far pairs are there. Not with `cutoff`.
+
+    Returns:
+        ImageList on the device of positions, the same for the same geometry, bit for bit.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    positions, lattice = _check_geometry(positions, lattice, ptr)
+    a = checks.check_number("decay_min", decay_min)
+    tol = checks.check_number("tol", tol, high=1.0)
+    logit_range = checks.check_number("logit_range", logit_range, closed=True)
+    if cutoff is not None:
+        cutoff = checks.check_number("cutoff", cutoff)
+        if every_pair:
+            raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
+
+    t, q = triangular(lattice)
+    rotated = torch.einsum("nx,nyx->ny", positions, q[crystal_of_atom(ptr, len(positions))])
+    pairs = _Pairs(ptr, rotated, t)
+    size = ptr.diff().to(positions.dtype)
+    slack = torch.full_like(size, tol * BEYOND).log()
+
+    if cutoff is not None:
+        outer2 = torch.full_like(size, (cutoff + CUTOFF_SLACK) ** 2)
+        pair, n, _ = pairs.images(lambda p: outer2[pairs.crystal(p)])
+        return pairs.pack(pair, n, torch.full_like(size, cutoff))
+
+    if every_pair:
+        log_beyond = lambda p: slack[pairs.crystal(p)] - a * pairs.near_image2(p)  # noqa: E731
+        outer = lambda p: tail_radius2(t[pairs.crystal(p)], a, log_beyond(p))  # noqa: E731
+        pair, n, d2 = pairs.images(outer)
+        everyone = torch.arange(pairs.number, device=t.device)
+        chosen = pair_cutoff2(torch.exp(-a * d2), d2, pair, pairs.map(outer), pairs.map(log_beyond).exp(), tol)
+        # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
+        chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
+        longest = torch.zeros_like(size).scatter_reduce_(0, pairs.crystal(everyone), chosen, "amax").sqrt()
+        keep = d2 <= chosen[pair]
+    else:
+        log_beyond = slack - logit_range - size.log()
+        outer2 = tail_radius2(t, a, log_beyond)
+        pair, n, d2 = pairs.images(lambda p: outer2[pairs.crystal(p)])
+        everyone = torch.arange(pairs.number, device=t.device)
+        row_crystal = crystal_of_atom(ptr, len(positions))
+        chosen = row_cutoff2(torch.exp(-a * d2), d2, pair, pairs.atoms(everyone)[0], row_crystal, outer2,
+                             log_beyond.exp(), tol, logit_range)  # fmt: skip
+        longest = chosen.sqrt()
+        keep = d2 <= chosen[pairs.crystal(pair)]
+    found = pairs.pack(pair[keep], n[keep], longest)
+    return replace(found, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+
+
+class _Pairs:
+    """The pairs (i, j) of atoms of one crystal, numbered crystal by crystal, row-major: P = sum_c n_c² of them."""
+
+    def __init__(self, ptr: Tensor, rotated: Tensor, t: Tensor) -> None:
+        self.ptr, self.rotated, self.t = ptr, rotated, t
+        self.size = ptr.diff()
+        self.first = torch.nn.functional.pad(self.size.square().cumsum(0), (1, 0))
+        self.number = int(self.first[-1])
+
+    def crystal(self, pair: Tensor) -> Tensor:
+        return torch.searchsorted(self.first, pair, right=True) - 1
+
+    def atoms(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.crystal(pair)
+        local = pair - self.first[c]
+        return self.ptr[c] + local // self.size[c], self.ptr[c] + local % self.size[c]
+
+    def transposed(self, pair: Tensor) -> Tensor:
+        c = self.crystal(pair)
+        local = pair - self.first[c]
+        return self.first[c] + (local % self.size[c]) * self.size[c] + local // self.size[c]
+
+    def displacement(self, pair: Tensor) -> Tensor:
+        """(.., 3) from atom i to atom j in the rotated frame, Å."""
+        i, j = self.atoms(pair)
+        return self.rotated[j] - self.rotated[i]
+
+    def near_image2(self, pair: Tensor) -> Tensor:
+        """The squared distance of an image near to the nearest one (Babai's nearest plane), Å²."""
+        x, t = self.displacement(pair), self.t[self.crystal(pair)]
+        for axis in range(3):
+            x = x - torch.round(x[:, axis] / t[:, axis, axis])[:, None] * t[:, axis]
+        return x.square().sum(1)
+
+    def _batches(self) -> list[Tensor]:
+        device = self.ptr.device
+        starts = range(0, max(self.number, 1), PAIRS_AT_ONCE)
+        return [torch.arange(s, min(s + PAIRS_AT_ONCE, self.number), device=device) for s in starts]
+
+    def map(self, function) -> Tensor:  # type: ignore[no-untyped-def]
+        """function(pair) of every pair (P), a batch at a time."""
+        return torch.cat([function(pair) for pair in self._batches()])
+
+    def images(self, radius2) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        """All images with d² <= radius2(pair): pair (M), n (M,3), d² (M), sorted by pair, then n."""
+        found = []
+        for pair in self._batches():
+            sphere, n, d2 = points_in_spheres(self.t, self.crystal(pair), self.displacement(pair), radius2(pair))
+            found.append((pair[sphere], n, d2))
+        pair, n, d2 = (torch.cat(column) for column in zip(*found, strict=True))
+        return pair, n, d2
+
+    def pack(self, pair: Tensor, n: Tensor, cutoff: Tensor) -> ImageList:
+        row, col = self.atoms(pair)
+        count = torch.bincount(row, minlength=len(self.rotated))
+        row_ptr = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+        return ImageList(row_ptr, col.to(torch.int32), n.to(torch.int32), self.ptr, cutoff, self.number)
+
+
+def _check_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+    """The checked geometry in fp64."""
+    known: dict[str, int] = {}
+    checks.check_tensor("positions", positions, "N 3", known)
+    checks.check_dtype("positions", positions, torch.float32, torch.float64)
+    checks.check_ptr("ptr", ptr, len(positions))
+    known["C"] = len(ptr) - 1
+    checks.check_tensor("lattice", lattice, "C 3 3", known, like=positions)
+    if ptr.device != positions.device:
+        raise ValueError(f"ptr must be on {positions.device}, as positions, not on {ptr.device}")
+    checks.check_finite("positions", positions)
+    checks.check_lattice("lattice", lattice)
+    return positions.detach().double(), lattice.detach().double()
