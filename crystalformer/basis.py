@@ -1,0 +1,35 @@
+"""The radial basis of the value encoding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+@dataclass(frozen=True)
+class RadialBasis:
+    """Gaussians of the distance, b_m(d) = exp(-(d - mu_m)² / (2 w²)) with mu_m = m r_max/num, m = 1..num.
+
+    Attributes:
+        num: how many, K.
+        r_max: centre of the last one, Å.
+        width: w in units of the spacing r_max/num.
+    """
+
+    num: int = 64
+    r_max: float = 14.0
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num, bool) or not isinstance(self.num, int) or self.num < 1:
+            raise ValueError(f"num must be a positive integer, not {self.num!r}")
+        checks.check_number("r_max", self.r_max)
+        checks.check_number("width", self.width)
+
+    def __call__(self, d: Tensor) -> Tensor:
+        """b(d), (..., K), of distances d (...), Å."""
+        spacing = self.r_max / self.num
+        mu = torch.arange(1, self.num + 1, dtype=d.dtype, device=d.device) * spacing
+        return torch.exp(-0.5 * ((d[..., None] - mu) / (self.width * spacing)).square())

@@ -1,0 +1,210 @@
+"""The public functions: checked arguments, then one op of the chosen backend."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .backends import choose_backend
+from .basis import RadialBasis
+from .images import ImageList
+
+
+def periodic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    images: ImageList,
+    edge_weight: Tensor | None = None,
+    basis: RadialBasis | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Infinitely connected attention: every atom attends to every periodic image of every atom of its crystal.
+
+        s_e = q_i·k_j / sqrt(D) - a_i d_e²        e = (i, j, n), d_e = |p_j + n·L - p_i|
+        y_i = sum_e softmax_e(s_e) ( v_j + W b(d_e) )
+
+    Equations (2) to (5) of docs/math.md; Taniai et al., ICLR 2024, equations (4) to (8). Nothing of the size of the
+    image list times the heads is stored. Differentiable in all floating-point arguments, any number of times.
+
+    Args:
+        q, k: (N,H,D) queries and keys.
+        v: (N,H,Dv) values.
+        decay: (N,H), a > 0, Å^-2. The paper's 1/(2 sigma_i²).
+        positions: (N,3), Cartesian, Å.
+        lattice: (C,3,3), rows are the lattice vectors, Å.
+        images: from `build_images`, for the same N and C.
+        edge_weight: (H,Dv,K), W, or None for the paper's simplified model, without the value encoding.
+        basis: b, with `basis.num` = K; needed with edge_weight.
+        backend: "auto", "triton", "cpu" or "reference"; see `available_backends`.
+        return_lse: also return log sum_e exp(s_e), differentiable too.
+
+    All tensors have one dtype, fp32 or fp64, and one device.
+
+    Returns:
+        y (N,H,Dv), or y and lse (N,H).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+        RuntimeError: for a backend that is not available, with the reason.
+    """
+    known: dict[str, int] = {}
+    checks.check_tensor("q", q, "N H D", known)
+    checks.check_dtype("q", q, torch.float32, torch.float64)
+    checks.check_tensor("k", k, "N H D", known, like=q)
+    checks.check_tensor("v", v, "N H Dv", known, like=q)
+    _check_atoms("decay", decay, positions, lattice, known, like=q)
+    _check_images(images, known, q)
+    num, r_max, width = _check_value_encoding(edge_weight, basis, known, q)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_finite(name, x)
+    run = _op("attention", backend, q)
+    lists = (images.ptr, images.row_ptr, images.col, images.shift)
+    o, lse, c = run(q, k, v, decay, positions, lattice, *lists, num, r_max, width)
+    y = o if edge_weight is None else o + torch.einsum("hdk,nhk->nhd", edge_weight, c)
+    return (y, lse) if return_lse else y
+
+
+def periodic_encoding(
+    decay: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    images: ImageList,
+    edge_weight: Tensor | None = None,
+    basis: RadialBasis | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The paper's periodic spatial and value encodings of every pair of atoms, to use in an attention of your own.
+
+        alpha_ij = log sum_n exp(-a_i d_ijn²)
+        beta_ij  = W sum_n [ exp(-a_i d_ijn²) / exp(alpha_ij) ] b(d_ijn)
+        y_i      = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) · ( v_j + beta_ij )
+
+    The last line gives what `periodic_attention` gives. Equations (6) and (7) of docs/math.md; Taniai et al., ICLR
+    2024, equations (6) and (8).
+
+    Args:
+        decay: (N,H), a > 0, Å^-2.
+        positions, lattice, edge_weight, basis, backend: as for `periodic_attention`.
+        images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`.
+
+    Returns:
+        alpha (P,H) and beta (P,H,Dv), or None in its place without edge_weight. P = sum_c n_c² pairs, crystal by
+        crystal, row-major: pair (i, j) of a crystal that starts at pair p and has n atoms is p + n i + j.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+        RuntimeError: for a backend that is not available, with the reason.
+    """
+    known: dict[str, int] = {}
+    checks.check_tensor("decay", decay, "N H", known)
+    checks.check_dtype("decay", decay, torch.float32, torch.float64)
+    _check_atoms("decay", decay, positions, lattice, known, like=decay)
+    _check_images(images, known, decay)
+    if not images.every_pair:
+        raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
+    num, r_max, width = _check_value_encoding(edge_weight, basis, known, decay)
+    run = _op("encoding", backend, decay)
+    weight = decay.new_empty(decay.shape[1], 0, 0) if edge_weight is None else edge_weight
+    lists = (images.ptr, images.row_ptr, images.col, images.shift)
+    alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, num, r_max, width)
+    return alpha, None if edge_weight is None else beta
+
+
+def reciprocal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay_reciprocal: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    tol: float = 1e-6,
+    backend: str = "auto",
+    decay_min: float | None = None,
+) -> Tensor:
+    """Attention whose weight decays with the wave vector, not with the distance: it sees the long range.
+
+        alpha_ij = log max( sum_G exp(-c_i |G|²) cos(G·r_ij), 1e-6 ) + 1.5 log(4 pi c_i) - log V
+        y_i      = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j
+
+    G runs over the reciprocal lattice, V = |det L|. Equation (13) of docs/math.md; Taniai et al., ICLR 2024, appendix.
+    The clamp is the paper's; the gradient of a clamped pair is zero.
+
+    Args:
+        q, k: (N,H,D).  v: (N,H,Dv).
+        decay_reciprocal: (N,H), c > 0, Å².
+        positions: (N,3), Cartesian, Å.  lattice: (C,3,3), Å, either handedness.
+        ptr: (C+1) int64, the first atom of each crystal and, last, N.
+        tol: how much of the sum over G may be left out, absolutely; its G = 0 term is 1.
+        backend: "auto" or "reference".
+        decay_min: smallest c that the choice of G must serve, Å². Default: the smallest in decay_reciprocal, which
+            costs a GPU synchronisation and lets the choice vary with the data.
+
+    Returns:
+        y (N,H,Dv).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+        RuntimeError: for a backend that is not available, with the reason.
+    """
+    known: dict[str, int] = {}
+    checks.check_tensor("q", q, "N H D", known)
+    checks.check_dtype("q", q, torch.float32, torch.float64)
+    checks.check_tensor("k", k, "N H D", known, like=q)
+    checks.check_tensor("v", v, "N H Dv", known, like=q)
+    checks.check_ptr("ptr", ptr, known["N"])
+    known["C"] = len(ptr) - 1
+    _check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, known, like=q)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_finite(name, x)
+    tol = checks.check_number("tol", tol, high=1.0)
+    if decay_min is None:
+        decay_min = float(decay_reciprocal.min()) if known["N"] else 1.0
+    decay_min = checks.check_number("decay_min", decay_min)
+    run = _op("reciprocal", backend, q)
+    return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)
+
+
+def _op(name: str, backend: str, like: Tensor) -> Any:
+    return getattr(getattr(torch.ops, ops.NAMESPACE), f"{choose_backend(backend, like.device)}_{name}")
+
+
+def _check_atoms(name: str, decay: Tensor, positions: Tensor, lattice: Tensor, known: dict[str, int],
+                 like: Tensor) -> None:  # fmt: skip
+    checks.check_tensor(name, decay, "N H", known, like=like)
+    checks.check_tensor("positions", positions, "N 3", known, like=like)
+    checks.check_tensor("lattice", lattice, "C 3 3", known, like=like)
+    checks.check_positive(name, decay)
+    checks.check_finite("positions", positions)
+    checks.check_lattice("lattice", lattice)
+
+
+def _check_images(images: ImageList, known: dict[str, int], like: Tensor) -> None:
+    if not isinstance(images, ImageList):
+        raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
+    if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
+        raise ValueError(
+            f"images must be of {known['N']} atoms in {known['C']} crystals, as positions and lattice, "
+            f"not of {images.num_atoms} atoms in {images.num_crystals} crystals"
+        )
+    if images.device != like.device:
+        raise ValueError(f"images must be on {like.device}, as the other arguments, not on {images.device}")
+
+
+def _check_value_encoding(edge_weight: Tensor | None, basis: RadialBasis | None, known: dict[str, int],
+                          like: Tensor) -> tuple[int, float, float]:  # fmt: skip
+    """The basis as numbers for the op: none of it without an edge_weight."""
+    if edge_weight is None:
+        return 0, 1.0, 1.0
+    if not isinstance(basis, RadialBasis):
+        raise TypeError(f"basis must be a RadialBasis when edge_weight is given, not {type(basis).__name__}")
+    known["K"] = basis.num
+    checks.check_tensor("edge_weight", edge_weight, "H Dv K", known, like=like)
+    checks.check_finite("edge_weight", edge_weight)
+    return basis.num, float(basis.r_max), float(basis.width)

@@ -1,0 +1,234 @@
+"""The operators `torch.ops.crystalformer.{backend}_{op}` and their derivatives.
+
+Each op has a schema, a fake and an autograd formula here, the same for every backend; a backend brings only the
+implementation of `{backend}_{op}` and `{backend}_{op}_backward`. So torch.compile and export see one opaque op, and its
+backward is one op too. Second and higher derivatives go through the reference, for every backend.
+
+Two conventions keep this file free of copies. The differentiable inputs of an op come first and the geometry
+(positions, lattice) last among them. A backward takes the gradients of the outputs, then everything the forward took,
+then the forward's outputs, then `geometry`: whether the gradients of positions and lattice are wanted at all, because
+they cost extra. Without them it returns empty tensors in their place.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .basis import RadialBasis
+from .images import ImageList
+
+NAMESPACE = "crystalformer"
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the registration of one op needs.
+
+    Attributes:
+        inputs: names of the differentiable inputs, geometry last.
+        settings: schema of the other arguments.
+        outputs: names of the outputs.
+        shapes: shapes of the outputs, from all arguments.
+        parts: the reference, cut into parts, from all arguments.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    settings: str
+    outputs: tuple[str, ...]
+    shapes: Callable[..., Sequence[tuple[int, ...]]]
+    parts: Callable[..., reference.Parts]
+
+    @property
+    def forward_schema(self) -> str:
+        return f"({_tensors(self.inputs)}, {self.settings}) -> {_results(len(self.outputs))}"
+
+    @property
+    def backward_schema(self) -> str:
+        grads = _tensors(f"grad_{name}" for name in self.outputs)
+        arguments = f"{_tensors(self.inputs)}, {self.settings}, {_tensors(self.outputs)}, bool geometry"
+        return f"({grads}, {arguments}) -> {_results(len(self.inputs))}"
+
+
+def _tensors(names) -> str:  # type: ignore[no-untyped-def]
+    return ", ".join(f"Tensor {name}" for name in names)
+
+
+def _results(number: int) -> str:
+    return "(" + ", ".join(["Tensor"] * number) + ")" if number > 1 else "Tensor"
+
+
+def _images(ptr: Tensor, row_ptr: Tensor, col: Tensor, shift: Tensor, num_pairs: int = 0) -> ImageList:
+    return ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
+
+
+def _basis(num: int, r_max: float, width: float) -> RadialBasis | None:
+    return RadialBasis(num, r_max, width) if num else None
+
+
+def _attention_shapes(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, num, r_max, width):  # type: ignore[no-untyped-def]
+    return v.shape, decay.shape, (*decay.shape, num)
+
+
+def _attention_parts(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, num, r_max, width):  # type: ignore[no-untyped-def]
+    return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(num, r_max, width))
+
+
+def _encoding_shapes(decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, num_pairs, num, r_max, width):  # type: ignore[no-untyped-def]
+    return (num_pairs, decay.shape[1]), (num_pairs, decay.shape[1], edge_weight.shape[1])
+
+
+def _encoding_parts(decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, num_pairs, num, r_max, width):  # type: ignore[no-untyped-def]
+    return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(num, r_max, width))
+
+
+def _reciprocal_shapes(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol):  # type: ignore[no-untyped-def]
+    return (v.shape,)
+
+
+def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol):  # type: ignore[no-untyped-def]
+    return reference.reciprocal_parts(q, lattice, ptr, decay_min, tol)
+
+
+ATTENTION = Op(
+    name="attention",
+    inputs=("q", "k", "v", "decay", "positions", "lattice"),
+    settings="Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, int num, float r_max, float width",
+    outputs=("o", "lse", "c"),
+    shapes=_attention_shapes,
+    parts=_attention_parts,
+)
+ENCODING = Op(
+    name="encoding",
+    inputs=("decay", "edge_weight", "positions", "lattice"),
+    settings="Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, int num_pairs, int num, float r_max, float width",
+    outputs=("alpha", "beta"),
+    shapes=_encoding_shapes,
+    parts=_encoding_parts,
+)
+RECIPROCAL = Op(
+    name="reciprocal",
+    inputs=("q", "k", "v", "decay_reciprocal", "positions", "lattice"),
+    settings="Tensor ptr, float decay_min, float tol",
+    outputs=("y",),
+    shapes=_reciprocal_shapes,
+    parts=_reciprocal_parts,
+)
+OPS = (ATTENTION, ENCODING, RECIPROCAL)
+
+
+def register(op: Op, backend: str) -> None:
+    """Defines `{backend}_{op}` and `{backend}_{op}_backward`: schemas, fakes and autograd, no implementation."""
+    forward, backward = f"{NAMESPACE}::{backend}_{op.name}", f"{NAMESPACE}::{backend}_{op.name}_backward"
+    torch.library.define(forward, op.forward_schema)
+    torch.library.define(backward, op.backward_schema)
+    num_inputs, num_outputs = len(op.inputs), len(op.outputs)
+
+    @torch.library.register_fake(forward)
+    def _(*args: Any) -> Any:
+        outputs = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
+        return outputs if num_outputs > 1 else outputs[0]
+
+    @torch.library.register_fake(backward)
+    def _(*args: Any) -> Any:
+        inputs, geometry = args[num_outputs : num_outputs + num_inputs], args[-1]
+        return tuple(x.new_empty(_grad_shape(x, i, num_inputs, geometry)) for i, x in enumerate(inputs))
+
+    def save(ctx: Any, inputs: tuple, output: Any) -> None:
+        outputs = output if num_outputs > 1 else (output,)
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.settings = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*tensors, *outputs)
+
+    def differentiate(ctx: Any, *grads: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if x is None else x for x in ctx.settings]
+        outputs = list(saved)
+        grads = tuple(_or_zeros(g, x) for g, x in zip(grads, outputs, strict=True))
+        geometry = any(ctx.needs_input_grad[num_inputs - 2 : num_inputs])
+        run = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_{op.name}_backward")
+        results = run(*grads, *args, *outputs, geometry)
+        needed = [r if need else None for r, need in zip(results, ctx.needs_input_grad, strict=False)]
+        return (*needed, *[None] * (len(args) - num_inputs))
+
+    def save_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.settings = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*tensors)
+
+    def differentiate_backward(ctx: Any, *grads: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if x is None else x for x in ctx.settings]
+        cotangents, arguments = args[:num_outputs], args[num_outputs : len(args) - num_outputs - 1]
+        results = _differentiate_twice(op, cotangents, arguments, grads, geometry=args[-1])
+        # The derivatives with respect to the inputs are total ones, so none are left for the saved outputs.
+        return (*results, *[None] * (len(args) - len(results)))
+
+    torch.library.register_autograd(forward, differentiate, setup_context=save)
+    torch.library.register_autograd(backward, differentiate_backward, setup_context=save_backward)
+
+
+def _grad_shape(x: Tensor, index: int, num_inputs: int, geometry: bool) -> Sequence[int]:
+    return x.shape if geometry or index < num_inputs - 2 else (0,)
+
+
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def implement_reference(op: Op) -> None:
+    """Implements the reference backend of an op, on every device, part by part."""
+    num_inputs, num_outputs = len(op.inputs), len(op.outputs)
+
+    def forward(*args: Any) -> Any:
+        outputs = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
+        for span, part in op.parts(*args):
+            for output, value in zip(outputs, part(*args[:num_inputs]), strict=True):
+                output[span] = value
+        return outputs if num_outputs > 1 else outputs[0]
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        grads, arguments, geometry = args[:num_outputs], args[num_outputs : -num_outputs - 1], args[-1]
+        inputs = arguments[:num_inputs]
+        totals = tuple(x.new_zeros(_grad_shape(x, i, num_inputs, geometry)) for i, x in enumerate(inputs))
+        wanted = num_inputs if geometry else num_inputs - 2
+        for span, part in op.parts(*arguments):
+            some = lambda *x, part=part: part(*x, *inputs[wanted:])  # noqa: E731
+            # torch.func, because autograd itself is switched off inside an op.
+            _, transpose = torch.func.vjp(some, *inputs[:wanted])
+            for total, grad in zip(totals, transpose(tuple(g[span] for g in grads)), strict=False):
+                total += grad
+        return totals
+
+    torch.library.impl(f"{NAMESPACE}::reference_{op.name}", "CompositeExplicitAutograd")(forward)
+    torch.library.impl(f"{NAMESPACE}::reference_{op.name}_backward", "CompositeExplicitAutograd")(backward)
+
+
+def _differentiate_twice(op: Op, cotangents: list, arguments: list, grads: Sequence[Tensor | None],
+                         geometry: bool) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Derivatives of an op's backward with respect to the output gradients and the inputs, through the reference."""
+    num_inputs, num_outputs = len(op.inputs), len(op.outputs)
+    wanted = num_inputs if geometry else num_inputs - 2
+    if not arguments[0].numel():  # no atoms
+        return tuple(torch.zeros_like(x) for x in (*cotangents, *arguments[:num_inputs]))
+
+    def whole(*x: Tensor) -> tuple[Tensor, ...]:
+        pieces = [part(*x, *arguments[wanted:num_inputs]) for _, part in op.parts(*arguments)]
+        return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
+
+    def backward(*g_and_x: Tensor) -> tuple[Tensor, ...]:
+        _, transpose = torch.func.vjp(whole, *g_and_x[num_outputs:])
+        return transpose(g_and_x[:num_outputs])
+
+    results, transpose = torch.func.vjp(backward, *cotangents, *arguments[:wanted])
+    second = transpose(tuple(_or_zeros(g, r) for g, r in zip(grads, results, strict=False)))
+    return (*second, *[None] * (num_inputs - wanted))
+
+
+for _op in OPS:
+    register(_op, "reference")
+    implement_reference(_op)

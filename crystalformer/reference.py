@@ -1,0 +1,214 @@
+"""The theory in plain PyTorch: what every kernel is held against. Equation numbers are those of docs/math.md.
+
+`attention_rows`, `encoding_pairs` and `reciprocal_rows` are the three sums, differentiable to any order in all their
+floating-point arguments. Each works on some consecutive rows (atoms) or pairs, so that memory stays bounded: the
+`_parts` functions cut the whole into such pieces, and `ops` evaluates and differentiates them one after another.
+
+Shapes: N atoms, C crystals, M images, P = sum_c n_c² pairs, H heads, D and Dv head dimensions, K basis functions.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .basis import RadialBasis
+from .images import ImageList, crystal_of_atom
+from .lattice import points_in_spheres, triangular
+from .truncation import tail_radius2
+
+# Images, or elements of the pair matrices, worked on at once.
+CHUNK_IMAGES = 1 << 16
+CHUNK_ELEMENTS = 1 << 24
+# The paper's code clamps the sum over reciprocal vectors here; below it the gradient is zero.
+RECIPROCAL_CLAMP = 1e-6
+
+# What each part computes (which rows or pairs), and the function that computes it.
+Parts = Iterator[tuple[slice, Callable[..., tuple[Tensor, ...]]]]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Some consecutive rows (or pairs) with their images, padded to the longest.
+
+    Attributes:
+        first, last: the rows are first..last-1.
+        entry: (n, m) place of each image in the list; padding repeats an image of the row.
+        real: (n, m) whether it is an image, not padding.
+    """
+
+    first: int
+    last: int
+    entry: Tensor
+    real: Tensor
+
+
+def chunks(ptr: Tensor, elements_per_segment: int) -> Iterator[Segments]:
+    """Cuts the segments ptr[s]..ptr[s+1] into chunks that keep to CHUNK_IMAGES and CHUNK_ELEMENTS."""
+    count = ptr.diff()
+    if not len(count):
+        return
+    longest = int(count.max())
+    step = max(1, min(CHUNK_IMAGES // max(longest, 1), CHUNK_ELEMENTS // max(elements_per_segment, 1)))
+    for first in range(0, len(count), step):
+        last = min(first + step, len(count))
+        m = torch.arange(int(count[first:last].max()), device=ptr.device)
+        real = m < count[first:last, None]
+        yield Segments(first, last, torch.where(real, ptr[first:last, None] + m, ptr[first:last, None]), real)
+
+
+def distance2(positions: Tensor, lattice: Tensor, crystal: Tensor, i: Tensor, j: Tensor, shift: Tensor) -> Tensor:
+    """d² = |p_j + n·L - p_i|², Å², of images given by i, j (...) and n (..., 3).  Equation (1)."""
+    translation = (shift.to(positions.dtype)[..., None, :] @ lattice[crystal[i]]).squeeze(-2)
+    return (positions[j] + translation - positions[i]).square().sum(-1)
+
+
+def root(d2: Tensor) -> Tensor:
+    """sqrt(d²) whose derivatives of all orders are zero at d = 0, where an atom meets itself and r/d has no value."""
+    positive = d2 > 0
+    return torch.where(positive, torch.where(positive, d2, 1.0).sqrt(), 0.0)
+
+
+def attention_rows(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, positions: Tensor, lattice: Tensor,
+                   images: ImageList, basis: RadialBasis | None, rows: Segments) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Infinitely connected attention of some rows.  Equations (2) to (5).
+
+        s_e = q_i·k_j / sqrt(D) - a_i d_e²          p_e = exp(s_e) / sum_e' exp(s_e')
+        o_i = sum_e p_e v_j      c_i = sum_e p_e b(d_e)      lse_i = log sum_e exp(s_e)
+
+    Returns:
+        o (n,H,Dv), lse (n,H), c (n,H,K).
+    """
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    i = torch.arange(rows.first, rows.last, device=q.device)
+    j = images.col[rows.entry].long()
+    d2 = distance2(positions, lattice, crystal, i[:, None].expand_as(j), j, images.shift[rows.entry])
+
+    # q·k and p·v go by pair of atoms: each pair has tens of images.
+    first_atom, size = images.ptr[crystal[i]], images.ptr.diff()[crystal[i]]
+    local = (j - first_atom[:, None])[:, None].expand(-1, q.shape[1], -1)
+    partner = torch.arange(int(size.max()), device=q.device)
+    partner = first_atom[:, None] + torch.minimum(partner, size[:, None] - 1)
+    content = torch.einsum("nhd,nphd->nhp", q[i], k[partner]) / math.sqrt(q.shape[-1])
+
+    s = content.gather(2, local) - decay[i][:, :, None] * d2[:, None]
+    s = s.masked_fill(~rows.real[:, None], -math.inf)
+    lse = torch.logsumexp(s, -1)
+    p = torch.exp(s - lse[..., None])
+    o = torch.einsum("nhp,nphd->nhd", torch.zeros_like(content).scatter_add(2, local, p), v[partner])
+    c = p @ basis(root(d2)) if basis else p[..., :0]
+    return o, lse, c
+
+
+def attention_parts(q: Tensor, v: Tensor, images: ImageList, basis: RadialBasis | None) -> Parts:
+    """`attention_rows` cut into rows: functions of q, k, v, decay, positions, lattice."""
+    largest = int(images.ptr.diff().max()) if images.num_crystals else 0
+    gathered = largest * q.shape[1] * (q.shape[2] + v.shape[2])
+    for rows in chunks(images.row_ptr, gathered):
+        yield slice(rows.first, rows.last), partial(attention_rows, images=images, basis=basis, rows=rows)
+
+
+def pair_ptr(images: ImageList) -> Tensor:
+    """(P+1) where the images of each pair start: the list is sorted by row, then by col."""
+    size = images.ptr.diff()
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    first_pair = size[crystal].cumsum(0) - size[crystal]
+    row = torch.repeat_interleave(images.row_ptr.diff(), output_size=images.num_images)
+    pair = first_pair[row] + images.col - images.ptr[crystal[row]]
+    count = torch.bincount(pair, minlength=int(size.square().sum()))
+    return torch.nn.functional.pad(count.cumsum(0), (1, 0))
+
+
+def pair_atoms(images: ImageList) -> tuple[Tensor, Tensor]:
+    """(P), (P): atoms i and j of each pair."""
+    size = images.ptr.diff()[crystal_of_atom(images.ptr, images.num_atoms)]
+    i = torch.repeat_interleave(size)
+    first = images.ptr[:-1][crystal_of_atom(images.ptr, images.num_atoms)]
+    return i, torch.arange(len(i), device=i.device) - (size.cumsum(0) - size)[i] + first[i]
+
+
+def encoding_pairs(decay: Tensor, edge_weight: Tensor, positions: Tensor, lattice: Tensor, images: ImageList,
+                   basis: RadialBasis | None, pairs: Segments) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Periodic spatial encodings of some pairs.  Equations (6) and (7).
+
+        alpha_ij = log sum_n exp(-a_i d_ijn²)       beta_ij = W sum_n [exp(-a_i d_ijn²) / exp(alpha_ij)] b(d_ijn)
+
+    Returns:
+        alpha (n,H), beta (n,H,Dv); Dv = 0 without a basis.
+    """
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    i, j = (x[pairs.first : pairs.last, None].expand_as(pairs.entry) for x in pair_atoms(images))
+    d2 = distance2(positions, lattice, crystal, i, j, images.shift[pairs.entry])
+    s = -decay[i[:, 0]][:, :, None] * d2[:, None]
+    s = s.masked_fill(~pairs.real[:, None], -math.inf)
+    alpha = torch.logsumexp(s, -1)
+    if basis is None:
+        return alpha, alpha.new_zeros(*alpha.shape, 0)
+    c = torch.exp(s - alpha[..., None]) @ basis(root(d2))
+    return alpha, torch.einsum("hdk,nhk->nhd", edge_weight, c)
+
+
+def encoding_parts(decay: Tensor, images: ImageList, basis: RadialBasis | None) -> Parts:
+    """`encoding_pairs` cut into pairs: functions of decay, edge_weight, positions, lattice."""
+    made = decay.shape[1] * (1 + (basis.num if basis else 0))
+    for pairs in chunks(pair_ptr(images), made):
+        yield slice(pairs.first, pairs.last), partial(encoding_pairs, images=images, basis=basis, pairs=pairs)
+
+
+def reciprocal_vectors(lattice: Tensor, decay_min: float, tol: float) -> Tensor:
+    """Half of the reciprocal lattice vectors that matter, as integers (G,3), the zero vector first.
+
+    What is left out of sum_G exp(-c |G|²) cos(G·r) is at most `tol`, for every c >= decay_min and r. Equation (14).
+
+    Args:
+        lattice: (3,3), rows are the lattice vectors, Å.
+        decay_min: smallest c that will be used, Å².
+    """
+    t, _ = triangular(reciprocal(lattice.detach().double())[None])
+    radius2 = tail_radius2(t, decay_min, t.new_tensor([math.log(tol)]))
+    _, g, _ = points_in_spheres(t, torch.zeros(1, dtype=torch.long, device=t.device), t.new_zeros(1, 3), radius2)
+    return g[len(g) // 2 :]  # sorted, so the zero vector is in the middle and the rest is its mirror image
+
+
+def reciprocal(lattice: Tensor) -> Tensor:
+    """Rows are the reciprocal lattice vectors, Å^-1, 2 pi included: lattice @ result.T = 2 pi."""
+    return 2 * math.pi * torch.linalg.inv(lattice).mT
+
+
+def reciprocal_rows(q: Tensor, k: Tensor, v: Tensor, decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor,
+                    crystal: int, atoms: slice, g: Tensor, rows: slice) -> tuple[Tensor]:  # fmt: skip
+    """Attention of some rows of one crystal with the decay in reciprocal space.  Equation (13).
+
+        alpha_ij = log max( sum_G exp(-c_i |G|²) cos(G·r_ij), 1e-6 ) + 1.5 log(4 pi c_i) - log V
+        y_i = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j
+
+    cos(G·(r_j - r_i)) = cos G·r_i cos G·r_j + sin G·r_i sin G·r_j makes the sum a matrix product.
+
+    Args:
+        atoms, g: the crystal's atoms and its vectors from `reciprocal_vectors`; rows: some of the atoms.
+    """
+    cell, c = lattice[crystal], decay_reciprocal[rows][..., None]
+    vectors = g.to(cell.dtype) @ reciprocal(cell)
+    phase_i, phase_j = positions[rows] @ vectors.T, positions[atoms] @ vectors.T
+    both = torch.where((g == 0).all(-1), 1.0, 2.0).to(cell.dtype)  # G and -G
+    weight = both * torch.exp(-c * vectors.square().sum(-1))  # (n,H,G)
+    total = (weight * phase_i.cos()[:, None]) @ phase_j.cos().T + (weight * phase_i.sin()[:, None]) @ phase_j.sin().T
+    alpha = total.clamp(min=RECIPROCAL_CLAMP).log() + 1.5 * (4 * math.pi * c).log()
+    alpha = alpha - torch.linalg.det(cell).abs().log()
+    s = torch.einsum("ihd,jhd->ihj", q[rows], k[atoms]) / math.sqrt(q.shape[-1]) + alpha
+    return (torch.einsum("ihj,jhd->ihd", torch.softmax(s, -1), v[atoms]),)
+
+
+def reciprocal_parts(q: Tensor, lattice: Tensor, ptr: Tensor, decay_min: float, tol: float) -> Parts:
+    """`reciprocal_rows` cut into rows: functions of q, k, v, decay_reciprocal, positions, lattice."""
+    bounds = ptr.tolist()
+    for crystal, (first, last) in enumerate(itertools.pairwise(bounds)):
+        g = reciprocal_vectors(lattice[crystal], decay_min, tol)
+        step = max(1, CHUNK_ELEMENTS // (len(g) * q.shape[1]))
+        for row in range(first, last, step):
+            rows = slice(row, min(row + step, last))
+            yield rows, partial(reciprocal_rows, crystal=crystal, atoms=slice(first, last), g=g, rows=rows)
