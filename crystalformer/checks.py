@@ -104,7 +104,8 @@ def check_ptr(name: str, ptr: Any, num_atoms: int) -> None:
         raise ValueError(f"{name} must have shape (C+1), not {tuple(ptr.shape)}")
     if values_visible(ptr):
         if int(ptr[0]) != 0 or int(ptr[-1]) != num_atoms:
-            raise ValueError(f"{name} must run from 0 to the number of atoms {num_atoms}, "
-                             f"not from {int(ptr[0])} to {int(ptr[-1])}")  # fmt: skip
+            raise ValueError(
+                f"{name} must run from 0 to the number of atoms {num_atoms}, not from {int(ptr[0])} to {int(ptr[-1])}"
+            )
         if not bool((ptr.diff() > 0).all()):
             raise ValueError(f"{name} must rise by at least one atom a crystal, but it is {ptr.tolist()}")

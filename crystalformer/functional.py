@@ -175,8 +175,9 @@ def _op(name: str, backend: str, like: Tensor) -> Any:
     return getattr(getattr(torch.ops, ops.NAMESPACE), f"{choose_backend(backend, like.device)}_{name}")
 
 
-def _check_atoms(name: str, decay: Tensor, positions: Tensor, lattice: Tensor, known: dict[str, int],
-                 like: Tensor) -> None:  # fmt: skip
+def _check_atoms(
+    name: str, decay: Tensor, positions: Tensor, lattice: Tensor, known: dict[str, int], like: Tensor
+) -> None:
     checks.check_tensor(name, decay, "N H", known, like=like)
     checks.check_tensor("positions", positions, "N 3", known, like=like)
     checks.check_tensor("lattice", lattice, "C 3 3", known, like=like)
@@ -197,8 +198,9 @@ def _check_images(images: ImageList, known: dict[str, int], like: Tensor) -> Non
         raise ValueError(f"images must be on {like.device}, as the other arguments, not on {images.device}")
 
 
-def _check_value_encoding(edge_weight: Tensor | None, basis: RadialBasis | None, known: dict[str, int],
-                          like: Tensor) -> tuple[int, float, float]:  # fmt: skip
+def _check_value_encoding(
+    edge_weight: Tensor | None, basis: RadialBasis | None, known: dict[str, int], like: Tensor
+) -> tuple[int, float, float]:
     """The basis as numbers for the op: none of it without an edge_weight."""
     if edge_weight is None:
         return 0, 1.0, 1.0

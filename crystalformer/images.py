@@ -1,5 +1,6 @@
 """The periodic images that each atom attends to, packed in one list with a certificate of what it leaves out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -62,7 +63,7 @@ class ImageList:
     def device(self) -> torch.device:
         return self.col.device
 
-    def _map(self, function) -> "ImageList":  # type: ignore[no-untyped-def]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "ImageList":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: function(x) for name, x in tensors.items()})
 
@@ -94,7 +95,7 @@ class ImageList:
             atoms.append(atoms[-1] + x.num_atoms)
             images.append(images[-1] + x.num_images)
 
-        def weakest(name: str, choose) -> float | None:  # type: ignore[no-untyped-def]
+        def weakest(name: str, choose: Callable[[list[float]], float]) -> float | None:
             values = [getattr(x, name) for x in lists]
             return None if None in values else choose(values)
 
@@ -164,7 +165,8 @@ def build_images(
             raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
 
     t, q = triangular(lattice)
-    rotated = torch.einsum("nx,nyx->ny", positions, q[crystal_of_atom(ptr, len(positions))])
+    row_crystal = crystal_of_atom(ptr, len(positions))
+    rotated = torch.einsum("nx,nyx->ny", positions, q[row_crystal])
     pairs = _Pairs(ptr, rotated, t)
     size = ptr.diff().to(positions.dtype)
     slack = torch.full_like(size, tol * BEYOND).log()
@@ -174,12 +176,18 @@ def build_images(
         pair, n, _ = pairs.images(lambda p: outer2[pairs.crystal(p)])
         return pairs.pack(pair, n, torch.full_like(size, cutoff))
 
+    everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
-        log_beyond = lambda p: slack[pairs.crystal(p)] - a * pairs.near_image2(p)  # noqa: E731
-        outer = lambda p: tail_radius2(t[pairs.crystal(p)], a, log_beyond(p))  # noqa: E731
-        pair, n, d2 = pairs.images(outer)
-        everyone = torch.arange(pairs.number, device=t.device)
-        chosen = pair_cutoff2(torch.exp(-a * d2), d2, pair, pairs.map(outer), pairs.map(log_beyond).exp(), tol)
+
+        def log_beyond_pair(p: Tensor) -> Tensor:
+            return slack[pairs.crystal(p)] - a * pairs.near_image2(p)
+
+        def outer2_pair(p: Tensor) -> Tensor:
+            return tail_radius2(t[pairs.crystal(p)], a, log_beyond_pair(p))
+
+        pair, n, d2 = pairs.images(outer2_pair)
+        beyond = pairs.map(log_beyond_pair).exp()
+        chosen = pair_cutoff2(torch.exp(-a * d2), d2, pair, pairs.map(outer2_pair), beyond, tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
         longest = torch.zeros_like(size).scatter_reduce_(0, pairs.crystal(everyone), chosen, "amax").sqrt()
@@ -188,10 +196,8 @@ def build_images(
         log_beyond = slack - logit_range - size.log()
         outer2 = tail_radius2(t, a, log_beyond)
         pair, n, d2 = pairs.images(lambda p: outer2[pairs.crystal(p)])
-        everyone = torch.arange(pairs.number, device=t.device)
-        row_crystal = crystal_of_atom(ptr, len(positions))
-        chosen = row_cutoff2(torch.exp(-a * d2), d2, pair, pairs.atoms(everyone)[0], row_crystal, outer2,
-                             log_beyond.exp(), tol, logit_range)  # fmt: skip
+        row = pairs.atoms(everyone)[0]
+        chosen = row_cutoff2(torch.exp(-a * d2), d2, pair, row, row_crystal, outer2, log_beyond.exp(), tol, logit_range)
         longest = chosen.sqrt()
         keep = d2 <= chosen[pairs.crystal(pair)]
     found = pairs.pack(pair[keep], n[keep], longest)
@@ -237,11 +243,11 @@ class _Pairs:
         starts = range(0, max(self.number, 1), PAIRS_AT_ONCE)
         return [torch.arange(s, min(s + PAIRS_AT_ONCE, self.number), device=device) for s in starts]
 
-    def map(self, function) -> Tensor:  # type: ignore[no-untyped-def]
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """function(pair) of every pair (P), a batch at a time."""
         return torch.cat([function(pair) for pair in self._batches()])
 
-    def images(self, radius2) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def images(self, radius2: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """All images with d² <= radius2(pair): pair (M), n (M,3), d² (M), sorted by pair, then n."""
         found = []
         for pair in self._batches():

@@ -199,7 +199,7 @@ def implement_reference(op: Op) -> None:
         for span, part in op.parts(*arguments):
             some = lambda *x, part=part: part(*x, *inputs[wanted:])  # noqa: E731
             # torch.func, because autograd itself is switched off inside an op.
-            _, transpose = torch.func.vjp(some, *inputs[:wanted])
+            transpose = torch.func.vjp(some, *inputs[:wanted])[1]
             for total, grad in zip(totals, transpose(tuple(g[span] for g in grads)), strict=False):
                 total += grad
         return totals
@@ -208,8 +208,9 @@ def implement_reference(op: Op) -> None:
     torch.library.impl(f"{NAMESPACE}::reference_{op.name}_backward", "CompositeExplicitAutograd")(backward)
 
 
-def _differentiate_twice(op: Op, cotangents: list, arguments: list, grads: Sequence[Tensor | None],
-                         geometry: bool) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _differentiate_twice(
+    op: Op, cotangents: list, arguments: list, grads: Sequence[Tensor | None], geometry: bool
+) -> tuple[Tensor | None, ...]:
     """Derivatives of an op's backward with respect to the output gradients and the inputs, through the reference."""
     num_inputs, num_outputs = len(op.inputs), len(op.outputs)
     wanted = num_inputs if geometry else num_inputs - 2
@@ -221,10 +222,10 @@ def _differentiate_twice(op: Op, cotangents: list, arguments: list, grads: Seque
         return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
 
     def backward(*g_and_x: Tensor) -> tuple[Tensor, ...]:
-        _, transpose = torch.func.vjp(whole, *g_and_x[num_outputs:])
+        transpose = torch.func.vjp(whole, *g_and_x[num_outputs:])[1]
         return transpose(g_and_x[:num_outputs])
 
-    results, transpose = torch.func.vjp(backward, *cotangents, *arguments[:wanted])
+    results, transpose = torch.func.vjp(backward, *cotangents, *arguments[:wanted])[:2]
     second = transpose(tuple(_or_zeros(g, r) for g, r in zip(grads, results, strict=False)))
     return (*second, *[None] * (num_inputs - wanted))
 

@@ -73,8 +73,17 @@ def root(d2: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, d2, 1.0).sqrt(), 0.0)
 
 
-def attention_rows(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, positions: Tensor, lattice: Tensor,
-                   images: ImageList, basis: RadialBasis | None, rows: Segments) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    images: ImageList,
+    basis: RadialBasis | None,
+    rows: Segments,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Infinitely connected attention of some rows.  Equations (2) to (5).
 
         s_e = q_i·k_j / sqrt(D) - a_i d_e²          p_e = exp(s_e) / sum_e' exp(s_e')
@@ -131,8 +140,15 @@ def pair_atoms(images: ImageList) -> tuple[Tensor, Tensor]:
     return i, torch.arange(len(i), device=i.device) - (size.cumsum(0) - size)[i] + first[i]
 
 
-def encoding_pairs(decay: Tensor, edge_weight: Tensor, positions: Tensor, lattice: Tensor, images: ImageList,
-                   basis: RadialBasis | None, pairs: Segments) -> tuple[Tensor, Tensor]:  # fmt: skip
+def encoding_pairs(
+    decay: Tensor,
+    edge_weight: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    images: ImageList,
+    basis: RadialBasis | None,
+    pairs: Segments,
+) -> tuple[Tensor, Tensor]:
     """Periodic spatial encodings of some pairs.  Equations (6) and (7).
 
         alpha_ij = log sum_n exp(-a_i d_ijn²)       beta_ij = W sum_n [exp(-a_i d_ijn²) / exp(alpha_ij)] b(d_ijn)
@@ -179,8 +195,18 @@ def reciprocal(lattice: Tensor) -> Tensor:
     return 2 * math.pi * torch.linalg.inv(lattice).mT
 
 
-def reciprocal_rows(q: Tensor, k: Tensor, v: Tensor, decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor,
-                    crystal: int, atoms: slice, g: Tensor, rows: slice) -> tuple[Tensor]:  # fmt: skip
+def reciprocal_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay_reciprocal: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    crystal: int,
+    atoms: slice,
+    g: Tensor,
+    rows: slice,
+) -> tuple[Tensor]:
     """Attention of some rows of one crystal with the decay in reciprocal space.  Equation (13).
 
         alpha_ij = log max( sum_G exp(-c_i |G|²) cos(G·r_ij), 1e-6 ) + 1.5 log(4 pi c_i) - log V

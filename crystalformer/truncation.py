@@ -4,6 +4,7 @@ All functions take fp64 tensors. `slack` is the logarithm of what a tail is allo
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,8 +32,17 @@ def tail_radius2(t: Tensor, a: float | Tensor, slack: Tensor) -> Tensor:
     return radius2.amin(0).clamp(min=0)
 
 
-def row_cutoff2(weight: Tensor, d2: Tensor, pair: Tensor, pair_row: Tensor, row_crystal: Tensor,
-                outer2: Tensor, beyond: Tensor, tol: float, logit_range: float) -> Tensor:  # fmt: skip
+def row_cutoff2(
+    weight: Tensor,
+    d2: Tensor,
+    pair: Tensor,
+    pair_row: Tensor,
+    row_crystal: Tensor,
+    outer2: Tensor,
+    beyond: Tensor,
+    tol: float,
+    logit_range: float,
+) -> Tensor:
     """The smallest squared cutoff (C), to 1 in 4096, that leaves out at most `tol` of every row's mass.
 
     Equation (12): for content scores in [0, logit_range] chosen by an adversary, the mass that a row leaves out is at
@@ -72,7 +82,7 @@ def pair_cutoff2(weight: Tensor, d2: Tensor, pair: Tensor, outer2: Tensor, beyon
     return _bisect(holds, outer2)
 
 
-def _bisect(holds, high: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _bisect(holds: Callable[[Tensor], Tensor], high: Tensor) -> Tensor:
     """The smallest value in (0, high] at which a monotone condition holds; it is known to hold at `high`."""
     low = torch.zeros_like(high)
     for _ in range(BISECTIONS):
