@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,9 @@ class ImageList:
         return self.col.device
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "ImageList":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(x) for name, x in tensors.items()})
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: function(x) for name, x in tensors.items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageList":
         """The list on another device."""

@@ -36,7 +36,8 @@ def points_in_spheres(t: Tensor, cell: Tensor, center: Tensor, radius2: Tensor) 
         center gives exactly the negative n: IEEE rounding is symmetric, and no operation here is not.
     """
     sphere = torch.arange(len(cell), device=cell.device)
-    x, left, n = center, radius2, []
+    x, left = center, radius2
+    n: list[Tensor] = []
     for axis in range(3):
         step = t[cell[sphere], axis]
         middle = -x[:, axis] / step[:, axis]
