@@ -3,12 +3,14 @@
 from .backends import available_backends
 from .basis import RadialBasis
 from .checks import debug_checks
+from .data import CrystalBatch
 from .functional import periodic_attention, periodic_encoding, reciprocal_attention
 from .images import ImageList, build_images
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrystalBatch",
     "ImageList",
     "RadialBasis",
     "available_backends",

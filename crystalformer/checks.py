@@ -47,7 +47,7 @@ def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tens
     if x.dim() != len(names) or any(s is not None and s != n for s, n in zip(sizes, x.shape, strict=False)):
         wanted = ", ".join(d if s is None or d.isdigit() else f"{d}={s}" for d, s in zip(names, sizes, strict=True))
         raise ValueError(f"{name} must have shape ({wanted}), not {tuple(x.shape)}")
-    known.update(zip(names, x.shape, strict=True))
+    known.update({d: n for d, n in zip(names, x.shape, strict=True) if not d.isdigit()})
     if like is None:
         return
     if x.dtype != like.dtype:

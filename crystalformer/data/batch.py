@@ -1,0 +1,142 @@
+"""A batch of crystals of any sizes, packed without padding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..images import ImageList
+from .structures import NUM_ELEMENTS, Crystal, read_structure
+
+
+@dataclass(eq=False)
+class CrystalBatch:
+    """`N` atoms of `C` crystals in a row.
+
+    Attributes:
+        species: (N,) int64 atomic numbers 1 to 98, or (N,98) floating-point occupancies: a disordered site is a
+            mixture of elements.
+        positions: (N,3), Cartesian, Å.
+        lattice: (C,3,3), rows are the lattice vectors, Å.
+        ptr: (C+1) int64, the first atom of each crystal and, last, N.
+        images: the image list of these crystals, or None until one is built (`Crystalformer.build_images`).
+    """
+
+    species: Tensor
+    positions: Tensor
+    lattice: Tensor
+    ptr: Tensor
+    images: ImageList | None = None
+
+    def __post_init__(self) -> None:
+        known: dict[str, int] = {}
+        checks.check_tensor("positions", self.positions, "N 3", known)
+        checks.check_ptr("ptr", self.ptr, known["N"])
+        known["C"] = len(self.ptr) - 1
+        checks.check_tensor("lattice", self.lattice, "C 3 3", known, like=self.positions)
+        if self.species.is_floating_point():
+            checks.check_tensor("species", self.species, f"N {NUM_ELEMENTS}", known, like=self.positions)
+        else:
+            checks.check_tensor("species", self.species, "N", known)
+            checks.check_dtype("species", self.species, torch.int64)
+            if checks.values_visible(self.species) and known["N"]:
+                low, high = int(self.species.min()), int(self.species.max())
+                if low < 1 or high > NUM_ELEMENTS:
+                    raise ValueError(f"species must be atomic numbers from 1 to {NUM_ELEMENTS}, not {low} to {high}")
+
+    @property
+    def num_atoms(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_crystals(self) -> int:
+        return len(self.ptr) - 1
+
+    def __len__(self) -> int:
+        return self.num_crystals
+
+    @classmethod
+    def from_structures(cls, structures: Sequence[Any], dtype: torch.dtype | None = None) -> "CrystalBatch":
+        """Packs pymatgen Structures and ase Atoms, of any sizes and mixed as you like.
+
+        Args:
+            structures: periodic structures in all three directions, with elements up to californium (98). Sites with
+                fractional occupancies are kept as mixtures.
+            dtype: fp32 or fp64; torch's default dtype if None.
+
+        Raises:
+            TypeError: for anything but pymatgen Structures and ase Atoms.
+            ValueError: for no structures, or one that is not periodic, has no atoms, no volume, an unknown element or
+                a coordinate that is not finite. The message says which.
+        """
+        if hasattr(structures, "lattice") or hasattr(structures, "get_pbc"):
+            raise TypeError("structures must be a list of structures, not a single one: put it into a list")
+        crystals = [read_structure(s, f"structures[{i}]") for i, s in enumerate(structures)]
+        if not crystals:
+            raise ValueError("structures must hold at least one structure, not none")
+        return cls._pack(crystals, dtype or torch.get_default_dtype())
+
+    @classmethod
+    def _pack(cls, crystals: Sequence[Crystal], dtype: torch.dtype) -> "CrystalBatch":
+        ordered = all(x.numbers is not None for x in crystals)
+        species = [torch.from_numpy(x.numbers if ordered else x.occupancies()) for x in crystals]
+        size = torch.tensor([0] + [len(x.positions) for x in crystals])
+        return cls(
+            species=torch.cat(species) if ordered else torch.cat(species).to(dtype),
+            positions=torch.cat([torch.from_numpy(x.positions) for x in crystals]).to(dtype),
+            lattice=torch.stack([torch.from_numpy(x.lattice) for x in crystals]).to(dtype),
+            ptr=size.cumsum(0),
+        )
+
+    @staticmethod
+    def cat(batches: "Sequence[CrystalBatch]") -> "CrystalBatch":
+        """Joins batches in order, with their images if every one has them.
+
+        Raises:
+            ValueError: for no batches.
+        """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("batches must hold at least one CrystalBatch, not none")
+        species = [x.species for x in batches]
+        if len({x.is_floating_point() for x in species}) > 1:
+            species = [x.occupancies() for x in batches]
+        sizes = torch.cat([x.ptr.diff() for x in batches])
+        images = [x.images for x in batches if x.images is not None]
+        return CrystalBatch(
+            species=torch.cat(species),
+            positions=torch.cat([x.positions for x in batches]),
+            lattice=torch.cat([x.lattice for x in batches]),
+            ptr=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)),
+            images=ImageList.cat(images) if len(images) == len(batches) else None,
+        )
+
+    def occupancies(self) -> Tensor:
+        """(N,98) the share of each element in each site."""
+        if self.species.is_floating_point():
+            return self.species
+        one_hot = torch.nn.functional.one_hot(self.species - 1, NUM_ELEMENTS)
+        return one_hot.to(self.positions.dtype)
+
+    def to(self, target: torch.device | str | torch.dtype) -> "CrystalBatch":
+        """The batch on another device, or with its floating-point tensors in another dtype."""
+        if isinstance(target, torch.dtype):
+            return self._map(lambda x: x.to(target) if x.is_floating_point() else x, self.images)
+        return self._map(lambda x: x.to(target), self.images and self.images.to(target))
+
+    def pin_memory(self) -> "CrystalBatch":
+        """The batch in page-locked memory, for copies to a GPU that do not wait."""
+        return self._map(lambda x: x.pin_memory(), self.images and self.images.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor], images: ImageList | None) -> "CrystalBatch":
+        return replace(
+            self,
+            species=function(self.species),
+            positions=function(self.positions),
+            lattice=function(self.lattice),
+            ptr=function(self.ptr),
+            images=images,
+        )
