@@ -1,20 +1,26 @@
 """Infinitely connected attention for crystals, and the Crystalformer model on it."""
 
+__version__ = "0.1.0"
+
+from . import convert
 from .backends import available_backends
 from .basis import RadialBasis
 from .checks import debug_checks
+from .config import CrystalformerConfig
 from .data import CrystalBatch
 from .functional import periodic_attention, periodic_encoding, reciprocal_attention
 from .images import ImageList, build_images
-
-__version__ = "0.1.0"
+from .model import Crystalformer
 
 __all__ = [
     "CrystalBatch",
+    "Crystalformer",
+    "CrystalformerConfig",
     "ImageList",
     "RadialBasis",
     "available_backends",
     "build_images",
+    "convert",
     "debug_checks",
     "periodic_attention",
     "periodic_encoding",

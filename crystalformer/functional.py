@@ -1,6 +1,6 @@
 """The public functions: checked arguments, then one op of the chosen backend."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,35 @@ from .basis import RadialBasis
 from .images import ImageList
 
 
+@overload
+def periodic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    images: ImageList,
+    edge_weight: Tensor | None = ...,
+    basis: RadialBasis | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def periodic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    images: ImageList,
+    edge_weight: Tensor | None = ...,
+    basis: RadialBasis | None = ...,
+    backend: str = ...,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def periodic_attention(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,125 @@
+"""What defines a Crystalformer, apart from its weights."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from . import checks
+
+DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
+
+
+@dataclass(frozen=True)
+class CrystalformerConfig:
+    """The paper's model by default (Taniai et al., ICLR 2024): 853,505 trained numbers.
+
+    Attributes:
+        num_targets: how many properties are predicted.
+        model_dim: width of the atoms' features.
+        num_heads: heads of each attention; model_dim is a multiple of it.
+        num_blocks: attention blocks.
+        ff_dim: hidden width of the feed-forward layers.
+        readout_dims: hidden widths of the layers behind the pooling.
+        dropout: probability, behind both layers of each block.
+        domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
+            the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
+        num_basis: K, functions of the value encoding of real heads; 0 is the paper's simplified model without it.
+        r_max: centre of the last of them, Å; None takes 10 r0.
+        basis_width: their width, in units of their spacing.
+        r0: length scale of the real decay, Å; block l takes entry l modulo the number of entries.
+        r0_reciprocal: that of the reciprocal decay, likewise.
+        decay_bound: b, lower bound of rho(x), so that a >= b / (2 r0²).
+        decay_bound_reciprocal: that of reciprocal heads, so that c >= b r0_reciprocal² / 2.
+        tol: largest fraction of the attention's weight that the truncation may leave out.
+        logit_range: largest difference of content scores for which that is certified; see `build_images`.
+    """
+
+    num_targets: int = 1
+    model_dim: int = 128
+    num_heads: int = 8
+    num_blocks: int = 4
+    ff_dim: int = 512
+    readout_dims: tuple[int, ...] = (128,)
+    dropout: float = 0.0
+    domain: str = "real"
+    num_basis: int = 64
+    r_max: float | None = None
+    basis_width: float = 1.0
+    r0: tuple[float, ...] = (1.4,)
+    r0_reciprocal: tuple[float, ...] = (2.2,)
+    decay_bound: float = 0.5
+    decay_bound_reciprocal: float = 0.5
+    tol: float = 1e-6
+    logit_range: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_targets", "model_dim", "num_heads", "num_blocks", "ff_dim"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("num_basis", self.num_basis, 0)
+        for name in ("readout_dims", "r0", "r0_reciprocal"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or not value:
+                raise TypeError(f"{name} must be a sequence of numbers, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for width in self.readout_dims:
+            _check_integer("readout_dims", width, 1)
+        for name in ("r0", "r0_reciprocal"):
+            for length in getattr(self, name):
+                checks.check_number(name, length)
+        if self.r_max is not None:
+            checks.check_number("r_max", self.r_max)
+        checks.check_number("basis_width", self.basis_width)
+        checks.check_number("decay_bound", self.decay_bound, high=1.0)
+        checks.check_number("decay_bound_reciprocal", self.decay_bound_reciprocal, high=1.0)
+        checks.check_number("tol", self.tol, high=1.0)
+        checks.check_number("logit_range", self.logit_range, closed=True)
+        checks.check_number("dropout", self.dropout, high=1.0, closed=True)
+        if self.domain not in DOMAINS:
+            raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
+        if self.model_dim % self.num_heads:
+            raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
+        if self.domain == "multihead" and self.num_heads % 2:
+            raise ValueError(f"num_heads must be even for domain='multihead', not {self.num_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def decay_min(self) -> float:
+        """The smallest real decay that any block can have, Å^-2: b / (2 r0²)."""
+        return min(self.decay_bound / (2 * self.block_r0(block) ** 2) for block in range(self.num_blocks))
+
+    def block_r0(self, block: int) -> float:
+        return self.r0[block % len(self.r0)]
+
+    def block_r0_reciprocal(self, block: int) -> float:
+        return self.r0_reciprocal[block % len(self.r0_reciprocal)]
+
+    def num_real_heads(self, block: int) -> int:
+        """How many heads of a block decay in real space; they come first."""
+        if self.domain == "real_reciprocal":
+            return self.num_heads if block % 2 == 0 else 0
+        return {"real": self.num_heads, "reciprocal": 0, "multihead": self.num_heads // 2}[self.domain]
+
+    @property
+    def needs_images(self) -> bool:
+        return any(self.num_real_heads(block) for block in range(self.num_blocks))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CrystalformerConfig":
+        """Raises ValueError for names this version does not know."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config must have names among {', '.join(sorted(known))}, not {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _check_integer(name: str, value: Any, smallest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise ValueError(f"{name} must be an integer, at least {smallest}, not {value!r}")

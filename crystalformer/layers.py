@@ -1,0 +1,149 @@
+"""The layers of the Crystalformer."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .basis import RadialBasis
+from .config import CrystalformerConfig
+from .data import CrystalBatch
+from .functional import periodic_attention, reciprocal_attention
+
+# Slope of rho at 0, the paper's positive_func "elu=0.1".
+RHO_SLOPE = 0.1
+
+
+class Decay(nn.Module):
+    """From queries to how fast the attention's weight decays: rho (N,H), larger than a bound b.
+
+        x = (q·w + shift) scale          rho(x) = (1 - b) ELU( 0.1 x / (1 - b) ) + 1
+
+    Equation (8) of docs/math.md. `shift` and `scale` make x of mean 0 and deviation 1 on the batch that `calibrate`
+    sees, and stay as they are afterwards. Before that they are 0 and 1.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        nn.init.normal_(self.weight, std=head_dim**-0.5)
+
+    def score(self, q: Tensor) -> Tensor:
+        """q·w, (N,H), of queries (N,H,D)."""
+        return (q * self.weight).sum(-1)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return (self.score(q) + self.shift) * self.scale
+
+    @torch.no_grad()
+    def calibrate(self, q: Tensor) -> None:
+        score = self.score(q)
+        deviation = score.std()
+        if not deviation > 0:
+            raise ValueError("batch must hold atoms that differ, to calibrate on, but all have the same features")
+        self.shift.copy_(-score.mean())
+        self.scale.copy_(1 / deviation)
+
+
+def rho(x: Tensor, bound: float) -> Tensor:
+    """(1 - b) ELU(0.1 x / (1 - b)) + 1, positive and larger than the bound b."""
+    return (1 - bound) * F.elu(x * (RHO_SLOPE / (1 - bound))) + 1
+
+
+class PeriodicAttention(nn.Module):
+    """Multi-head infinitely connected attention; the first heads in real space, the rest in reciprocal space."""
+
+    def __init__(self, config: CrystalformerConfig, block: int, backend: str) -> None:
+        super().__init__()
+        dim, heads, head_dim = config.model_dim, config.num_heads, config.head_dim
+        self.num_heads, self.num_real = heads, config.num_real_heads(block)
+        self.r0, self.r0_reciprocal = config.block_r0(block), config.block_r0_reciprocal(block)
+        self.bound, self.bound_reciprocal = config.decay_bound, config.decay_bound_reciprocal
+        self.tol, self.backend = config.tol, backend
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.decay = Decay(heads, head_dim)
+        self.basis: RadialBasis | None = None
+        self.edge_weight: nn.Parameter | None = None
+        if config.num_basis and self.num_real:
+            self.basis = RadialBasis(config.num_basis, config.r_max or 10 * self.r0, config.basis_width)
+            self.edge_weight = nn.Parameter(torch.empty(self.num_real, head_dim, config.num_basis))
+        self.reset_parameters(config)
+
+    def reset_parameters(self, config: CrystalformerConfig) -> None:
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        if self.edge_weight is not None:
+            # Xavier over (heads · head_dim, K) with gain K^-1/2, as in the paper's code.
+            num_basis = config.num_basis
+            bound = (6 / (num_basis + config.model_dim) / num_basis) ** 0.5
+            nn.init.uniform_(self.edge_weight, -bound, bound)
+
+    def forward(self, x: Tensor, batch: CrystalBatch) -> Tensor:
+        """(N,model_dim) to (N,model_dim)."""
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        score = self.decay(q)
+        real, reciprocal = slice(0, self.num_real), slice(self.num_real, self.num_heads)
+        outputs = []
+        if self.num_real:
+            assert batch.images is not None
+            a = rho(score[:, real], self.bound) / (2 * self.r0**2)
+            heads = (q[:, real], k[:, real], v[:, real], a)
+            geometry = (batch.positions, batch.lattice, batch.images)
+            outputs.append(periodic_attention(*heads, *geometry, self.edge_weight, self.basis, self.backend))
+        if self.num_real < self.num_heads:
+            unit = self.r0_reciprocal**2 / 2
+            c = rho(score[:, reciprocal], self.bound_reciprocal) * unit
+            heads = (q[:, reciprocal], k[:, reciprocal], v[:, reciprocal], c)
+            crystal = (batch.positions, batch.lattice, batch.ptr)
+            decay_min = self.bound_reciprocal * unit
+            outputs.append(reciprocal_attention(*heads, *crystal, self.tol, self.backend, decay_min))
+        return self.out_proj(torch.cat(outputs, 1).flatten(1))
+
+    def calibrate(self, x: Tensor) -> None:
+        self.decay.calibrate(self.q_proj(x).unflatten(-1, (self.num_heads, -1)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with residuals and no normalisation, initialised by T-Fixup (Huang et al., 2020)."""
+
+    def __init__(self, config: CrystalformerConfig, block: int, backend: str) -> None:
+        super().__init__()
+        self.attention = PeriodicAttention(config, block, backend)
+        self.linear1 = nn.Linear(config.model_dim, config.ff_dim)
+        self.linear2 = nn.Linear(config.ff_dim, config.model_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        with torch.no_grad():
+            for linear in (self.linear1, self.linear2, self.attention.v_proj, self.attention.out_proj):
+                linear.weight *= 0.67 * config.num_blocks**-0.25
+
+    def forward(self, x: Tensor, batch: CrystalBatch) -> Tensor:
+        x = x + self.dropout(self.attention(x, batch))
+        return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+
+
+class Embedding(nn.Module):
+    """A learnt feature of each element; a mixture of elements has the mixture of theirs."""
+
+    def __init__(self, num_elements: int, config: CrystalformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_elements, config.model_dim))
+        nn.init.normal_(self.weight, std=config.model_dim**-0.5 * (9 * config.num_blocks) ** -0.25)
+
+    def forward(self, species: Tensor) -> Tensor:
+        """(N,model_dim) of atomic numbers (N,) or occupancies (N,98)."""
+        return species @ self.weight if species.is_floating_point() else self.weight[species - 1]
+
+
+def mean_pool(x: Tensor, ptr: Tensor) -> Tensor:
+    """(C,d), the mean of x (N,d) over each crystal, as a matrix product: deterministic and differentiable twice."""
+    atom = torch.arange(len(x), device=x.device)
+    member = (atom >= ptr[:-1, None]) & (atom < ptr[1:, None])
+    return member.to(x.dtype) @ x / ptr.diff()[:, None]

@@ -1,0 +1,132 @@
+"""The Crystalformer (Taniai et al., ICLR 2024): a crystal in, its properties out."""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__ as version
+from .config import CrystalformerConfig
+from .data import NUM_ELEMENTS, CrystalBatch
+from .images import ImageList, build_images
+from .layers import Block, Embedding, mean_pool
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class Crystalformer(nn.Module):
+    """Predicts properties of crystals.
+
+        batch = CrystalBatch.from_structures(structures)
+        model.calibrate(batch)                      # once, before training
+        out = model(batch)                          # (C, num_targets)
+
+    Args:
+        config: sizes and physics; the paper's by default.
+        backend: of the attention; see `periodic_attention`.
+    """
+
+    def __init__(self, config: CrystalformerConfig | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config = config or CrystalformerConfig()
+        self.embedding = Embedding(NUM_ELEMENTS, config)
+        self.blocks = nn.ModuleList(Block(config, block, backend) for block in range(config.num_blocks))
+        widths = (config.model_dim, *config.readout_dims)
+        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], config.num_targets))
+
+    def forward(self, batch: CrystalBatch) -> Tensor:
+        """(C, num_targets), the predictions for the crystals of the batch."""
+        return self.readout(mean_pool(self.encode(batch), batch.ptr))
+
+    def encode(self, batch: CrystalBatch) -> Tensor:
+        """(N, model_dim), the atoms' features behind the last block."""
+        batch = self._with_images(batch)
+        x = self.embedding(batch.species)
+        for block in self.blocks:
+            x = block(x, batch)
+        return x
+
+    @torch.no_grad()
+    def calibrate(self, batch: CrystalBatch) -> None:
+        """Sets the shift and scale of every block's decay from a batch (see `Decay`): once, before training.
+
+        Raises:
+            ValueError: if all atoms of the batch have the same features.
+        """
+        batch = self._with_images(batch)
+        x = self.embedding(batch.species)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.calibrate(x)
+            x = block(x, batch)
+
+    @torch.no_grad()
+    def rescale_(self, mean: Tensor, deviation: Tensor) -> "Crystalformer":
+        """Makes the predictions y into y·deviation + mean, in place: from standardised targets to their units.
+
+        Args:
+            mean, deviation: (num_targets), of the targets that the model was trained on.
+        """
+        last = self.readout[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.mul_(deviation[:, None])
+        last.bias.mul_(deviation).add_(mean)
+        return self
+
+    def build_images(self, batch: CrystalBatch) -> ImageList:
+        """The image list that this model certifies for these crystals; keep it in `batch.images` to build it once."""
+        config = self.config
+        return build_images(batch.positions, batch.lattice, batch.ptr, config.decay_min, config.tol, config.logit_range)
+
+    def _with_images(self, batch: CrystalBatch) -> CrystalBatch:
+        if not isinstance(batch, CrystalBatch):
+            raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
+        if not self.config.needs_images:
+            return batch
+        images = batch.images
+        if images is None:
+            images = self.build_images(batch)
+        elif images.decay_min is not None and images.decay_min > self.config.decay_min * (1 + 1e-9):
+            raise ValueError(
+                f"batch.images must be certified for decays down to decay_min={self.config.decay_min:g}, "
+                f"as the model's, not down to {images.decay_min:g}"
+            )
+        return CrystalBatch(batch.species, batch.positions, batch.lattice, batch.ptr, images)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes config.json and model.safetensors into the folder `path`, made if missing."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CONFIG_FILE).write_text(self.config.to_json())
+        weights = {name: x.contiguous() for name, x in self.state_dict().items()}
+        save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt", "crystalformer": version})
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, backend: str = "auto") -> "Crystalformer":
+        """The model that `save_pretrained` wrote into the folder `path`, in eval mode.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if they do not fit this version or each other.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (path / name).is_file():
+                raise FileNotFoundError(
+                    f"path must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}: no {path / name}"
+                )
+        model = cls(CrystalformerConfig.from_dict(json.loads((path / CONFIG_FILE).read_text())), backend)
+        weights = load_file(path / WEIGHTS_FILE)
+        model.to(next(iter(weights.values())).dtype)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"path must hold weights that fit its {CONFIG_FILE}: {path}: {error}") from error
+        return model.eval()
