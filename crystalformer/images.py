@@ -22,8 +22,8 @@ class ImageList:
     """The images e = (i, j, n) of all atoms: atom j of the same crystal, moved by n lattice vectors, seen from atom i.
 
     Row i holds the images of atom i, sorted by (j, n). The list is symmetric: with (i, j, n) it holds (j, i, -n). It
-    holds each atom itself, (i, i, 0). It describes which images there are, not where: the same list serves while
-    positions and lattice move a little, and gradients flow through them, not through the list.
+    holds each atom itself, (i, i, 0). It says which images there are, not where: gradients flow through positions and
+    lattice, not through the list. The certificate holds for the geometry that the list was built for.
 
     Attributes:
         row_ptr: (N+1) int64, row i is the entries row_ptr[i] to row_ptr[i+1].
@@ -126,7 +126,7 @@ def build_images(
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
-    decay_min: float = 0.1276,
+    decay_min: float = 0.1275,
     tol: float = 1e-6,
     logit_range: float = 4.0,
     cutoff: float | None = None,
@@ -143,7 +143,8 @@ def build_images(
         positions: (N,3) fp32 or fp64, Cartesian, Å. Atoms may lie outside the cell.
         lattice: (C,3,3), rows are the lattice vectors, Å. Either handedness.
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
-        decay_min: smallest decay a that will be used, Å^-2. The default is that of the paper's model, 0.5/(2·1.4²).
+        decay_min: smallest decay a that will be used, Å^-2. The default serves the paper's model, whose decays are
+            at least 0.5/(2·1.4²) = 0.12755.
         tol: largest fraction of the attention's weight that may be left out.
         logit_range: largest difference between the content scores of an atom.
         cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff.
@@ -152,7 +153,7 @@ def build_images(
             it. Pairs have cutoffs of their own, and far pairs are there. Not with `cutoff`.
 
     Returns:
-        ImageList on the device of positions, the same for the same geometry, bit for bit.
+        ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -160,7 +161,7 @@ def build_images(
     positions, lattice = _check_geometry(positions, lattice, ptr)
     a = checks.check_number("decay_min", decay_min)
     tol = checks.check_number("tol", tol, high=1.0)
-    logit_range = checks.check_number("logit_range", logit_range, closed=True)
+    logit_range = checks.check_number("logit_range", logit_range, high=100.0, closed=True)
     if cutoff is not None:
         cutoff = checks.check_number("cutoff", cutoff)
         if every_pair:
@@ -180,16 +181,15 @@ def build_images(
 
     everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
-
-        def log_beyond_pair(p: Tensor) -> Tensor:
-            return slack[pairs.crystal(p)] - a * pairs.near_image2(p)
-
+        # A pair's weights are taken relative to that of an image near to its nearest: far pairs would underflow.
         def outer2_pair(p: Tensor) -> Tensor:
-            return tail_radius2(t[pairs.crystal(p)], a, log_beyond_pair(p))
+            c = pairs.crystal(p)
+            return tail_radius2(t[c], a, slack[c] - a * pairs.near_image2(p))
 
         pair, n, d2 = pairs.images(outer2_pair)
-        beyond = pairs.map(log_beyond_pair).exp()
-        chosen = pair_cutoff2(torch.exp(-a * d2), d2, pair, pairs.map(outer2_pair), beyond, tol)
+        weight = torch.exp(a * (pairs.map(pairs.near_image2)[pair] - d2))
+        beyond = slack.exp()[pairs.crystal(everyone)]
+        chosen = pair_cutoff2(weight, d2, pair, pairs.map(outer2_pair), beyond, tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
         longest = torch.zeros_like(size).scatter_reduce_(0, pairs.crystal(everyone), chosen, "amax").sqrt()

@@ -79,9 +79,11 @@ def chunks(ptr: Tensor, elements_per_segment: int) -> Iterator[Segments]:
 
 
 def displacement(positions: Tensor, lattice: Tensor, crystal: Tensor, i: Tensor, j: Tensor, shift: Tensor) -> Tensor:
-    """r = p_j + n·L - p_i, (..., 3), Å, of images given by i, j (...) and n (..., 3).  Equation (1)."""
-    translation = (shift.to(positions.dtype)[..., None, :] @ lattice[crystal[i]]).squeeze(-2)
-    return positions[j] + translation - positions[i]
+    """r = (p_j - p_i) + n·L, (..., 3), Å, of images given by i, j (...) and n (..., 3).  Equation (1).
+
+    In this order the image (j, i, -n) has exactly the negative r.
+    """
+    return positions[j] - positions[i] + (shift.to(positions.dtype)[..., None, :] @ lattice[crystal[i]]).squeeze(-2)
 
 
 def root(d2: Tensor) -> Tensor:
@@ -286,7 +288,8 @@ def reciprocal_terms(
     weight = both * torch.exp(-c * vectors.square().sum(-1))
     total = (weight * phase_i.cos()[:, None]) @ phase_j.cos().mT + (weight * phase_i.sin()[:, None]) @ phase_j.sin().mT
     alpha = total.clamp(min=RECIPROCAL_CLAMP).log() + 1.5 * (4 * math.pi * c).log()
-    alpha = alpha - torch.linalg.det(cell).abs().log()
+    # Not linalg.det: inside torch.func its second derivative goes through an SVD, which is NaN for a cubic cell.
+    alpha = alpha - (torch.linalg.cross(cell[0], cell[1]) * cell[2]).sum().abs().log()
     score = torch.einsum("ihd,jhd->ihj", q[rows], k[atoms]) / math.sqrt(q.shape[-1]) + alpha
     return ReciprocalTerms(vectors, phase_i, phase_j, weight, total, score)
 
