@@ -1,1 +1,22 @@
-"""Triton kernels, one file per op, named as in `crystalformer`. Installed as `crystalformer.kernels`."""
+"""Triton kernels, one file per op, named as in `crystalformer`. Installed as `crystalformer.kernels`.
+
+Importing this implements the operators `crystalformer::triton_*` for CUDA tensors, and for CPU tensors where the kernels
+run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported).
+"""
+
+import torch
+from triton.runtime import JITFunction
+
+from .attention_bwd import attention_backward
+from .attention_fwd import attention, attention_fwd
+from .images import pack
+
+INTERPRETED = not isinstance(attention_fwd, JITFunction)
+OPERATORS = {
+    "layout": pack,
+    "attention": attention,
+    "attention_backward": attention_backward,
+}
+
+for _name, _function in OPERATORS.items():
+    torch.library.impl(f"crystalformer::triton_{_name}", ("cuda", "cpu") if INTERPRETED else "cuda")(_function)

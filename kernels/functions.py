@@ -1,0 +1,59 @@
+"""What the kernels share: constants, loads of one atom or of a group's atoms, and a matrix product exact to fp32.
+
+Names in all kernels: i_ an index, p_ a pointer, m_ a mask. BH, BD, BV, BK are H, D, Dv, K padded to powers of two; in a
+tile, BG groups of G images of one pair are BE = BG·G images. Scores are in units of log 2 and distances in units in
+which b(d) = 2^-(x - mu)²: exp2 is one instruction, exp is not.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_heads(p, i, H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
+    """x[i] of x (N,H,D): [BH, BD] of one atom, zero in the padding."""
+    h = tl.arange(0, BH)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    return tl.load(p + i * (H * D) + h * D + d, mask=(h < H) & (d < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_columns(p, i, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
+    """x[i]ᵀ of x (N,H,K): [BK, BH], zero in the padding."""
+    h = tl.arange(0, BH)[None, :]
+    k = tl.arange(0, BK)[:, None]
+    return tl.load(p + i * (H * K) + h * K + k, mask=(h < H) & (k < K), other=0.0)
+
+
+@triton.jit
+def gather_heads(p, j, H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
+    """x[j] of x (N,H,D) and j [BG]: [BG, BH, BD], zero in the padding."""
+    h = tl.arange(0, BH)[None, :, None]
+    d = tl.arange(0, BD)[None, None, :]
+    return tl.load(p + j[:, None, None] * (H * D) + h * D + d, mask=(h < H) & (d < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def high(x):
+    """x cut to the 10 bits of fraction that tf32 has, so that both it and the rest enter a product without rounding."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(x, y, total):
+    """total + x @ y in three tf32 products; what they leave out, low·low, is below fp32's rounding."""
+    x_high = high(x)
+    y_high = high(y)
+    total = tl.dot(x - x_high, y_high, total, input_precision="tf32")
+    total = tl.dot(x_high, y - y_high, total, input_precision="tf32")
+    return tl.dot(x_high, y_high, total, input_precision="tf32")
+
+
+@triton.jit
+def basis(x, mu):
+    """b [n, m] = 2^-(x - mu)² of x - mu = t [n, m]; t comes with it, for the derivative."""
+    t = x - mu
+    return tl.exp2((t * t) * -1.0), t

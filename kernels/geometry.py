@@ -1,0 +1,100 @@
+"""Gradients of positions and lattice from the force f_e of each image: dr_e = f_e r_e.  Equations (B9) and (B10)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crystalformer.images import crystal_of_atom
+
+from .images import Layout
+
+BLOCK_ATOMS = 64
+
+
+@triton.jit
+def geometry_rows(
+    positions_p,
+    lattice_p,
+    crystal_p,
+    row_p,
+    col_p,
+    shift_p,
+    place_p,
+    mirror_p,
+    force_p,
+    d_positions_p,
+    d_cell_p,
+    BE: tl.constexpr,
+):
+    """Of one atom: dp = -sum_e (f_e + f_mirror) r_e, and its share sum_e n ⊗ f_e r_e of dL."""
+    i = tl.program_id(0).to(tl.int64)
+    xyz = tl.arange(0, 4)
+    m_xyz = xyz < 3
+    e = tl.arange(0, BE)
+    cell_p = lattice_p + tl.load(crystal_p + i) * 9
+    last = tl.load(row_p + i + 1)
+    own = tl.load(positions_p + i * 3 + xyz, mask=m_xyz, other=0.0)
+    l_0 = tl.load(cell_p + xyz, mask=m_xyz, other=0.0)
+    l_1 = tl.load(cell_p + 3 + xyz, mask=m_xyz, other=0.0)
+    l_2 = tl.load(cell_p + 6 + xyz, mask=m_xyz, other=0.0)
+    d_position = tl.zeros((BE, 4), tl.float32)
+    d_0 = tl.zeros((BE, 4), tl.float32)
+    d_1 = tl.zeros((BE, 4), tl.float32)
+    d_2 = tl.zeros((BE, 4), tl.float32)
+    for start in range(tl.load(row_p + i), last, BE):
+        at = start + e
+        m_e = at < last
+        j = tl.load(col_p + at, mask=m_e, other=0).to(tl.int64)
+        n_0 = tl.load(shift_p + at * 3, mask=m_e, other=0).to(tl.float32)[:, None]
+        n_1 = tl.load(shift_p + at * 3 + 1, mask=m_e, other=0).to(tl.float32)[:, None]
+        n_2 = tl.load(shift_p + at * 3 + 2, mask=m_e, other=0).to(tl.float32)[:, None]
+        f = tl.load(force_p + tl.load(place_p + at, mask=m_e, other=0), mask=m_e, other=0.0)[:, None]
+        f_mirror = tl.load(force_p + tl.load(mirror_p + at, mask=m_e, other=0), mask=m_e, other=0.0)[:, None]
+        m_j = m_e[:, None] & m_xyz[None, :]
+        r = tl.load(positions_p + j[:, None] * 3 + xyz[None, :], mask=m_j, other=0.0) - own[None, :]
+        r += n_0 * l_0[None, :] + n_1 * l_1[None, :] + n_2 * l_2[None, :]  # [BE, 4]
+        d_position -= (f + f_mirror) * r
+        d_0 += n_0 * f * r
+        d_1 += n_1 * f * r
+        d_2 += n_2 * f * r
+    tl.store(d_positions_p + i * 3 + xyz, tl.sum(d_position, 0), mask=m_xyz)
+    tl.store(d_cell_p + i * 9 + xyz, tl.sum(d_0, 0), mask=m_xyz)
+    tl.store(d_cell_p + i * 9 + 3 + xyz, tl.sum(d_1, 0), mask=m_xyz)
+    tl.store(d_cell_p + i * 9 + 6 + xyz, tl.sum(d_2, 0), mask=m_xyz)
+
+
+@triton.jit
+def geometry_cells(d_cell_p, ptr_p, d_lattice_p, BA: tl.constexpr):
+    """dL of one crystal: the sum of its atoms' shares."""
+    c = tl.program_id(0).to(tl.int64)
+    x = tl.arange(0, 16)
+    last = tl.load(ptr_p + c + 1)
+    total = tl.zeros((BA, 16), tl.float32)
+    for start in range(tl.load(ptr_p + c), last, BA):
+        i = start + tl.arange(0, BA)
+        mask = (i < last)[:, None] & (x < 9)[None, :]
+        total += tl.load(d_cell_p + i[:, None] * 9 + x[None, :], mask=mask, other=0.0)
+    tl.store(d_lattice_p + c * 9 + x, tl.sum(total, 0), mask=x < 9)
+
+
+def spread(
+    force: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    shift: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of positions and lattice, from f at the places of a layout."""
+    crystal = crystal_of_atom(ptr, len(positions))
+    d_positions, d_cell = torch.empty_like(positions), positions.new_empty(len(positions), 9)
+    d_lattice = torch.empty_like(lattice)
+    geometry_rows[(len(positions),)](
+        positions, lattice, crystal, row_ptr, col, shift, layout.place, layout.mirror, force, d_positions, d_cell,
+        BE=32, num_warps=1,
+    )  # fmt: skip
+    geometry_cells[(len(lattice),)](d_cell, ptr, d_lattice, BA=BLOCK_ATOMS, num_warps=1)
+    return d_positions, d_lattice
