@@ -188,8 +188,7 @@ def build_images(
             return tail_radius2(t[pairs.crystal(p)], a, log_beyond_pair(p))
 
         pair, n, d2 = pairs.images(outer2_pair)
-        beyond = pairs.map(log_beyond_pair).exp()
-        chosen = pair_cutoff2(torch.exp(-a * d2), d2, pair, pairs.map(outer2_pair), beyond, tol)
+        chosen = pair_cutoff2(a, d2, pair, pairs.map(outer2_pair), pairs.map(log_beyond_pair), tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
         longest = torch.zeros_like(size).scatter_reduce_(0, pairs.crystal(everyone), chosen, "amax").sqrt()

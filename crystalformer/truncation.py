@@ -68,11 +68,16 @@ def row_cutoff2(
     return _bisect(holds, outer2)
 
 
-def pair_cutoff2(weight: Tensor, d2: Tensor, pair: Tensor, outer2: Tensor, beyond: Tensor, tol: float) -> Tensor:
+def pair_cutoff2(a: float, d2: Tensor, pair: Tensor, outer2: Tensor, log_beyond: Tensor, tol: float) -> Tensor:
     """The smallest squared cutoff (P) of each pair, to 1 in 4096, that leaves at most `tol` of the pair's own sum.
 
-    Args: as `row_cutoff2`, `outer2` and `beyond` per pair.
+    Weights are taken relative to the pair's nearest image: half a long cell away, exp(-a d²) itself is zero in fp64.
+
+    Args: as `row_cutoff2`, `outer2` and the logarithm of `beyond` per pair; every pair has an image.
     """
+    nearest2 = torch.full_like(outer2, math.inf).scatter_reduce_(0, pair, d2, "amin")
+    weight = torch.exp(-a * (d2 - nearest2[pair]))
+    beyond = torch.exp(log_beyond + a * nearest2)
     whole = torch.zeros_like(outer2).index_add_(0, pair, weight)
 
     def holds(cutoff2: Tensor) -> Tensor:
