@@ -13,8 +13,9 @@ from .truncation import BEYOND, pair_cutoff2, row_cutoff2, tail_radius2
 
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
 PAIRS_AT_ONCE = 1 << 18
-# An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å).
-CUTOFF_SLACK = 1e-8
+# An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å): coordinates of
+# 500 Å in fp32 are known to 3e-5.
+CUTOFF_SLACK = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,8 @@ def build_images(
         decay_min: smallest decay a that will be used, Å^-2. The default is that of the paper's model, 0.5/(2·1.4²).
         tol: largest fraction of the attention's weight that may be left out.
         logit_range: largest difference between the content scores of an atom.
-        cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff.
+        cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff, and those within 1e-4 Å beyond,
+            so that rounding never breaks a shell.
         every_pair: keep, for every pair of atoms, what the pair's own sum needs: the part of
             sum_n exp(-a d_ijn²) left out is at most `tol` of it, for every a >= decay_min. `periodic_encoding` needs
             it. Pairs have cutoffs of their own, and far pairs are there. Not with `cutoff`.
