@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .lattice import gaussian_sum_bound
 
-# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated.
-BEYOND = 0.1
+# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. A cutoff
+# that would leave out more than the rest of `tol` goes on to the next shell, which steep decays have far apart.
+BEYOND = 0.01
 # Trial values of b/a in the bound exp(-(a-b) R²) sum exp(-b d²); the best is taken.
 SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
 # The cutoff is bisected to this fraction of the squared outer radius.

@@ -140,7 +140,7 @@ def shortest_cutoff(positions: Tensor, lattice: Tensor, decay: float, tol: float
     return float(shells[high])
 
 
-@pytest.mark.parametrize(("decay", "tol"), [(0.1276, 1e-6), (0.05, 1e-3), (0.3, 1e-10)])
+@pytest.mark.parametrize(("decay", "tol"), [(0.1276, 1e-6), (0.05, 1e-3), (0.3, 1e-10), (1.0, 1e-6)])
 def test_the_cutoff_is_at_most_ten_percent_too_long(decay: float, tol: float) -> None:
     structures = aflow_prototypes(limit=100, max_atoms=24)
     assert len(structures) == 100
