@@ -11,6 +11,8 @@ from . import checks
 from .lattice import points_in_spheres, triangular
 from .truncation import BEYOND, pair_cutoff2, row_cutoff2, tail_radius2
 
+# Content scores further apart than this would have to be weighed against numbers that fp64 does not hold.
+MAX_LOGIT_RANGE = 500.0
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
 PAIRS_AT_ONCE = 1 << 18
 # An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å): coordinates of
@@ -146,7 +148,7 @@ def build_images(
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
         decay_min: smallest decay a that will be used, Å^-2. The default is that of the paper's model, 0.5/(2·1.4²).
         tol: largest fraction of the attention's weight that may be left out.
-        logit_range: largest difference between the content scores of an atom.
+        logit_range: largest difference between the content scores of an atom, below 500.
         cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff, and those within 1e-4 Å beyond,
             so that rounding never breaks a shell.
         every_pair: keep, for every pair of atoms, what the pair's own sum needs: the part of
@@ -162,7 +164,7 @@ def build_images(
     positions, lattice = _check_geometry(positions, lattice, ptr)
     a = checks.check_number("decay_min", decay_min)
     tol = checks.check_number("tol", tol, high=1.0)
-    logit_range = checks.check_number("logit_range", logit_range, closed=True)
+    logit_range = checks.check_number("logit_range", logit_range, high=MAX_LOGIT_RANGE, closed=True)
     if cutoff is not None:
         cutoff = checks.check_number("cutoff", cutoff)
         if every_pair:

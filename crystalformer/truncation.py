@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .lattice import gaussian_sum_bound
 
-# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. A cutoff
-# that would leave out more than the rest of `tol` goes on to the next shell, which steep decays have far apart.
+# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. A shell
+# that leaves out just this little less than `tol` is not taken for the last, and with a steep decay the next is far.
 BEYOND = 0.01
 # Trial values of b/a in the bound exp(-(a-b) R²) sum exp(-b d²); the best is taken.
 SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
