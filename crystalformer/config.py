@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import checks
+from .truncation import MAX_LOGIT_RANGE
 
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 
@@ -74,7 +75,7 @@ class CrystalformerConfig:
         checks.check_number("decay_bound", self.decay_bound, high=1.0)
         checks.check_number("decay_bound_reciprocal", self.decay_bound_reciprocal, high=1.0)
         checks.check_number("tol", self.tol, high=1.0)
-        checks.check_number("logit_range", self.logit_range, high=100.0, closed=True)
+        checks.check_number("logit_range", self.logit_range, high=MAX_LOGIT_RANGE, closed=True)
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")

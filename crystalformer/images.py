@@ -9,12 +9,13 @@ from torch import Tensor
 
 from . import checks
 from .lattice import points_in_spheres, triangular
-from .truncation import BEYOND, pair_cutoff2, row_cutoff2, tail_radius2
+from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
 PAIRS_AT_ONCE = 1 << 18
-# An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å).
-CUTOFF_SLACK = 1e-8
+# An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å): coordinates of
+# 500 Å in fp32 are known to 3e-5.
+CUTOFF_SLACK = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +149,9 @@ def build_images(
         decay_min: smallest decay a that will be used, Å^-2. The default serves the paper's model, whose decays are
             at least 0.5/(2·1.4²) = 0.12755.
         tol: largest fraction of the attention's weight that may be left out.
-        logit_range: largest difference between the content scores of an atom.
-        cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff.
+        logit_range: largest difference between the content scores of an atom, below 500.
+        cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff, and those within 1e-4 Å beyond,
+            so that rounding never breaks a shell.
         every_pair: keep, for every pair of atoms, what the pair's own sum needs: the part of
             sum_n exp(-a d_ijn²) left out is at most `tol` of it, for every a >= decay_min. `periodic_encoding` needs
             it. Pairs have cutoffs of their own, and far pairs are there. Not with `cutoff`.
@@ -163,7 +165,7 @@ def build_images(
     positions, lattice = _check_geometry(positions, lattice, ptr)
     a = checks.check_number("decay_min", decay_min)
     tol = checks.check_number("tol", tol, high=1.0)
-    logit_range = checks.check_number("logit_range", logit_range, high=100.0, closed=True)
+    logit_range = checks.check_number("logit_range", logit_range, high=MAX_LOGIT_RANGE, closed=True)
     if cutoff is not None:
         cutoff = checks.check_number("cutoff", cutoff)
         if every_pair:

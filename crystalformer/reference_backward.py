@@ -1,4 +1,4 @@
-"""The derivatives of `reference`, written out.  Equations (B1) to (B9) of docs/math.md.
+"""The derivatives of `reference`, written out.  Equations (B2) to (B12) of docs/math.md.
 
 Each function takes the gradients of the outputs, the inputs, the outputs and the settings of one part, and adds the
 part's share to `totals`: the gradients of all inputs, the last two of them, of positions and lattice, empty when
@@ -32,7 +32,7 @@ Tensors = Sequence[Tensor]
 def add_displacement(
     d_positions: Tensor, d_lattice: Tensor, dr: Tensor, i: Tensor, j: Tensor, crystal: Tensor, shift: Tensor
 ) -> None:
-    """Shares out the gradient dr (..., 3) of r = p_j + n·L - p_i.  Equation (B7)."""
+    """Shares out the gradient dr (..., 3) of r = p_j + n·L - p_i.  Equation (B9)."""
     d_positions.index_add_(0, j.flatten(), dr.flatten(0, -2))
     d_positions.index_add_(0, i.flatten(), -dr.flatten(0, -2))
     outer = shift.to(dr.dtype)[..., :, None] * dr[..., None, :]
@@ -45,7 +45,7 @@ def times_basis(u: Tensor, d2: Tensor, basis: RadialBasis | None) -> Tensor:
 
 
 def along_r(u: Tensor, d2: Tensor, basis: RadialBasis | None, p: Tensor, a_ds: Tensor) -> Tensor:
-    """f (n,m), where f r is the gradient of r: f = (dd_e)/d = -2 sum_h a ds + sum_h p u·b'(d)/d.  Equation (B6).
+    """f (n,m), where f r is the gradient of r: f = (dd_e)/d = -2 sum_h a ds + sum_h p u·b'(d)/d.  Equation (B8).
 
     At d = 0 the second term is zero: an atom's distance to itself does not change.
 
@@ -69,7 +69,7 @@ def attention_rows_backward(
     basis: RadialBasis | None,
     rows: Segments,
 ) -> None:
-    """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B1) to (B7)."""
+    """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B2) to (B9)."""
     (g, g_lse, u), (q, k, v, decay, positions, lattice), (o, lse, c) = grads, inputs, outputs
     dq, dk, dv, d_decay, d_positions, d_lattice = totals
     x = row_images(positions, lattice, images, rows)
@@ -100,7 +100,7 @@ def encoding_pairs_backward(
     basis: RadialBasis | None,
     pairs: Segments,
 ) -> None:
-    """ds_e = p_e (g_alpha + u_ij·(b_e - c_ij)), p_e the share of image e in its own pair.  Equation (B8)."""
+    """ds_e = p_e (g_alpha + u_ij·(b_e - c_ij)), p_e the share of image e in its own pair.  Equation (B11)."""
     (g_alpha, g_beta), (decay, edge_weight, positions, lattice), (alpha, _) = grads, inputs, outputs
     d_decay, d_edge_weight, d_positions, d_lattice = totals
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
@@ -124,7 +124,7 @@ def encoding_pairs_backward(
 def reciprocal_rows_backward(
     grads: Tensors, inputs: Tensors, outputs: Tensors, totals: Tensors, geometry: bool, **settings: Any
 ) -> None:
-    """Dense attention with alpha = log T + ..., T = sum_G w cos(G·r): dT = ds / T unclamped.  Equation (B9).
+    """Dense attention with alpha = log T + ..., T = sum_G w cos(G·r): dT = ds / T unclamped.  Equation (B12).
 
     The terms of alpha that do not depend on j leave the softmax as it is, so they have no gradient.
     """

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from .lattice import gaussian_sum_bound
 
-# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated.
-BEYOND = 0.1
+# Content scores further apart than this would have to be weighed against numbers that fp64 does not hold.
+MAX_LOGIT_RANGE = 500.0
+# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. A shell
+# that leaves out just this little less than `tol` is not taken for the last, and with a steep decay the next is far.
+BEYOND = 0.01
 # Trial values of b/a in the bound exp(-(a-b) R²) sum exp(-b d²); the best is taken.
 SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
 # The cutoff is bisected to this fraction of the squared outer radius.
@@ -71,7 +74,8 @@ def row_cutoff2(
 def pair_cutoff2(weight: Tensor, d2: Tensor, pair: Tensor, outer2: Tensor, beyond: Tensor, tol: float) -> Tensor:
     """The smallest squared cutoff (P) of each pair, to 1 in 4096, that leaves at most `tol` of the pair's own sum.
 
-    Args: as `row_cutoff2`, `outer2` and `beyond` per pair.
+    Args: as `row_cutoff2`, `outer2` and `beyond` per pair, `weight` and `beyond` relative to any one image of the pair:
+        half a long cell away, exp(-a d²) itself is zero in fp64.
     """
     whole = torch.zeros_like(outer2).index_add_(0, pair, weight)
 

@@ -1,6 +1,6 @@
 """A batch of crystals of any sizes, packed without padding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,10 +34,11 @@ class CrystalBatch:
     def __post_init__(self) -> None:
         known: dict[str, int] = {}
         checks.check_tensor("positions", self.positions, "N 3", known)
+        checks.check_dtype("positions", self.positions, torch.float32, torch.float64)
         checks.check_ptr("ptr", self.ptr, known["N"])
         known["C"] = len(self.ptr) - 1
         checks.check_tensor("lattice", self.lattice, "C 3 3", known, like=self.positions)
-        if self.species.is_floating_point():
+        if isinstance(self.species, Tensor) and self.species.is_floating_point():
             checks.check_tensor("species", self.species, f"N {NUM_ELEMENTS}", known, like=self.positions)
         else:
             checks.check_tensor("species", self.species, "N", known)
@@ -72,8 +73,10 @@ class CrystalBatch:
             ValueError: for no structures, or one that is not periodic, has no atoms, no volume, an unknown element or
                 a coordinate that is not finite. The message says which.
         """
-        if hasattr(structures, "lattice") or hasattr(structures, "get_pbc"):
+        if hasattr(structures, "cart_coords") or hasattr(structures, "get_pbc"):
             raise TypeError("structures must be a list of structures, not a single one: put it into a list")
+        if not isinstance(structures, Iterable):
+            raise TypeError(f"structures must be a list of structures, not {type(structures).__name__}")
         crystals = [read_structure(s, f"structures[{i}]") for i, s in enumerate(structures)]
         if not crystals:
             raise ValueError("structures must hold at least one structure, not none")

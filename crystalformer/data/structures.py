@@ -82,7 +82,16 @@ def _ase_mixtures(atoms: Any, name: str) -> list[dict[int, float]]:
         mixtures = [{int(z): 1.0} for z in atoms.get_atomic_numbers()]
     else:
         by_kind = {str(kind): mixture for kind, mixture in occupancy.items()}
-        mixtures = [{atomic_numbers[s]: float(x) for s, x in by_kind[str(kind)].items()} for kind in kinds]
+        mixtures = []
+        for i, (symbol, kind) in enumerate(zip(atoms.get_chemical_symbols(), kinds, strict=True)):
+            mixture = by_kind.get(str(kind), {})
+            # Atoms that were replaced or added since the file was read.
+            if symbol not in mixture:
+                raise ValueError(
+                    f"{name} must have each atom's element in its site of info['occupancy'], but atom {i} is {symbol} "
+                    f"and its site is {mixture}"
+                )
+            mixtures.append({atomic_numbers[s]: float(x) for s, x in mixture.items()})
     for mixture in mixtures:
         for z in mixture:
             _check_element(z, chemical_symbols[z] if 0 <= z < len(chemical_symbols) else str(z), name)
