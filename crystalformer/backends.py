@@ -20,13 +20,30 @@ def _load_cpu() -> bool | str:
     return True
 
 
+def _load_triton() -> bool | str:
+    try:
+        from . import kernels
+    except ImportError as error:
+        return (
+            f"the Triton kernels, crystalformer.kernels, cannot be loaded ({error}): install triton, which is there "
+            "for Linux, or use 'reference' on the GPU"
+        )
+    if torch.cuda.is_available() or kernels.INTERPRETED:
+        return True
+    return (
+        "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run the "
+        "kernels slowly on the CPU"
+    )
+
+
 _cpu = _load_cpu()
+_triton = _load_triton()
 
 
 def available_backends() -> dict[str, bool | str]:
     """The backends, each with True or, where it is missing, the reason and what to do about it."""
     return {
-        "triton": "this version of crystalformer has no Triton kernels yet: use 'reference' on the GPU",
+        "triton": _triton,
         "cpu": _cpu,
         "reference": True,
     }

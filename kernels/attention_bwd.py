@@ -71,8 +71,8 @@ def attention_bwd_rows(
         delta += tl.sum(u * load_columns(c_p, i, H, K, BH, BK), 0)
     dq = tl.zeros((BG, BH, BD), tl.float32)
     d_decay = tl.zeros((BG, BH), tl.float32)
-    for t in tl.range(tl.load(first_p + i), tl.load(first_p + i + 1), num_stages=STAGES):
-        t = t.to(tl.int64)
+    first = tl.load(first_p + i).to(tl.int64)
+    for t in tl.range(first, tl.load(first_p + i + 1).to(tl.int64), num_stages=STAGES):
         record_p = tile_p + t * (BG * (2 + G))
         j = tl.load(record_p + bg).to(tl.int64)  # [BG]
         x = tl.load(record_p + 2 * BG + g[:, None] * BG + bg[None, :]).to(tl.float32, bitcast=True)  # [G, BG]
@@ -133,8 +133,9 @@ def attention_bwd_columns(
     bg = tl.arange(0, BG)
     dk = tl.zeros((BG, BH, BD), tl.float32)
     dv = tl.zeros((BG, BH, BV), tl.float32)
-    for t in tl.range(tl.load(first_p + j), tl.load(first_p + j + 1), num_stages=STAGES):
-        record_p = tile_p + t.to(tl.int64) * (BG * (2 + G))
+    first = tl.load(first_p + j).to(tl.int64)
+    for t in tl.range(first, tl.load(first_p + j + 1).to(tl.int64), num_stages=STAGES):
+        record_p = tile_p + t * (BG * (2 + G))
         i = tl.load(record_p + bg).to(tl.int64)  # [BG]
         mirror = tl.load(record_p + BG + bg).to(tl.int64)
         o_group = mirror[:, None] * H + h[None, :]

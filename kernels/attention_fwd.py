@@ -55,8 +55,9 @@ def attention_fwd(
     if K > 0:
         mu = tl.load(mu_p + tl.arange(0, BK))
         c = tl.zeros((BK, BH), tl.float32)
-    for t in tl.range(tl.load(first_p + i), tl.load(first_p + i + 1), num_stages=STAGES):
-        record_p = tile_p + t.to(tl.int64) * (BG * (2 + G))
+    first = tl.load(first_p + i).to(tl.int64)
+    for t in tl.range(first, tl.load(first_p + i + 1).to(tl.int64), num_stages=STAGES):
+        record_p = tile_p + t * (BG * (2 + G))
         j = tl.load(record_p + bg).to(tl.int64)  # [BG]
         x = tl.load(record_p + 2 * BG + g[:, None] * BG + bg[None, :]).to(tl.float32, bitcast=True)  # [G, BG]
         nearest = tl.load(record_p + 2 * BG + bg).to(tl.float32, bitcast=True)  # [BG]
