@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functions import LN2, basis, dot, gather_heads, load_heads
+from .functions import LN2, basis, dot, gather_heads, load_heads, store_heads
 from .images import scale, unpack
-from .table import blocks
+from .table import forward_blocks, head_blocks
 
 
 @triton.jit
@@ -40,14 +40,13 @@ def attention_fwd(
     BK: tl.constexpr,
     G: tl.constexpr,
     BG: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     BE: tl.constexpr = G * BG
     i = tl.program_id(0).to(tl.int64)
-    h = tl.arange(0, BH)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
     bg = tl.arange(0, BG)
     g = tl.arange(0, G)
-    q = load_heads(q_p, i, H, D, BH, BD) * q_scale  # [BH, BD]
+    q = load_heads(q_p, i, h, H, D, BD) * q_scale  # [BH, BD]
     a = tl.load(decay_p + i * H + h, mask=h < H, other=0.0) * decay_scale  # [BH], negative
     top = tl.full((BH,), -1e30, tl.float32)
     total = tl.zeros((BG, BH), tl.float32)
@@ -56,12 +55,12 @@ def attention_fwd(
         mu = tl.load(mu_p + tl.arange(0, BK))
         c = tl.zeros((BK, BH), tl.float32)
     first = tl.load(first_p + i).to(tl.int64)
-    for t in tl.range(first, tl.load(first_p + i + 1).to(tl.int64), num_stages=STAGES):
+    for t in range(first, tl.load(first_p + i + 1).to(tl.int64)):
         record_p = tile_p + t * (BG * (2 + G))
         j = tl.load(record_p + bg).to(tl.int64)  # [BG]
         x = tl.load(record_p + 2 * BG + g[:, None] * BG + bg[None, :]).to(tl.float32, bitcast=True)  # [G, BG]
         nearest = tl.load(record_p + 2 * BG + bg).to(tl.float32, bitcast=True)  # [BG]
-        s = tl.sum(gather_heads(k_p, j, H, D, BH, BD) * q[None, :, :], 2)  # [BG, BH]
+        s = tl.sum(gather_heads(k_p, j, h, H, D, BD) * q[None, :, :], 2)  # [BG, BH]
         # The nearest image has the largest score of its group.
         new_top = tl.maximum(top, tl.max(s + a[None, :] * (nearest * nearest)[:, None], 0))
         shrink = tl.exp2(top - new_top)
@@ -70,14 +69,13 @@ def attention_fwd(
         p = tl.exp2(s[None, :, :] + a[None, :, None] * (x * x)[:, None, :])  # [G, BH, BG]
         p_group = tl.trans(tl.sum(p, 0))  # [BG, BH]
         total = total * shrink[None, :] + p_group
-        o = o * shrink[None, :, None] + p_group[:, :, None] * gather_heads(v_p, j, H, DV, BH, BV)
+        o = o * shrink[None, :, None] + p_group[:, :, None] * gather_heads(v_p, j, h, H, DV, BV)
         if K > 0:
             b, _ = basis(tl.reshape(x, (BE,))[None, :], mu[:, None])  # [BK, BE]
             c = dot(b, tl.reshape(tl.permute(p, (0, 2, 1)), (BE, BH)), c * shrink[None, :])
     total = tl.sum(total, 0)
     o = tl.sum(o, 0) / total[:, None]
-    v = tl.arange(0, BV)
-    tl.store(o_p + i * (H * DV) + h[:, None] * DV + v[None, :], o, mask=(h[:, None] < H) & (v[None, :] < DV))
+    store_heads(o_p, i, h, o, H, DV, BV)
     tl.store(lse_p + i * H + h, (top + tl.log2(total)) * LN2, mask=h < H)
     if K > 0:
         k = tl.arange(0, BK)
@@ -110,7 +108,7 @@ def attention(
     decay_scale = -math.log2(math.e) / scale(num, r_max, width) ** 2
     tensors = (q, k, v, decay, tiles.records, tiles.first, tiles.mu, o, lse, c)
     with torch.cuda.device_of(q):
-        attention_fwd[(len(q),)](
-            *tensors, q_scale, decay_scale, **blocks(q, v, num, tiles), STAGES=2, num_warps=1
+        attention_fwd[len(q), head_blocks(q.shape[1])](
+            *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape)
         )
     return o, lse, c

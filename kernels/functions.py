@@ -1,7 +1,7 @@
 """What the kernels share: constants, loads of one atom or of a group's atoms, and a matrix product exact to fp32.
 
-Names in all kernels: i_ an index, p_ a pointer, m_ a mask. BH, BD, BV, BK are H, D, Dv, K padded to powers of two; in a
-tile, BG groups of G images of one pair are BE = BG·G images. Scores are in units of log 2 and distances in units in
+Names in all kernels: x_p points to x, o_x is an offset in it, m_x a mask. BD, BV, BK are D, Dv, K padded to powers of
+two; a program serves BH heads, and in a tile BG groups of G images of one pair, which are BE = BG·G images. Scores are in units of log 2 and distances in units in
 which b(d) = 2^-(x - mu)²: exp2 is one instruction, exp is not.
 """
 
@@ -13,27 +13,35 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_heads(p, i, H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
-    """x[i] of x (N,H,D): [BH, BD] of one atom, zero in the padding."""
-    h = tl.arange(0, BH)[:, None]
+def load_heads(p, i, h, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """x[i, h] of x (N,H,D): [BH, BD] of one atom, zero in the padding."""
     d = tl.arange(0, BD)[None, :]
+    h = h[:, None]
     return tl.load(p + i * (H * D) + h * D + d, mask=(h < H) & (d < D), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_columns(p, i, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
-    """x[i]ᵀ of x (N,H,K): [BK, BH], zero in the padding."""
-    h = tl.arange(0, BH)[None, :]
-    k = tl.arange(0, BK)[:, None]
+def load_columns(p, i, h, k, H: tl.constexpr, K: tl.constexpr):
+    """x[i, h, k]ᵀ of x (N,H,K), h [BH] and k: [k, BH], zero in the padding."""
+    h = h[None, :]
+    k = k[:, None]
     return tl.load(p + i * (H * K) + h * K + k, mask=(h < H) & (k < K), other=0.0)
 
 
 @triton.jit
-def gather_heads(p, j, H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
-    """x[j] of x (N,H,D) and j [BG]: [BG, BH, BD], zero in the padding."""
-    h = tl.arange(0, BH)[None, :, None]
+def gather_heads(p, j, h, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """x[j, h] of x (N,H,D) and j [BG]: [BG, BH, BD], zero in the padding."""
     d = tl.arange(0, BD)[None, None, :]
+    h = h[None, :, None]
     return tl.load(p + j[:, None, None] * (H * D) + h * D + d, mask=(h < H) & (d < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_heads(p, i, h, x, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Writes x [BH, BD] to x[i, h] of x (N,H,D)."""
+    d = tl.arange(0, BD)[None, :]
+    h = h[:, None]
+    tl.store(p + i * (H * D) + h * D + d, x, mask=(h < H) & (d < D))
 
 
 @triton.jit

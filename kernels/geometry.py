@@ -25,6 +25,7 @@ def geometry_rows(
     force_p,
     d_positions_p,
     d_cell_p,
+    HEAD_BLOCKS: tl.constexpr,
     BE: tl.constexpr,
 ):
     """Of one atom: dp = -sum_e (f_e + f_mirror) r_e, and its share sum_e n ⊗ f_e r_e of dL."""
@@ -49,8 +50,14 @@ def geometry_rows(
         n_0 = tl.load(shift_p + at * 3, mask=m_e, other=0).to(tl.float32)[:, None]
         n_1 = tl.load(shift_p + at * 3 + 1, mask=m_e, other=0).to(tl.float32)[:, None]
         n_2 = tl.load(shift_p + at * 3 + 2, mask=m_e, other=0).to(tl.float32)[:, None]
-        f = tl.load(force_p + tl.load(place_p + at, mask=m_e, other=0), mask=m_e, other=0.0)[:, None]
-        f_mirror = tl.load(force_p + tl.load(mirror_p + at, mask=m_e, other=0), mask=m_e, other=0.0)[:, None]
+        place = tl.load(place_p + at, mask=m_e, other=0).to(tl.int64)
+        mirror = tl.load(mirror_p + at, mask=m_e, other=0).to(tl.int64)
+        f = tl.zeros((BE,), tl.float32)
+        f_mirror = tl.zeros((BE,), tl.float32)
+        for block in tl.static_range(HEAD_BLOCKS):
+            f += tl.load(force_p + place * HEAD_BLOCKS + block, mask=m_e, other=0.0)
+            f_mirror += tl.load(force_p + mirror * HEAD_BLOCKS + block, mask=m_e, other=0.0)
+        f, f_mirror = f[:, None], f_mirror[:, None]
         m_j = m_e[:, None] & m_xyz[None, :]
         r = tl.load(positions_p + j[:, None] * 3 + xyz[None, :], mask=m_j, other=0.0) - own[None, :]
         r += n_0 * l_0[None, :] + n_1 * l_1[None, :] + n_2 * l_2[None, :]  # [BE, 4]
@@ -88,13 +95,13 @@ def spread(
     shift: Tensor,
     layout: Layout,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of positions and lattice, from f at the places of a layout."""
+    """The gradients of positions and lattice, from f (T·G·BG, head blocks) at the places of a layout."""
     crystal = crystal_of_atom(ptr, len(positions))
     d_positions, d_cell = torch.empty_like(positions), positions.new_empty(len(positions), 9)
     d_lattice = torch.empty_like(lattice)
     geometry_rows[(len(positions),)](
         positions, lattice, crystal, row_ptr, col, shift, layout.place, layout.mirror, force, d_positions, d_cell,
-        BE=32, num_warps=1,
+        HEAD_BLOCKS=force.shape[1], BE=32, num_warps=1,
     )  # fmt: skip
     geometry_cells[(len(lattice),)](d_cell, ptr, d_lattice, BA=BLOCK_ATOMS, num_warps=1)
     return d_positions, d_lattice

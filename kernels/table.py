@@ -1,19 +1,64 @@
-"""Block sizes and warps of the attention kernels, by shape: a fixed rule, no tuning at run time."""
+"""Blocks and warps of the attention kernels by shape: a fixed rule, nothing is tuned at run time.
+
+A program keeps everything of its BH heads in registers, so their number decides. The rule counts the elements that are
+live in the loop; tests/test_aot.py compiles the kernels over the range of shapes and sees that nothing spills.
+"""
 
 import triton
 from torch import Tensor
 
-from .images import Layout, padded
+from .images import padded
+
+# More heads than this go to several programs: the operand u of a product is held whole by every warp.
+HEADS = 8
+# Basis functions whose u fits in the registers, and how many are taken at a time when there are more.
+BASIS = 64
+BASIS_BLOCK = 32
+# Live elements a thread; the rest of its 255 registers is addresses, and what the count leaves out.
+ELEMENTS = 150
 
 
-def blocks(q: Tensor, v: Tensor, num: int, layout: Layout) -> dict[str, int]:
-    """The compile-time sizes of the attention kernels: H, D, Dv, K, each padded to a power of two, and the tile."""
+def head_blocks(heads: int) -> int:
+    """Programs per atom."""
+    return -(-heads // HEADS)
+
+
+def _sizes(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
     heads, dim, value_dim = q.shape[1], q.shape[2], v.shape[2]
-    group, groups = layout.shape
-    sizes = {"H": heads, "D": dim, "DV": value_dim, "K": num, "G": group, "BG": groups}
-    return sizes | {
-        "BH": triton.next_power_of_2(heads),
+    return {
+        "H": heads,
+        "D": dim,
+        "DV": value_dim,
+        "BH": min(triton.next_power_of_2(heads), HEADS),
         "BD": triton.next_power_of_2(dim),
         "BV": triton.next_power_of_2(value_dim),
-        "BK": padded(num),
+        "G": shape[0],
+        "BG": shape[1],
     }
+
+
+def _warps(elements: int) -> dict[str, int]:
+    return {"num_warps": max(1, triton.next_power_of_2(-(-elements // (32 * ELEMENTS)))), "num_stages": 1}
+
+
+def forward_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int]) -> dict[str, int]:
+    """Compile-time arguments of `attention_fwd`, for tiles of (G, BG)."""
+    s = _sizes(q, v, shape) | {"K": num, "BK": padded(num)}
+    images = s["G"] * s["BG"]
+    gathered = s["BG"] * s["BH"] * (s["BD"] + 2 * s["BV"])
+    return s | _warps(gathered + s["BK"] * (s["BH"] + images) + images * s["BH"])
+
+
+def row_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int], geometry: bool) -> dict[str, int]:
+    """Compile-time arguments of `attention_bwd_rows`."""
+    basis = padded(num) if num <= BASIS else BASIS_BLOCK
+    s = _sizes(q, v, shape) | {"K": num, "BU": basis, "GEOMETRY": geometry}
+    images = s["G"] * s["BG"]
+    gathered = (s["BG"] * (2 * s["BD"] + s["BV"]) + s["BD"] + s["BV"]) * s["BH"]
+    return s | _warps(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * images)
+
+
+def column_blocks(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
+    """Compile-time arguments of `attention_bwd_columns`."""
+    s = _sizes(q, v, shape)
+    return s | _warps(2 * s["BG"] * s["BH"] * (s["BD"] + s["BV"]))
