@@ -9,6 +9,7 @@ from triton.runtime import JITFunction
 
 from .attention_bwd import attention_backward
 from .attention_fwd import attention, attention_fwd
+from .encoding import encoding, encoding_backward
 from .images import pack
 
 INTERPRETED = not isinstance(attention_fwd, JITFunction)
@@ -16,6 +17,8 @@ OPERATORS = {
     "layout": pack,
     "attention": attention,
     "attention_backward": attention_backward,
+    "encoding": encoding,
+    "encoding_backward": encoding_backward,
 }
 
 for _name, _function in OPERATORS.items():

@@ -65,8 +65,8 @@ def attention_bwd_rows(
     delta = tl.sum(grad_o * load_heads(o_p, i, h, H, DV, BV), 1)
     delta -= tl.load(grad_lse_p + i * H + h, mask=h < H, other=0.0)
     if K > 0:
-        for start in tl.static_range(0, K, BU):
-            k = start + tl.arange(0, BU)
+        for o_k in tl.static_range(0, K, BU):
+            k = o_k + tl.arange(0, BU)
             mu = tl.load(mu_p + k)
             u = load_columns(grad_c_p, i, h, k, H, K)  # [BU, BH]
             delta += tl.sum(u * load_columns(c_p, i, h, k, H, K), 0)
@@ -87,7 +87,7 @@ def attention_bwd_rows(
         if K > 0:
             weight = tl.reshape(weight, (BE, BH))
             slope = tl.zeros((BE, BH), tl.float32)
-            for start in tl.static_range(0, K, BU):
+            for start in range(0, K, BU):
                 if K > BU:  # too many for the registers: read again for each tile
                     k = start + tl.arange(0, BU)
                     mu = tl.load(mu_p + k)

@@ -9,8 +9,6 @@ from crystalformer.images import crystal_of_atom
 
 from .images import Layout
 
-BLOCK_ATOMS = 64
-
 
 @triton.jit
 def geometry_rows(
@@ -72,17 +70,25 @@ def geometry_rows(
 
 
 @triton.jit
-def geometry_cells(d_cell_p, ptr_p, d_lattice_p, BA: tl.constexpr):
-    """dL of one crystal: the sum of its atoms' shares."""
-    c = tl.program_id(0).to(tl.int64)
-    x = tl.arange(0, 16)
-    last = tl.load(ptr_p + c + 1)
-    total = tl.zeros((BA, 16), tl.float32)
-    for start in range(tl.load(ptr_p + c), last, BA):
-        i = start + tl.arange(0, BA)
-        mask = (i < last)[:, None] & (x < 9)[None, :]
-        total += tl.load(d_cell_p + i[:, None] * 9 + x[None, :], mask=mask, other=0.0)
-    tl.store(d_lattice_p + c * 9 + x, tl.sum(total, 0), mask=x < 9)
+def segment_sums(x_p, first_p, sum_p, W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr):
+    """Of one segment: the sum of rows first[s] to first[s+1] of x (n,W), always in the same order."""
+    s = tl.program_id(0).to(tl.int64)
+    w = tl.arange(0, BW)
+    last = tl.load(first_p + s + 1)
+    total = tl.zeros((BN, BW), tl.float32)
+    for start in range(tl.load(first_p + s), last, BN):
+        i = start + tl.arange(0, BN)
+        m_x = (i < last)[:, None] & (w < W)[None, :]
+        total += tl.load(x_p + i[:, None] * W + w[None, :], mask=m_x, other=0.0)
+    tl.store(sum_p + s * W + w, tl.sum(total, 0), mask=w < W)
+
+
+def sum_segments(x: Tensor, first: Tensor) -> Tensor:
+    """(S,W) sums of the rows first[s] to first[s+1] of x (n,W), the same bits every time."""
+    total = x.new_empty(len(first) - 1, x.shape[1])
+    block = triton.next_power_of_2(x.shape[1])
+    segment_sums[(len(total),)](x, first, total, W=x.shape[1], BW=block, BN=64, num_warps=1)
+    return total
 
 
 def spread(
@@ -98,10 +104,8 @@ def spread(
     """The gradients of positions and lattice, from f (T·G·BG, head blocks) at the places of a layout."""
     crystal = crystal_of_atom(ptr, len(positions))
     d_positions, d_cell = torch.empty_like(positions), positions.new_empty(len(positions), 9)
-    d_lattice = torch.empty_like(lattice)
     geometry_rows[(len(positions),)](
         positions, lattice, crystal, row_ptr, col, shift, layout.place, layout.mirror, force, d_positions, d_cell,
         HEAD_BLOCKS=force.shape[1], BE=32, num_warps=1,
     )  # fmt: skip
-    geometry_cells[(len(lattice),)](d_cell, ptr, d_lattice, BA=BLOCK_ATOMS, num_warps=1)
-    return d_positions, d_lattice
+    return d_positions, sum_segments(d_cell, ptr).view_as(lattice)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from crystalformer.images import ImageList, crystal_of_atom
-from crystalformer.reference import displacement, pair_ptr
+from crystalformer.reference import displacement
 
 # (G, BG): many images a pair in small cells, one in large ones. R = 2 BG + G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
@@ -37,6 +37,7 @@ class Layout:
         mu: (BK) fp32, centres of the basis in units of x.
         first: (N+1), first record of each atom; (P+1), of each pair, for the encoding.
         place, mirror: (M) where in the T·G·BG distances each image of the list and its mirror are.
+        atom: (P) atom i of each pair, for the encoding.
     """
 
     records: Tensor
@@ -44,6 +45,7 @@ class Layout:
     first: Tensor
     place: Tensor
     mirror: Tensor
+    atom: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,8 +68,8 @@ def scale(num: int, r_max: float, width: float) -> float:
 
 
 def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
-    """Views of what `pack` or `pack_pairs` joined, for N atoms or P pairs, M images and K basis functions."""
-    sizes = [padded(num), num_rows + 1, num_images, num_images]
+    """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions."""
+    sizes = [padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == 1 else 0]
     tail = sum(map(_aligned, sizes))
     records = layout[: len(layout) - -(-tail // layout.shape[1])]
     parts, start = [], records.numel()
@@ -82,10 +84,10 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _join(records: Tensor, num: int, width: float, first: Tensor, place: Tensor, mirror: Tensor) -> Tensor:
-    centers = torch.arange(1, padded(num) + 1, device=first.device)
+def _join(records: Tensor, num: int, width: float, *tables: Tensor) -> Tensor:
+    centers = torch.arange(1, padded(num) + 1, device=records.device)
     mu = torch.where(centers <= num, centers * (math.sqrt(0.5 * math.log2(math.e)) / width), -FAR)
-    parts = [records.flatten(), mu.float().view(torch.int32), first.int(), place.int(), mirror.int()]
+    parts = [records.flatten(), mu.float().view(torch.int32), *(x.int() for x in tables)]
     joined = torch.cat([pad(part, (0, _aligned(len(part)) - len(part))) for part in parts])
     width_of_row = records.shape[1]
     return pad(joined, (0, -len(joined) % width_of_row)).view(-1, width_of_row)
@@ -153,9 +155,7 @@ def pack(
     images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=0)
     e = _sort(images, positions, lattice, scale(num, r_max, width))
     if by_pair:
-        first = pair_ptr(images)
-        place, mirror = torch.arange(len(e.x), device=ptr.device), e.first_mirror + e.rank
-        return _join(e.x.view(torch.int32)[:, None], num, width, first, _back(e.order, place), _back(e.order, mirror))
+        return _pack_pairs(e, images, num, width)
 
     def tiles(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(M) the group of each image, counted without gaps, and (N+1) the first tile of each atom."""
@@ -181,5 +181,20 @@ def pack(
     records[tile, 2 * groups + slot + lane] = e.x.view(torch.int32)
     place = tile * (group * groups) + slot + lane
     mirror_place = mirror // groups * (group * groups) + slot + mirror % groups
-    return _join(records, num, width, first, _back(e.order, place), _back(e.order, mirror_place))
+    return _join(records, num, width, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
+
+
+def _pack_pairs(e: _Sorted, images: ImageList, num: int, width: float) -> Tensor:
+    """The encoding's layout. One host synchronisation, for the number of pairs."""
+    n, size = images.num_atoms, images.ptr.diff()
+    number = int(size.square().sum())
+    crystal = crystal_of_atom(images.ptr, n)
+    partners = size[crystal]
+    first_pair = partners.cumsum(0) - partners - images.ptr[crystal]
+    pair = torch.arange(number + 1, device=e.i.device)
+    first = torch.searchsorted(first_pair[e.i] + e.j, pair)
+    atom = torch.repeat_interleave(partners, output_size=number)
+    place, mirror = torch.arange(len(e.x), device=e.i.device), e.first_mirror + e.rank
+    records = e.x.view(torch.int32)[:, None]
+    return _join(records, num, width, first, _back(e.order, place), _back(e.order, mirror), atom)
 

@@ -62,3 +62,10 @@ def column_blocks(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int
     """Compile-time arguments of `attention_bwd_columns`."""
     s = _sizes(q, v, shape)
     return s | _warps(2 * s["BG"] * s["BH"] * (s["BD"] + s["BV"]))
+
+
+def encoding_blocks(decay: Tensor, num: int) -> dict[str, int]:
+    """Compile-time arguments that the encoding's kernels share: 16 images at a time, most pairs have fewer."""
+    heads = decay.shape[1]
+    s = {"H": heads, "K": num, "BH": min(triton.next_power_of_2(heads), HEADS), "BK": padded(num), "BE": 16}
+    return s | {"num_warps": 1, "num_stages": 1}
