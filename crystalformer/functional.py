@@ -194,7 +194,7 @@ def reciprocal_attention(
         checks.check_finite(name, x)
     tol = checks.check_number("tol", tol, high=1.0)
     if decay_min is None:
-        decay_min = float(decay_reciprocal.min()) if known["N"] else 1.0
+        decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
     decay_min = checks.check_number("decay_min", decay_min)
     run = _op("reciprocal", backend, q)
     return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)

@@ -184,17 +184,13 @@ def build_images(
     everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
         # A pair's weights are taken relative to that of an image near to its nearest: far pairs would underflow.
-        def outer2_pair(p: Tensor) -> Tensor:
-            c = pairs.crystal(p)
-            return tail_radius2(t[c], a, slack[c] - a * pairs.near_image2(p))
-
-        pair, n, d2 = pairs.images(outer2_pair)
-        weight = torch.exp(a * (pairs.map(pairs.near_image2)[pair] - d2))
-        beyond = slack.exp()[pairs.crystal(everyone)]
-        chosen = pair_cutoff2(weight, d2, pair, pairs.map(outer2_pair), beyond, tol)
+        crystal, near2 = pairs.crystal(everyone), pairs.map(pairs.near_image2)
+        outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a * near2[p], crystal[p]))
+        pair, n, d2 = pairs.images(lambda p: outer2[p])
+        chosen = pair_cutoff2(torch.exp(a * (near2[pair] - d2)), d2, pair, outer2, slack.exp()[crystal], tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
-        longest = torch.zeros_like(size).scatter_reduce_(0, pairs.crystal(everyone), chosen, "amax").sqrt()
+        longest = torch.zeros_like(size).scatter_reduce_(0, crystal, chosen, "amax").sqrt()
         keep = d2 <= chosen[pair]
     else:
         log_beyond = slack - logit_range - size.log()
