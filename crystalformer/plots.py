@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#8a8f98"
 
@@ -44,7 +45,9 @@ def learning_curve(
         axes.axhline(baseline, color=ORANGE, linestyle="--", linewidth=1.2, label="predicting the mean")
     axes.set(yscale="log", xlabel="epoch", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", axis="y", color="#e6e8eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
