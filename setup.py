@@ -25,7 +25,9 @@ def extension() -> dict:
         print(f"crystalformer: installing without crystalformer._C, the CPU kernels: {error}", file=sys.stderr)
         print("crystalformer: install torch first, then `pip install --no-build-isolation .`", file=sys.stderr)
         return {}
-    flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]
+    # Instruction sets are chosen at run time, csrc/kernels.cpp. No -ffast-math: it would change the host's rounding.
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
+    flags += ["-fno-math-errno", "-fno-trapping-math"]
     module = CppExtension("crystalformer._C", SOURCES, extra_compile_args=flags, extra_link_args=["-fopenmp"])
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 

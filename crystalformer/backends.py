@@ -2,14 +2,30 @@
 
 import torch
 
+from . import ops  # noqa: F401  defines the operators that _C implements
+
 NAMES = ("triton", "cpu", "reference")
+
+
+def _load_cpu() -> bool | str:
+    try:
+        from . import _C  # type: ignore[attr-defined]  # noqa: F401
+    except ImportError as error:
+        return (
+            f"the compiled CPU kernels, crystalformer._C, cannot be loaded ({error}): install crystalformer with "
+            "`pip install --no-build-isolation .`, with torch and a C++20 compiler there, or use 'reference'"
+        )
+    return True
+
+
+_cpu = _load_cpu()
 
 
 def available_backends() -> dict[str, bool | str]:
     """The backends, each with True or, where it is missing, the reason and what to do about it."""
     return {
         "triton": "this version of crystalformer has no Triton kernels yet: use 'reference' on the GPU",
-        "cpu": "this version of crystalformer has no compiled CPU kernels yet: use 'reference'",
+        "cpu": _cpu,
         "reference": True,
     }
 

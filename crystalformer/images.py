@@ -1,7 +1,7 @@
 """The periodic images that each atom attends to, packed in one list with a certificate of what it leaves out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class ImageList:
         decay_min, tol, logit_range: what the list is certified for (see `build_images`), or None for a cutoff that the
             caller chose.
         every_pair: whether every pair of atoms has the images its own sum needs.
+        layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
     """
 
     row_ptr: Tensor
@@ -48,6 +49,7 @@ class ImageList:
     tol: float | None = None
     logit_range: float | None = None
     every_pair: bool = False
+    layouts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_images(self) -> int:
