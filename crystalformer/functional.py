@@ -195,7 +195,7 @@ def reciprocal_attention(
     if decay_min is None:
         decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
     decay_min = checks.check_number("decay_min", decay_min)
-    run = getattr(torch.ops.crystalformer, f"{choose_backend(backend, q.device)}_reciprocal")
+    run = getattr(torch.ops.crystalformer, f"{choose_backend(backend, q.device, 'reciprocal')}_reciprocal")
     return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)
 
 
@@ -203,9 +203,11 @@ def _op(
     name: str, backend: str, images: ImageList, positions: Tensor, lattice: Tensor, basis: tuple[int, float, float]
 ) -> tuple[Any, tuple[Tensor, ...], float]:
     """The backend's op, the list as the op takes it, and how much of the weight the op may leave out."""
-    backend = choose_backend(backend, positions.device)
-    tol = images.tol or 0.0
-    layout = make_layout(backend, images, positions, lattice, basis, tol, by_pair=name == "encoding")
+    backend = choose_backend(backend, positions.device, name)
+    # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
+    moving = positions.requires_grad or lattice.requires_grad
+    tol = 0.0 if moving else images.tol or 0.0
+    layout = make_layout(backend, images, positions, lattice, basis, tol, by_pair=name == "encoding", merge=not moving)
     run = getattr(torch.ops.crystalformer, f"{backend}_{name}")
     return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), tol
 

@@ -1,7 +1,7 @@
 """The image list as a backend wants it: packed for one geometry and one radial basis, opaque to everybody else.
 
-The kernels read distances, not translations, so a layout belongs to the values of positions and lattice. It is made once
-and kept with the list: the blocks of a model, forward and backward, share it.
+The kernels read distances, not translations, so a layout belongs to the values of positions and lattice. It is made
+once and kept with the list: the blocks of a model, forward and backward, share it.
 """
 
 from typing import Any
@@ -33,17 +33,18 @@ def layout(
     basis: tuple[int, float, float],
     tol: float,
     by_pair: bool,
+    merge: bool,
 ) -> Tensor:
     """The layout of a list that a backend's ops want, bytes; empty for backends that want none.
 
     Args:
         basis: num, r_max and width of the radial basis; num = 0 for none.
+        tol: largest fraction of the weight that the op may leave out.
         by_pair: for the encoding, where the sums are over the images of a pair, not of a row.
+        merge: make one entry of the images at one distance; not for gradients of positions and lattice.
     """
     if backend != "cpu":
         return positions.new_empty(0, dtype=torch.uint8)
-    # Images at equal distance are merged, unless the direction of each matters.
-    merge = not (torch.is_grad_enabled() and (positions.requires_grad or lattice.requires_grad))
     geometry = (positions.detach(), lattice.detach())
     settings = (*basis, tol, by_pair, merge)
 

@@ -7,8 +7,7 @@
 
 namespace crystalformer {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CRYSTALFORMER_LEVELS
+#ifdef CRYSTALFORMER_LEVELS  // by setup.py, when it compiles the others too
 namespace v3 {
 const Kernels<float>& kernels(float);
 const Kernels<double>& kernels(double);

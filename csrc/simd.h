@@ -48,10 +48,12 @@ struct Pack {
     }
     static INLINE Pack load(const T* from) {
         Pack r;
-        __builtin_memcpy(&r, from, sizeof r);
+        for (int i = 0; i < PARTS; ++i) __builtin_memcpy(&r.part[i], from + i * LANES, BYTES);
         return r;
     }
-    INLINE void store(T* to) const { __builtin_memcpy(to, this, sizeof *this); }
+    INLINE void store(T* to) const {
+        for (int i = 0; i < PARTS; ++i) __builtin_memcpy(to + i * LANES, &part[i], BYTES);
+    }
     INLINE T sum() const {
         Vector s = part[0];
         for (int i = 1; i < PARTS; ++i) s += part[i];
