@@ -2,32 +2,18 @@
 
 import torch
 
-from . import ops  # noqa: F401  defines the operators that _C implements
+from .extension import LOADED
 
 NAMES = ("triton", "cpu", "reference")
 # The ops that are written for the reference alone.
 REFERENCE_ONLY = ("reciprocal",)
 
 
-def _load_cpu() -> bool | str:
-    try:
-        from . import _C  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError as error:
-        return (
-            f"the compiled CPU kernels, crystalformer._C, cannot be loaded ({error}): install crystalformer with "
-            "`pip install --no-build-isolation .`, with torch and a C++20 compiler there, or use 'reference'"
-        )
-    return True
-
-
-_cpu = _load_cpu()
-
-
 def available_backends() -> dict[str, bool | str]:
     """The backends, each with True or, where it is missing, the reason and what to do about it."""
     return {
         "triton": "this version of crystalformer has no Triton kernels yet: use 'reference' on the GPU",
-        "cpu": _cpu,
+        "cpu": LOADED,
         "reference": True,
     }
 

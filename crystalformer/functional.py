@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops  # noqa: F401  ops defines the operators
 from .backends import choose_backend
 from .basis import RadialBasis
 from .images import ImageList

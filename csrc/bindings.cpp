@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "encoding.h"
+#include "images.h"
 
 using namespace crystalformer;
 using at::Tensor;
@@ -248,12 +249,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     return result;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_images(const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
+                                                      double decay_min, double tol, double logit_range,
+                                                      std::optional<double> cutoff, bool every_pair) {
+    const Tensor p = positions.contiguous(), l = lattice.contiguous();
+    const ImageRequest request{positions.size(0), ptr.size(0) - 1, pointer<double>(p),
+                               pointer<double>(l), pointer<int64_t>(ptr), decay_min, tol, logit_range, cutoff, every_pair};
+    const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
+    const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
+    Tensor col, shift;
+    {
+        const ReleaseGil release;
+        const ImageSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
+        const int64_t images = output<int64_t>(row_ptr)[positions.size(0)];
+        col = at::empty({images}, ptr.options().dtype(at::kInt));
+        shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
+        search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
+    }
+    return {row_ptr, col, shift, radius};
+}
+
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", "The CPU kernels: importing it registers them.", -1,
                                  nullptr,               nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
+    m.impl("cpu_images", &cpu_images);
     m.impl("cpu_layout", &cpu_layout);
     m.impl("cpu_attention", &cpu_attention);
     m.impl("cpu_attention_backward", &cpu_attention_backward);
