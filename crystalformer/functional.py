@@ -5,10 +5,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops  # noqa: F401  ops defines the operators
 from .backends import choose_backend
 from .basis import RadialBasis
 from .images import ImageList
+from .layouts import layout as make_layout
 
 
 @overload
@@ -89,12 +90,11 @@ def periodic_attention(
     checks.check_tensor("v", v, "N H Dv", known, like=q)
     _check_atoms("decay", decay, positions, lattice, known, like=q)
     _check_images(images, known, q)
-    num, r_max, width = _check_value_encoding(edge_weight, basis, known, q)
+    numbers = _check_value_encoding(edge_weight, basis, known, q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
-    run = _op("attention", backend, q)
-    lists = (images.ptr, images.row_ptr, images.col, images.shift)
-    o, lse, c = run(q, k, v, decay, positions, lattice, *lists, num, r_max, width)
+    run, lists, tol = _op("attention", backend, images, positions, lattice, numbers)
+    o, lse, c = run(q, k, v, decay, positions, lattice, *lists, *numbers, tol)
     y = o if edge_weight is None else o + torch.einsum("hdk,nhk->nhd", edge_weight, c)
     return (y, lse) if return_lse else y
 
@@ -137,11 +137,10 @@ def periodic_encoding(
     _check_images(images, known, decay)
     if not images.every_pair:
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
-    num, r_max, width = _check_value_encoding(edge_weight, basis, known, decay)
-    run = _op("encoding", backend, decay)
+    numbers = _check_value_encoding(edge_weight, basis, known, decay)
+    run, lists, tol = _op("encoding", backend, images, positions, lattice, numbers)
     weight = decay.new_empty(decay.shape[1], 0, 0) if edge_weight is None else edge_weight
-    lists = (images.ptr, images.row_ptr, images.col, images.shift)
-    alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, num, r_max, width)
+    alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, *numbers, tol)
     return alpha, None if edge_weight is None else beta
 
 
@@ -196,12 +195,21 @@ def reciprocal_attention(
     if decay_min is None:
         decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
     decay_min = checks.check_number("decay_min", decay_min)
-    run = _op("reciprocal", backend, q)
+    run = getattr(torch.ops.crystalformer, f"{choose_backend(backend, q.device, 'reciprocal')}_reciprocal")
     return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)
 
 
-def _op(name: str, backend: str, like: Tensor) -> Any:
-    return getattr(getattr(torch.ops, ops.NAMESPACE), f"{choose_backend(backend, like.device)}_{name}")
+def _op(
+    name: str, backend: str, images: ImageList, positions: Tensor, lattice: Tensor, basis: tuple[int, float, float]
+) -> tuple[Any, tuple[Tensor, ...], float]:
+    """The backend's op, the list as the op takes it, and how much of the weight the op may leave out."""
+    backend = choose_backend(backend, positions.device, name)
+    # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
+    moving = positions.requires_grad or lattice.requires_grad
+    tol = 0.0 if moving else images.tol or 0.0
+    layout = make_layout(backend, images, positions, lattice, basis, tol, by_pair=name == "encoding", merge=not moving)
+    run = getattr(torch.ops.crystalformer, f"{backend}_{name}")
+    return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), tol
 
 
 def _check_atoms(

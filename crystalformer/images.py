@@ -1,13 +1,14 @@
 """The periodic images that each atom attends to, packed in one list with a certificate of what it leaves out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .extension import LOADED
 from .lattice import points_in_spheres, triangular
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 
@@ -16,6 +17,12 @@ PAIRS_AT_ONCE = 1 << 18
 # An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å): coordinates of
 # 500 Å in fp32 are known to 3e-5.
 CUTOFF_SLACK = 1e-4
+
+torch.library.define(
+    "crystalformer::cpu_images",
+    "(Tensor positions, Tensor lattice, Tensor ptr, float decay_min, float tol, float logit_range, float? cutoff, "
+    "bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff)",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +43,7 @@ class ImageList:
         decay_min, tol, logit_range: what the list is certified for (see `build_images`), or None for a cutoff that the
             caller chose.
         every_pair: whether every pair of atoms has the images its own sum needs.
+        layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
     """
 
     row_ptr: Tensor
@@ -48,6 +56,7 @@ class ImageList:
     tol: float | None = None
     logit_range: float | None = None
     every_pair: bool = False
+    layouts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_images(self) -> int:
@@ -169,6 +178,30 @@ def build_images(
         if every_pair:
             raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
 
+    build = _build_compiled if LOADED is True and positions.device.type == "cpu" else _build
+    images = build(positions, lattice, ptr, a, tol, logit_range, cutoff, every_pair)
+    if cutoff is not None:
+        return images
+    return replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+
+
+def _build_compiled(positions: Tensor, lattice: Tensor, ptr: Tensor, *settings: Any) -> ImageList:
+    """`_build` in C++, with the same result."""
+    row_ptr, col, shift, cutoff = torch.ops.crystalformer.cpu_images(positions, lattice, ptr, *settings)
+    return ImageList(row_ptr, col, shift, ptr, cutoff, num_pairs=int(ptr.diff().square().sum()))
+
+
+def _build(
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    a: float,
+    tol: float,
+    logit_range: float,
+    cutoff: float | None,
+    every_pair: bool,
+) -> ImageList:
+    """The list, of checked arguments, not saying yet what it is certified for."""
     t, q = triangular(lattice)
     row_crystal = crystal_of_atom(ptr, len(positions))
     rotated = torch.einsum("nx,nyx->ny", positions, q[row_crystal])
@@ -200,8 +233,7 @@ def build_images(
         chosen = row_cutoff2(torch.exp(-a * d2), d2, pair, row, row_crystal, outer2, log_beyond.exp(), tol, logit_range)
         longest = chosen.sqrt()
         keep = d2 <= chosen[pairs.crystal(pair)]
-    found = pairs.pack(pair[keep], n[keep], longest)
-    return replace(found, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+    return pairs.pack(pair[keep], n[keep], longest)
 
 
 class _Pairs:

@@ -72,19 +72,23 @@ def _basis(num: int, r_max: float, width: float) -> RadialBasis | None:
     return RadialBasis(num, r_max, width) if num else None
 
 
-def _attention_shapes(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, num, r_max, width):  # type: ignore[no-untyped-def]
+def _attention_shapes(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, layout, num, r_max, width, tol):  # type: ignore[no-untyped-def]
     return v.shape, decay.shape, (*decay.shape, num)
 
 
-def _attention_parts(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, num, r_max, width):  # type: ignore[no-untyped-def]
+def _attention_parts(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, layout, num, r_max, width, tol):  # type: ignore[no-untyped-def]
     return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(num, r_max, width))
 
 
-def _encoding_shapes(decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, num_pairs, num, r_max, width):  # type: ignore[no-untyped-def]
+def _encoding_shapes(  # type: ignore[no-untyped-def]
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, num, r_max, width, tol
+):
     return (num_pairs, decay.shape[1]), (num_pairs, decay.shape[1], edge_weight.shape[1])
 
 
-def _encoding_parts(decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, num_pairs, num, r_max, width):  # type: ignore[no-untyped-def]
+def _encoding_parts(  # type: ignore[no-untyped-def]
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, num, r_max, width, tol
+):
     return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(num, r_max, width))
 
 
@@ -96,10 +100,12 @@ def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_
     return reference.reciprocal_parts(q, lattice, ptr, decay_min, tol)
 
 
+LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
+BASIS = "int num, float r_max, float width, float tol"
 ATTENTION = Op(
     name="attention",
     inputs=("q", "k", "v", "decay", "positions", "lattice"),
-    settings="Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, int num, float r_max, float width",
+    settings=f"{LIST}, {BASIS}",
     outputs=("o", "lse", "c"),
     shapes=_attention_shapes,
     parts=_attention_parts,
@@ -108,7 +114,7 @@ ATTENTION = Op(
 ENCODING = Op(
     name="encoding",
     inputs=("decay", "edge_weight", "positions", "lattice"),
-    settings="Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, int num_pairs, int num, float r_max, float width",
+    settings=f"{LIST}, int num_pairs, {BASIS}",
     outputs=("alpha", "beta"),
     shapes=_encoding_shapes,
     parts=_encoding_parts,
@@ -234,3 +240,5 @@ def _differentiate_twice(
 for _op in OPS:
     register(_op, "reference")
     implement_reference(_op)
+for _op in (ATTENTION, ENCODING):
+    register(_op, "cpu")  # implemented in csrc/bindings.cpp

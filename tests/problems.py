@@ -7,6 +7,7 @@ from crystals import pack, random_crystal
 from torch import Tensor
 
 import crystalformer as cf
+from crystalformer.layouts import layout as make_layout
 
 MIXED = (("cubic", 1), ("skewed", 3), ("left_handed", 2))
 
@@ -30,6 +31,17 @@ class Problem:
     def inputs(self) -> tuple[Tensor, ...]:
         """Everything differentiable."""
         return (self.q, self.k, self.v, self.decay, self.positions, self.lattice, self.edge_weight)
+
+    @property
+    def basis_and_tol(self) -> tuple[int, float, float, float]:
+        """The last arguments of the ops; they may leave out nothing but what rounding loses."""
+        return (self.basis.num, self.basis.r_max, self.basis.width, 0.0)
+
+    def lists(self, backend: str, by_pair: bool = False) -> tuple[Tensor, ...]:
+        """The image list as the ops of a backend take it."""
+        *basis, tol = self.basis_and_tol
+        layout = make_layout(backend, self.images, self.positions, self.lattice, tuple(basis), tol, by_pair, False)
+        return (self.ptr, self.images.row_ptr, self.images.col, self.images.shift, layout)
 
     def attention(self, *inputs: Tensor, backend: str = "reference", **options):
         q, k, v, decay, positions, lattice, edge_weight = inputs or self.inputs

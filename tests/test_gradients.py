@@ -93,8 +93,7 @@ def test_written_out_backward_is_the_derivative_of_the_reference(geometry):
     from crystalformer import ops
 
     x = problem(heads=3, dim=5, value_dim=4, num_basis=7, every_pair=True)
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    basis = (x.basis.num, x.basis.r_max, x.basis.width)
+    lists, basis = x.lists("reference"), x.basis_and_tol
     cases = (
         (ops.ATTENTION, x.inputs[:6], (*lists, *basis)),
         (ops.ENCODING, (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)),

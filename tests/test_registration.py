@@ -8,10 +8,9 @@ import crystalformer as cf
 from crystalformer import ops
 
 
-def arguments(op: ops.Op):
+def arguments(op: ops.Op, backend: str):
     x = problem(every_pair=True)
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    basis = (x.basis.num, x.basis.r_max, x.basis.width)
+    lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.basis_and_tol
     if op is ops.ENCODING:
         return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
     return x.inputs[:6], (*lists, *basis) if op is ops.ATTENTION else (x.ptr, 0.5, 1e-6)
@@ -25,7 +24,7 @@ def test_opcheck(op, name):
     missing = cf.available_backends()[name]
     if missing is not True:
         pytest.skip(f"backend {name}: {missing}")
-    inputs, settings = arguments(op)
+    inputs, settings = arguments(op, name)
     forward = getattr(torch.ops.crystalformer, f"{name}_{op.name}").default
     torch.library.opcheck(forward, ([t.requires_grad_() for t in inputs] + list(settings)))
     # The backward's own derivative goes through the reference, eagerly, so its inputs need no gradient here.

@@ -1,0 +1,58 @@
+// The kernels that are compiled once for each instruction set, and the choice among them.
+//
+// A kernel works on the rows first..last-1 and writes nothing that depends on another row: rows may run in any order
+// on any thread and the bits stay the same. In a kernel's arrays the heads come last, in groups of eight: (N,H,D)
+// becomes (N,G,D,8), the last group padded.
+#pragma once
+
+#include "attention.h"
+#include "encoding.h"
+
+namespace crystalformer {
+
+inline int groups_of(int heads) { return (heads + 7) / 8; }
+inline int tiled(int n) { return (n + Window::TILE - 1) / Window::TILE * Window::TILE; }
+
+template <class T>
+struct AttentionRows {
+    const AttentionInputs<T>& in;
+    AttentionOutputs<T> out = {};              // forward only
+    AttentionOutputs<const T> saved = {}, grad = {};  // backward only: the outputs and their gradients
+    AttentionGrads<T> result = {};
+    const T *q, *k, *v, *grad_o = nullptr;     // (N,G,D,8) (N,G,D,8) (N,G,Dv,8) (N,G,Dv,8)
+    T *pair_p = nullptr, *pair_ds = nullptr;   // (G,pairs,8) sums over the images of a pair
+    const int64_t* crystal = nullptr;          // (N)
+    T* pair_force = nullptr;                   // (pairs,3) dloss/dr summed over the images of a pair
+    T* row_lattice = nullptr;                  // (N,9) each row's part of the gradient of its lattice
+    int64_t scratch;                           // numbers of scratch space a thread needs
+};
+
+template <class T>
+struct EncodingRows {
+    const EncodingInputs<T>& in;
+    EncodingOutputs<T> out = {};                      // forward only
+    EncodingOutputs<const T> saved = {}, grad = {};   // backward only: the outputs and their gradients
+    EncodingGrads<T> result = {};
+    const T *weight_by_basis = nullptr, *weight = nullptr;  // (H,K,tiled Dv) forward, (H,Dv,tiled K) backward
+    const int64_t* crystal = nullptr;                 // (N)
+    T* pair_force = nullptr;                          // (P,3) dloss/dr summed over the images of a pair
+    T* row_lattice = nullptr;                         // (N,9) each row's part of the gradient of its lattice
+    int64_t scratch;                                  // numbers of scratch space a thread needs
+};
+
+template <class T>
+struct Kernels {
+    void (*group_heads)(const T* x, int64_t first, int64_t last, int heads, int dim, T* grouped);
+    void (*attention_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*attention_backward_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*attention_backward_columns)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*encoding_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*encoding_backward_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* grad_weight, T* scratch);
+    void (*gather_force_rows)(const Layout<T>&, const T* pair_force, int64_t first, int64_t last, T* positions);
+};
+
+// Those for this machine's instruction set.
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace crystalformer

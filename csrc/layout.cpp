@@ -1,0 +1,236 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+#include "crystals.h"
+
+namespace crystalformer {
+
+Window Window::make(int64_t num, double r_max, double width, double smallest) {
+    Window w;
+    if (!num) return w;
+    w.num = int(num);
+    w.spacing = r_max / double(num);
+    w.width = width;
+    const double reach = width * std::sqrt(-2 * std::log(smallest));  // in spacings
+    w.half = std::max(0, int(std::ceil(reach)) - 1);
+    // At least four spacings a bin, so that a block of shells often shares one.
+    w.size = (2 * w.half + 1 + 4 + TILE - 1) / TILE * TILE;
+    w.step = w.size - 1 - 2 * w.half;
+    w.bins = (w.num + w.half) / w.step + 1;
+    return w;
+}
+
+namespace {
+
+struct Image {
+    double d;
+    int32_t slot;
+    int64_t entry;
+};
+
+// Sorts by distance. Shells grow as d^2, so buckets of equal volume hold about one image each.
+void sort_by_distance(std::vector<Image>& images, std::vector<Image>& sorted, std::vector<int32_t>& start) {
+    const auto nearer = [](const Image& a, const Image& b) { return a.d != b.d ? a.d < b.d : a.entry < b.entry; };
+    const size_t count = images.size();
+    double longest = 0;
+    for (const Image& x : images) longest = std::max(longest, x.d);
+    const double scale = longest > 0 ? double(count) / (longest * longest * longest) : 0;
+    const auto bucket = [&](const Image& x) { return std::min(count, size_t(x.d * x.d * x.d * scale)); };
+    start.assign(count + 2, 0);
+    for (const Image& x : images) ++start[bucket(x) + 1];
+    for (size_t b = 0; b <= count; ++b) start[b + 1] += start[b];
+    sorted.resize(count);
+    for (const Image& x : images) sorted[size_t(start[bucket(x)]++)] = x;
+    for (size_t b = 0, first = 0; b <= count; first = size_t(start[b++]))
+        if (size_t(start[b]) > first + 1) std::sort(sorted.begin() + int64_t(first), sorted.begin() + start[b], nearer);
+}
+
+template <class T>
+class Builder {
+  public:
+    Builder(const Images<T>& images, const Window& window, double spread, const Layout<T>& layout)
+        : images_(images), window_(window), spread_(spread), layout_(layout) {}
+
+    // Distances and shells of the images first..last of atom i, whose pairs start at `pair`.
+    void segment(int64_t segment, int64_t first, int64_t last, int64_t i, const double* cell, int64_t pair) {
+        found_.clear();
+        int32_t slot = -1, seen = -1;
+        if (first == last) layout_.pair_near2[pair] = 0;  // a pair with no images: nothing reads it
+        for (int64_t e = first; e < last; ++e) {
+            const int32_t j = images_.col[e];
+            double d2 = 0;
+            for (int x = 0; x < 3; ++x) {
+                double r = double(images_.positions[3 * j + x]) - double(images_.positions[3 * i + x]);
+                for (int y = 0; y < 3; ++y) r += double(images_.shift[3 * e + y]) * cell[3 * y + x];
+                d2 += r * r;
+            }
+            if (j != seen) {
+                seen = j;
+                ++slot;
+                layout_.pair_near2[pair + slot] = T(d2);
+            }
+            layout_.pair_near2[pair + slot] = std::min(layout_.pair_near2[pair + slot], T(d2));
+            found_.push_back({std::sqrt(d2), slot, e});
+        }
+        sort_by_distance(found_, sorted_, start_);
+        pack(segment, first);
+    }
+
+  private:
+    void pack(int64_t segment, int64_t first) {
+        int64_t shell = first, member = first;
+        for (size_t begin = 0, end = 0; begin < sorted_.size(); begin = end, ++shell) {
+            double d = 0;
+            for (; end < sorted_.size() && sorted_[end].d <= sorted_[begin].d + spread_; ++end) d += sorted_[end].d;
+            d /= double(end - begin);
+            const double t = d / window_.spacing;
+            const int bin = std::min(window_.bins, int(t / window_.step));
+            layout_.d2[shell] = T(d * d);
+            layout_.offset[shell] = T(t - bin * window_.step);
+            layout_.bin[shell] = bin;
+            if (!layout_.entry)
+                std::sort(sorted_.begin() + int64_t(begin), sorted_.begin() + int64_t(end),
+                          [](const Image& a, const Image& b) { return a.slot < b.slot; });
+            for (size_t x = begin; x < end; ++x) {
+                if (!layout_.entry && x > begin && sorted_[x].slot == sorted_[x - 1].slot) {
+                    layout_.count[member - 1] += T(1);
+                    continue;
+                }
+                layout_.slot[member] = sorted_[x].slot;
+                layout_.shell[member] = int32_t(shell - first);
+                layout_.count[member] = T(1);
+                if (layout_.entry) layout_.entry[member] = sorted_[x].entry;
+                ++member;
+            }
+            layout_.member_end[shell] = member;
+        }
+        layout_.shell_end[segment] = shell;
+    }
+
+    const Images<T>& images_;
+    const Window& window_;
+    const double spread_;
+    const Layout<T>& layout_;
+    std::vector<Image> found_, sorted_;
+    std::vector<int32_t> start_;
+};
+
+// The pairs of each row and the place of each one's mirror image; the images are sorted by row, then by col.
+template <class T>
+void find_pairs(const Images<T>& images, const std::vector<int64_t>& crystal, bool by_pair, const Layout<T>& layout) {
+    const auto fail = [] { throw std::invalid_argument("the image list must be symmetric and sorted"); };
+    layout.pair_ptr[0] = 0;
+    for (int64_t i = 0; i < images.atoms; ++i) {
+        int64_t pair = layout.pair_ptr[i], e = images.row_ptr[i];
+        const int64_t end = images.row_ptr[i + 1];
+        const auto add = [&](int32_t j) {
+            if (by_pair) layout.entry_ptr[pair] = e;
+            layout.pair_col[pair++] = j;
+            while (e < end && images.col[e] == j) ++e;
+        };
+        if (by_pair)
+            for (int64_t j = images.ptr[crystal[i]]; j < images.ptr[crystal[i] + 1]; ++j) add(int32_t(j));
+        else
+            while (e < end) add(images.col[e]);
+        if (e < end) fail();
+        layout.pair_ptr[i + 1] = pair;
+    }
+    if (by_pair)
+        layout.entry_ptr[layout.pair_ptr[images.atoms]] = images.images;
+    else
+        std::copy(images.row_ptr, images.row_ptr + images.atoms + 1, layout.entry_ptr);
+
+    std::vector<int64_t> next(layout.pair_ptr, layout.pair_ptr + images.atoms);
+    for (int64_t i = 0; i < images.atoms; ++i)
+        for (int64_t pair = layout.pair_ptr[i]; pair < layout.pair_ptr[i + 1]; ++pair) {
+            const int64_t j = layout.pair_col[pair], mirror = next[j]++;
+            if (mirror >= layout.pair_ptr[j + 1] || layout.pair_col[mirror] != i) fail();
+            layout.pair_mirror[pair] = int32_t(mirror);
+        }
+}
+
+}  // namespace
+
+template <class T>
+LayoutSizes layout_sizes(const Images<T>& images, bool by_pair, bool merge) {
+    int64_t pairs = 0;
+    if (by_pair)
+        for (int64_t c = 0; c < images.crystals; ++c) {
+            const int64_t n = images.ptr[c + 1] - images.ptr[c];
+            pairs += n * n;
+        }
+    else
+        for (int64_t i = 0; i < images.atoms; ++i)
+            for (int64_t e = images.row_ptr[i]; e < images.row_ptr[i + 1]; ++e)
+                pairs += e == images.row_ptr[i] || images.col[e] != images.col[e - 1];
+    if (pairs >> 31) throw std::invalid_argument("the CPU kernels take at most 2^31 pairs of atoms");
+    return {images.atoms, images.images, pairs, by_pair, merge};
+}
+
+template <class T>
+Layout<T> place_layout(const LayoutSizes& sizes, char* memory, int64_t* bytes) {
+    constexpr int64_t ALIGNMENT = 64;
+    int64_t used = ALIGNMENT;
+    static_assert(sizeof(LayoutSizes) <= ALIGNMENT);
+    const auto take = [&](auto*& array, int64_t size) {
+        using Element = std::remove_pointer_t<std::remove_reference_t<decltype(array)>>;
+        array = memory ? reinterpret_cast<Element*>(memory + used) : nullptr;
+        used += (size * int64_t(sizeof(Element)) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    };
+    Layout<T> layout{};
+    layout.segments = sizes.by_pair ? sizes.pairs : sizes.atoms;
+    take(layout.pair_ptr, sizes.atoms + 1);
+    take(layout.pair_col, sizes.pairs);
+    take(layout.pair_mirror, sizes.pairs);
+    take(layout.pair_near2, sizes.pairs);
+    take(layout.entry_ptr, layout.segments + 1);
+    take(layout.shell_end, layout.segments);
+    take(layout.d2, sizes.images);
+    take(layout.offset, sizes.images);
+    take(layout.bin, sizes.images);
+    take(layout.member_end, sizes.images);
+    take(layout.slot, sizes.images);
+    take(layout.shell, sizes.images);
+    take(layout.count, sizes.images);
+    if (!sizes.merge) take(layout.entry, sizes.images);
+    if (bytes) *bytes = used;
+    return layout;
+}
+
+template <class T>
+void build_layout(const Images<T>& images, const Window& window, double spread, const LayoutSizes& sizes, char* memory,
+                  const Threads& threads) {
+    std::memcpy(memory, &sizes, sizeof sizes);
+    const Layout<T> layout = place_layout<T>(sizes, memory);
+    const bool by_pair = sizes.by_pair;
+    const std::vector<int64_t> crystal = crystal_of_atom(images.ptr, images.crystals);
+    find_pairs(images, crystal, by_pair, layout);
+    threads.for_chunks(images.atoms, 4, [&] {
+        return [&, builder = Builder<T>(images, window, spread, layout)](int64_t begin, int64_t end) mutable {
+            for (int64_t i = begin; i < end; ++i) {
+                double cell[9];
+                std::copy(images.lattice + 9 * crystal[i], images.lattice + 9 * crystal[i] + 9, cell);
+                const int64_t first = by_pair ? layout.pair_ptr[i] : i, last = by_pair ? layout.pair_ptr[i + 1] : i + 1;
+                for (int64_t s = first; s < last; ++s)
+                    builder.segment(s, layout.entry_ptr[s], layout.entry_ptr[s + 1], i, cell,
+                                    by_pair ? s : layout.pair_ptr[i]);
+            }
+        };
+    });
+}
+
+#define INSTANTIATE(T)                                                                                          \
+    template LayoutSizes layout_sizes(const Images<T>&, bool, bool);                                            \
+    template Layout<T> place_layout(const LayoutSizes&, char*, int64_t*);                                       \
+    template void build_layout(const Images<T>&, const Window&, double, const LayoutSizes&, char*, const Threads&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace crystalformer

@@ -1,0 +1,230 @@
+// The inner loops of attention and encoding: sums over the shells of one segment, for eight heads at once.
+//
+// The weight of a member (an image of slot j in shell s) is p = count * 2^(score_j - a d_s^2 - norm), all in base 2. It
+// is a product of one factor per slot and one per shell, so that the exponential and the radial basis are evaluated
+// once a shell, however many atoms are in it. Where the scores differ so much that the factors could leave the range of
+// T, p is evaluated member by member (WIDE).
+#pragma once
+
+#include "layout.h"
+#include "simd.h"
+
+namespace crystalformer::LEVEL {
+
+constexpr int HEADS = 8;   // heads of one pack: heads come in groups of so many, the last one padded
+constexpr int BLOCK = 32;  // shells worked on at once
+constexpr int TILE = Window::TILE;
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
+
+template <class T>
+using Heads = Pack<T, HEADS>;
+
+// Factors below 2^LOWEST count as zero: then no product of two of them and a basis function is denormal.
+template <class T>
+constexpr T LOWEST = sizeof(T) == 4 ? -45 : -400;
+// How far the largest score may be above the norm for the factors to be safe.
+template <class T>
+constexpr T FACTORS_SAFE = sizeof(T) == 4 ? 24 : 200;
+
+// The scores of one segment, ready for the sums below.
+template <class T>
+struct Weights {
+    Heads<T> decay;        // in base 2
+    Heads<T> shift;        // added to every shell's exponent
+    bool wide;
+    int64_t first, shells;  // the first shell and how many matter
+    int64_t first_member;
+};
+
+// Turns scores (slots, 8), in base 2, into factors in place, and finds the shells that matter: those left out hold less
+// than the fraction `tol` of the weight, since each image beyond d has less than 2^(largest score - a d^2 - norm).
+template <class T>
+INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, int64_t slots, Heads<T> decay, Heads<T> norm,
+                          Heads<T> largest, T log2_tol, T* scores) {
+    Weights<T> w;
+    w.decay = decay;
+    w.first = layout.entry_ptr[segment];
+    w.first_member = w.first;
+    const Heads<T> above = largest - norm;
+    w.wide = above.largest() > FACTORS_SAFE<T>;
+    w.shift = w.wide ? Heads<T>::all(0) : above * T(0.5);
+    const Heads<T> subtract = w.wide ? norm : largest - above * T(0.5);
+    for (int64_t j = 0; j < slots; ++j) {
+        const Heads<T> x = Heads<T>::load(scores + HEADS * j) - subtract;
+        (w.wide ? x : exp2_above(x, LOWEST<T>)).store(scores + HEADS * j);
+    }
+    const int64_t images = layout.entry_ptr[segment + 1] - w.first;
+    const T log2_images = T(64 - __builtin_clzll(uint64_t(images) | 1));
+    const T reach2 = ((above + (log2_images - log2_tol)) / decay).largest();
+    int64_t low = w.first, high = layout.shell_end[segment];
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (layout.d2[middle] <= reach2) low = middle + 1;
+        else high = middle;
+    }
+    w.shells = low - w.first;
+    return w;
+}
+
+// The basis functions of one bin's window at a distance `offset` spacings from the bin's start, (size).
+template <class T>
+INLINE void basis_window(const Window& window, T offset, T* b) {
+    const T sharpness = T(-0.5 * LOG2_E / (window.width * window.width));
+    Pack<T, TILE> m;
+    for (int i = 0; i < TILE; ++i) m.part[i / m.LANES][i % m.LANES] = T(i);
+    for (int tile = 0; tile < window.size; tile += TILE) {
+        const Pack<T, TILE> z = m + (T(tile - window.half) - offset);
+        exp2_above(z * z * sharpness, T(-100)).store(b + tile);
+    }
+}
+
+// c (8, padded) += weights (n, 8)^T basis (n, size), from the bin's place on.
+template <class T>
+INLINE void add_products(const Window& window, int n, const T* weight, const T* basis, T* c) {
+    const int64_t stride = window.padded();
+    for (int h = 0; h < HEADS; h += 4)
+        for (int tile = 0; tile < window.size; tile += TILE) {
+            T* place = c + h * stride + tile;
+            using P = Pack<T, TILE>;
+            P c0 = P::load(place), c1 = P::load(place + stride), c2 = P::load(place + 2 * stride),
+              c3 = P::load(place + 3 * stride);
+            for (int e = 0; e < n; ++e) {
+                const P b = P::load(basis + e * window.size + tile);
+                const T* p = weight + HEADS * e + h;
+                c0 += b * p[0];
+                c1 += b * p[1];
+                c2 += b * p[2];
+                c3 += b * p[3];
+            }
+            c0.store(place);
+            c1.store(place + stride);
+            c2.store(place + 2 * stride);
+            c3.store(place + 3 * stride);
+        }
+}
+
+// One block: shells of one bin, with their exponents.
+template <class T>
+struct Block {
+    alignas(64) T factor[BLOCK * HEADS];  // of each shell, or the exponent when wide
+    alignas(64) T total[BLOCK * HEADS];
+    int64_t first, member, member_end;
+    int shells, bin;
+
+    // Takes the next shells from `from` on.
+    INLINE void take(const Layout<T>& layout, const Weights<T>& w, int64_t from, int64_t last) {
+        first = from;
+        bin = layout.bin[from];
+        member = from == w.first ? w.first_member : layout.member_end[from - 1];
+        const int64_t limit = from + BLOCK < last ? from + BLOCK : last;
+        int64_t s = from;
+        for (; s < limit && layout.bin[s] == bin; ++s) {
+            const Heads<T> x = w.shift - w.decay * layout.d2[s];
+            (w.wide ? x : exp2_above(x, LOWEST<T>)).store(factor + HEADS * (s - from));
+            Heads<T>::all(0).store(total + HEADS * (s - from));
+        }
+        shells = int(s - from);
+        member_end = layout.member_end[s - 1];
+    }
+
+    // p of a member, for all heads, given the shell's place in the block.
+    template <bool WIDE>
+    INLINE Heads<T> weight(const Layout<T>& layout, int64_t m, int64_t s, const T* slot) const {
+        const Heads<T> a = Heads<T>::load(slot), b = Heads<T>::load(factor + HEADS * s);
+        if constexpr (WIDE) return exp2_above(a + b, 2 * LOWEST<T>) * layout.count[m];
+        return a * (b * layout.count[m]);
+    }
+};
+
+// slot_sum (slots, 8) += p of each slot, c (8, padded) += sum p b(d).
+template <class T, bool WIDE>
+void sum_shells(const Layout<T>& layout, const Window& window, const Weights<T>& w, const T* slots, T* slot_sum, T* c,
+                T* basis) {
+    Block<T> block;
+    for (int64_t s = w.first, last = w.first + w.shells; s < last; s += block.shells) {
+        block.take(layout, w, s, last);
+        for (int64_t m = block.member; m < block.member_end; ++m) {
+            const int64_t local = layout.shell[m] - (s - w.first), j = layout.slot[m];
+            const Heads<T> p = block.template weight<WIDE>(layout, m, local, slots + HEADS * j);
+            (Heads<T>::load(slot_sum + HEADS * j) + p).store(slot_sum + HEADS * j);
+            (Heads<T>::load(block.total + HEADS * local) + p).store(block.total + HEADS * local);
+        }
+        if (block.bin >= window.bins) continue;
+        for (int e = 0; e < block.shells; ++e) basis_window(window, layout.offset[s + e], basis + e * window.size);
+        add_products(window, block.shells, block.total, basis, c + block.bin * window.step);
+    }
+}
+
+// What the transposed sums read and write.
+template <class T>
+struct Transposed {
+    const T* slots;    // (slots, 8) from `prepare`
+    const T* content;  // (slots, 8) the part of ds/p that depends on the slot
+    const T* u;        // (padded, 8) gradient of c
+    T* slot_p;         // (slots, 8) += p
+    T* slot_ds;        // (slots, 8) += ds = p (content + u b(d))
+    T* c;              // (8, padded) += p b(d), or null
+    T* slope;          // (members) of dloss/dd / d, added to, or null
+    Heads<T> decay;    // not in base 2
+    Heads<T> grad_decay;
+};
+
+template <class T, bool WIDE, bool GEOMETRY>
+void transposed_shells(const Layout<T>& layout, const Window& window, const Weights<T>& w, Transposed<T>& x, T* basis) {
+    Block<T> block;
+    alignas(64) T ub[BLOCK * HEADS], slope[GEOMETRY ? BLOCK * HEADS : 1], inverse[BLOCK];
+    alignas(64) T total_p[BLOCK * HEADS];
+    const T steepness = T(1 / (window.width * window.width * window.spacing));
+    for (int64_t s = w.first, last = w.first + w.shells; s < last; s += block.shells) {
+        block.take(layout, w, s, last);
+        const bool has_basis = block.bin < window.bins;
+        for (int e = 0; e < block.shells; ++e) {
+            Heads<T> sum = Heads<T>::all(0), derivative = sum;
+            if (has_basis) {
+                T* b = basis + e * window.size;
+                basis_window(window, layout.offset[s + e], b);
+                const T* u = x.u + HEADS * block.bin * window.step;
+                for (int m = 0; m < window.size; ++m) {
+                    const Heads<T> ub_m = Heads<T>::load(u + HEADS * m) * b[m];
+                    sum += ub_m;
+                    if constexpr (GEOMETRY) derivative += ub_m * (T(m - window.half) - layout.offset[s + e]);
+                }
+            }
+            sum.store(ub + HEADS * e);
+            if constexpr (GEOMETRY) (derivative * steepness).store(slope + HEADS * e);
+            if constexpr (GEOMETRY) inverse[e] = layout.d2[s + e] > 0 ? 1 / __builtin_sqrt(layout.d2[s + e]) : T(0);
+            Heads<T>::all(0).store(total_p + HEADS * e);
+        }
+        for (int64_t m = block.member; m < block.member_end; ++m) {
+            const int64_t local = layout.shell[m] - (s - w.first), j = HEADS * int64_t(layout.slot[m]);
+            const Heads<T> p = block.template weight<WIDE>(layout, m, local, x.slots + j);
+            const Heads<T> ds = p * (Heads<T>::load(x.content + j) + Heads<T>::load(ub + HEADS * local));
+            (Heads<T>::load(x.slot_p + j) + p).store(x.slot_p + j);
+            (Heads<T>::load(x.slot_ds + j) + ds).store(x.slot_ds + j);
+            (Heads<T>::load(block.total + HEADS * local) + ds).store(block.total + HEADS * local);
+            if (x.c) (Heads<T>::load(total_p + HEADS * local) + p).store(total_p + HEADS * local);
+            if constexpr (GEOMETRY)
+                x.slope[m - w.first_member] +=
+                    (p * Heads<T>::load(slope + HEADS * local)).sum() * inverse[local] - 2 * (x.decay * ds).sum();
+        }
+        for (int e = 0; e < block.shells; ++e)
+            x.grad_decay -= Heads<T>::load(block.total + HEADS * e) * layout.d2[s + e];
+        if (x.c && has_basis)
+            add_products(window, block.shells, total_p, basis, x.c + block.bin * window.step);
+    }
+}
+
+template <class T>
+INLINE void sum_segment(const Layout<T>& layout, const Window& window, const Weights<T>& w, const T* slots, T* slot_sum,
+                        T* c, T* basis) {
+    (w.wide ? sum_shells<T, true> : sum_shells<T, false>)(layout, window, w, slots, slot_sum, c, basis);
+}
+
+template <class T>
+INLINE void transpose_segment(const Layout<T>& layout, const Window& window, const Weights<T>& w, Transposed<T>& x,
+                              T* basis) {
+    if (x.slope) (w.wide ? transposed_shells<T, true, true> : transposed_shells<T, false, true>)(layout, window, w, x, basis);
+    else (w.wide ? transposed_shells<T, true, false> : transposed_shells<T, false, false>)(layout, window, w, x, basis);
+}
+
+}  // namespace crystalformer::LEVEL
