@@ -2,22 +2,11 @@
 
 import torch
 
-from . import ops  # noqa: F401  defines the operators that _C implements
+from .extension import LOADED
 
 NAMES = ("triton", "cpu", "reference")
 # The ops that are written for the reference alone.
 REFERENCE_ONLY = ("reciprocal",)
-
-
-def _load_cpu() -> bool | str:
-    try:
-        from . import _C  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError as error:
-        return (
-            f"the compiled CPU kernels, crystalformer._C, cannot be loaded ({error}): install crystalformer with "
-            "`pip install --no-build-isolation .`, with torch and a C++20 compiler there, or use 'reference'"
-        )
-    return True
 
 
 def _load_triton() -> bool | str:
@@ -36,36 +25,39 @@ def _load_triton() -> bool | str:
     )
 
 
-_cpu = _load_cpu()
-_triton = _load_triton()
+_TRITON = _load_triton()
 
 
 def available_backends() -> dict[str, bool | str]:
     """The backends, each with True or, where it is missing, the reason and what to do about it."""
     return {
-        "triton": _triton,
-        "cpu": _cpu,
+        "triton": _TRITON,
+        "cpu": LOADED,
         "reference": True,
     }
 
 
-def choose_backend(backend: str, device: torch.device, op: str) -> str:
+def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend of an op that serves tensors on `device`.
 
-    `auto` takes the fastest that is there: triton for CUDA tensors, cpu for CPU tensors, else the reference.
+    `auto` takes the fastest that is there: triton for fp32 CUDA tensors, cpu for CPU tensors, else the reference.
 
     Raises:
         ValueError: for a name that is no backend.
         RuntimeError: for a backend that is not there or has no such op, with the reason.
+        TypeError: for a backend that does not compute in this dtype.
     """
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
     available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"
-        return fast if available[fast] is True and op not in REFERENCE_ONLY else "reference"
+        serves = available[fast] is True and op not in REFERENCE_ONLY
+        return fast if serves and (fast == "cpu" or dtype == torch.float32) else "reference"
     if available[backend] is not True:
         raise RuntimeError(f"backend {backend!r} is not available: {available[backend]}")
     if op in REFERENCE_ONLY and backend != "reference":
         raise RuntimeError(f"backend {backend!r} has no {op} attention: use 'auto' or 'reference'")
+    if backend == "triton" and dtype != torch.float32:
+        raise TypeError(f"backend 'triton' takes torch.float32, not {dtype}: use 'auto' or 'reference'")
     return backend

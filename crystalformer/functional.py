@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops  # noqa: F401  ops defines the operators
 from .backends import choose_backend
 from .basis import RadialBasis
 from .images import ImageList
@@ -193,7 +193,7 @@ def reciprocal_attention(
         checks.check_finite(name, x)
     tol = checks.check_number("tol", tol, high=1.0)
     if decay_min is None:
-        decay_min = float(decay_reciprocal.min()) if known["N"] else 1.0
+        decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
     decay_min = checks.check_number("decay_min", decay_min)
     run = getattr(torch.ops.crystalformer, f"{choose_backend(backend, q.device, 'reciprocal')}_reciprocal")
     return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)
@@ -203,7 +203,7 @@ def _op(
     name: str, backend: str, images: ImageList, positions: Tensor, lattice: Tensor, basis: tuple[int, float, float]
 ) -> tuple[Any, tuple[Tensor, ...], float]:
     """The backend's op, the list as the op takes it, and how much of the weight the op may leave out."""
-    backend = choose_backend(backend, positions.device, name)
+    backend = choose_backend(backend, positions.device, name, positions.dtype)
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
     tol = 0.0 if moving else images.tol or 0.0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .extension import LOADED
 from .lattice import points_in_spheres, triangular
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 
@@ -16,6 +17,12 @@ PAIRS_AT_ONCE = 1 << 18
 # An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å): coordinates of
 # 500 Å in fp32 are known to 3e-5.
 CUTOFF_SLACK = 1e-4
+
+torch.library.define(
+    "crystalformer::cpu_images",
+    "(Tensor positions, Tensor lattice, Tensor ptr, float decay_min, float tol, float logit_range, float? cutoff, "
+    "bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff)",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +178,30 @@ def build_images(
         if every_pair:
             raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
 
+    build = _build_compiled if LOADED is True and positions.device.type == "cpu" else _build
+    images = build(positions, lattice, ptr, a, tol, logit_range, cutoff, every_pair)
+    if cutoff is not None:
+        return images
+    return replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+
+
+def _build_compiled(positions: Tensor, lattice: Tensor, ptr: Tensor, *settings: Any) -> ImageList:
+    """`_build` in C++, with the same result."""
+    row_ptr, col, shift, cutoff = torch.ops.crystalformer.cpu_images(positions, lattice, ptr, *settings)
+    return ImageList(row_ptr, col, shift, ptr, cutoff, num_pairs=int(ptr.diff().square().sum()))
+
+
+def _build(
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    a: float,
+    tol: float,
+    logit_range: float,
+    cutoff: float | None,
+    every_pair: bool,
+) -> ImageList:
+    """The list, of checked arguments, not saying yet what it is certified for."""
     t, q = triangular(lattice)
     row_crystal = crystal_of_atom(ptr, len(positions))
     rotated = torch.einsum("nx,nyx->ny", positions, q[row_crystal])
@@ -186,17 +217,13 @@ def build_images(
     everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
         # A pair's weights are taken relative to that of an image near to its nearest: far pairs would underflow.
-        def outer2_pair(p: Tensor) -> Tensor:
-            c = pairs.crystal(p)
-            return tail_radius2(t[c], a, slack[c] - a * pairs.near_image2(p))
-
-        pair, n, d2 = pairs.images(outer2_pair)
-        weight = torch.exp(a * (pairs.map(pairs.near_image2)[pair] - d2))
-        beyond = slack.exp()[pairs.crystal(everyone)]
-        chosen = pair_cutoff2(weight, d2, pair, pairs.map(outer2_pair), beyond, tol)
+        crystal, near2 = pairs.crystal(everyone), pairs.map(pairs.near_image2)
+        outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a * near2[p], crystal[p]))
+        pair, n, d2 = pairs.images(lambda p: outer2[p])
+        chosen = pair_cutoff2(torch.exp(a * (near2[pair] - d2)), d2, pair, outer2, slack.exp()[crystal], tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
-        longest = torch.zeros_like(size).scatter_reduce_(0, pairs.crystal(everyone), chosen, "amax").sqrt()
+        longest = torch.zeros_like(size).scatter_reduce_(0, crystal, chosen, "amax").sqrt()
         keep = d2 <= chosen[pair]
     else:
         log_beyond = slack - logit_range - size.log()
@@ -206,8 +233,7 @@ def build_images(
         chosen = row_cutoff2(torch.exp(-a * d2), d2, pair, row, row_crystal, outer2, log_beyond.exp(), tol, logit_range)
         longest = chosen.sqrt()
         keep = d2 <= chosen[pairs.crystal(pair)]
-    found = pairs.pack(pair[keep], n[keep], longest)
-    return replace(found, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+    return pairs.pack(pair[keep], n[keep], longest)
 
 
 class _Pairs:

@@ -80,15 +80,15 @@ def _attention_parts(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shif
     return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(num, r_max, width))
 
 
-def _encoding_shapes(
+def _encoding_shapes(  # type: ignore[no-untyped-def]
     decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, num, r_max, width, tol
-):  # type: ignore[no-untyped-def]
+):
     return (num_pairs, decay.shape[1]), (num_pairs, decay.shape[1], edge_weight.shape[1])
 
 
-def _encoding_parts(
+def _encoding_parts(  # type: ignore[no-untyped-def]
     decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, num, r_max, width, tol
-):  # type: ignore[no-untyped-def]
+):
     return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(num, r_max, width))
 
 

@@ -22,17 +22,20 @@ SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
 BISECTIONS = 12
 
 
-def tail_radius2(t: Tensor, a: float | Tensor, slack: Tensor) -> Tensor:
-    """Squared radius R² (C) with sum_{|r + n·L| > R} exp(-a |r + n·L|²) <= exp(slack) for every r, equation (10).
+def tail_radius2(t: Tensor, a: float, slack: Tensor, lattice: Tensor | None = None) -> Tensor:
+    """Squared radius R² (S) with sum_{|r + n·L| > R} exp(-a |r + n·L|²) <= exp(slack) for every r, equation (10).
 
     Args:
         t: (C,3,3) triangular lattices.
-        a: exponent, Å^-2, one number or (C).
-        slack: (C) logarithm of the bound to reach.
+        a: exponent, Å^-2.
+        slack: (S) logarithms of the bounds to reach.
+        lattice: (S) which of the lattices each is for; one each by default.
     """
-    b = SPLITS.to(t.device)[:, None] * torch.as_tensor(a, dtype=t.dtype, device=t.device)
-    radius2 = (gaussian_sum_bound(t, b.expand(-1, len(t))) - slack) / (a - b)
-    return radius2.amin(0).clamp(min=0)
+    b = SPLITS.to(t.device)[:, None] * a
+    bound = gaussian_sum_bound(t, b.expand(-1, len(t)))
+    if lattice is not None:
+        bound = bound[:, lattice]
+    return ((bound - slack) / (a - b)).amin(0).clamp(min=0)
 
 
 def row_cutoff2(

@@ -1,7 +1,6 @@
 #include "attention.h"
 
-#include <vector>
-
+#include "crystals.h"
 #include "kernels.h"
 #include "memory.h"
 
@@ -64,9 +63,7 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
     const bool geometry = result.positions;
     Buffer<T> pair_p(groups * pairs * 8), pair_ds(groups * pairs * 8), pair_force(geometry ? 3 * pairs : 0);
     Buffer<T> row_lattice(geometry ? 9 * in.atoms : 0);
-    std::vector<int64_t> crystal(size_t(in.atoms));
-    for (int64_t c = 0; c < in.crystals; ++c)
-        std::fill(crystal.begin() + in.ptr[c], crystal.begin() + in.ptr[c + 1], c);
+    const std::vector<int64_t> crystal = crystal_of_atom(in.ptr, in.crystals);
     const AttentionRows<T> rows{
         .in = in,
         .saved = out,
@@ -85,13 +82,7 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
     };
     for_rows(rows, kernels<T>().attention_backward_rows, threads);
     for_rows(rows, kernels<T>().attention_backward_columns, threads);
-    if (geometry)
-        for (int64_t c = 0; c < in.crystals; ++c)
-            for (int x = 0; x < 9; ++x) {
-                T sum = 0;
-                for (int64_t i = in.ptr[c]; i < in.ptr[c + 1]; ++i) sum += row_lattice.data()[9 * i + x];
-                result.lattice[9 * c + x] = sum;
-            }
+    if (geometry) sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);
 }
 
 #define INSTANTIATE(T)                                                                                           \

@@ -2,65 +2,11 @@
 #pragma once
 
 #include "forces.h"
+#include "heads.h"
 #include "kernels.h"
 #include "shells.h"
 
 namespace crystalformer::LEVEL {
-
-constexpr double LN_2 = 0.6931471805599453;
-// Decay of the heads that pad a group: they see nothing but the atom itself.
-constexpr double PADDING_DECAY = 1e10;
-
-// (N,H,D) -> (N,G,D,8), zeros where there is no head.
-template <class T>
-void group_heads(const T* x, int64_t first, int64_t last, int heads, int dim, T* grouped) {
-    const int groups = groups_of(heads);
-    for (int64_t row = first * groups; row < last * groups; ++row) {
-        const int head = int(row % groups) * HEADS, real = heads - head < HEADS ? heads - head : HEADS;
-        const T* from = x + (row / groups * heads + head) * dim;
-        T* to = grouped + row * dim * HEADS;
-        for (int d = 0; d < dim; ++d)
-            for (int h = 0; h < HEADS; ++h) to[HEADS * d + h] = h < real ? from[h * dim + d] : T(0);
-    }
-}
-
-// The numbers of one row's heads that the group holds; `missing` for the rest.
-template <class T>
-INLINE Heads<T> load_heads(const T* row, int heads, int group, T missing) {
-    T x[HEADS];
-    for (int h = 0; h < HEADS; ++h) x[h] = HEADS * group + h < heads ? row[HEADS * group + h] : missing;
-    return Heads<T>::load(x);
-}
-
-template <class T>
-INLINE void store_heads(Heads<T> x, int heads, int group, T* row) {
-    T lanes[HEADS];
-    x.store(lanes);
-    for (int h = 0; h < HEADS && HEADS * group + h < heads; ++h) row[HEADS * group + h] = lanes[h];
-}
-
-template <class T>
-INLINE Heads<T> dot(const T* x, const T* y, int dim) {
-    Heads<T> even = Heads<T>::all(0), odd = even;
-    int d = 0;
-    for (; d + 1 < dim; d += 2) {
-        even += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
-        odd += Heads<T>::load(x + HEADS * d + HEADS) * Heads<T>::load(y + HEADS * d + HEADS);
-    }
-    if (d < dim) even += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
-    return even + odd;
-}
-
-template <class T>
-INLINE T dot_flat(const T* x, const T* y, int64_t n) {
-    using P = Pack<T, TILE>;
-    P sum = P::all(0);
-    int64_t i = 0;
-    for (; i + TILE <= n; i += TILE) sum += P::load(x + i) * P::load(y + i);
-    T rest = 0;
-    for (; i < n; ++i) rest += x[i] * y[i];
-    return sum.sum() + rest;
-}
 
 // result (heads of the group, dim) of the (H,dim) of one atom = scale * sum_s weight[s] x[atom[s]].
 template <class T, class Weight>
@@ -122,15 +68,13 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
             const Heads<T> inverse = Heads<T>::all(1) / whole;
             weighted_sum(atom, n, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim, inverse,
                          in.heads, x.out.o + i * in.heads * in.value_dim);
-            T lanes[2][HEADS];
-            whole.store(lanes[0]);
-            inverse.store(lanes[1]);
-            for (int h = 0; h < HEADS; ++h) lanes[0][h] = __builtin_log2(lanes[0][h]);
-            store_heads((Heads<T>::load(lanes[0]) + norm) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
+            store_heads((log2(whole) + norm) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
+            T scales[HEADS];
+            inverse.store(scales);
             for (int h = 0; h < HEADS && HEADS * g + h < in.heads; ++h) {
                 T* to = x.out.c + (i * in.heads + HEADS * g + h) * in.window.num;
                 const T* from = c + h * padded + in.window.half + 1;
-                for (int m = 0; m < in.window.num; ++m) to[m] = from[m] * lanes[1][h];
+                for (int m = 0; m < in.window.num; ++m) to[m] = from[m] * scales[h];
             }
         }
     }

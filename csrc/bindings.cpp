@@ -8,6 +8,8 @@
 #include <cstring>
 
 #include "attention.h"
+#include "encoding.h"
+#include "images.h"
 
 using namespace crystalformer;
 using at::Tensor;
@@ -88,6 +90,13 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     return block;
 }
 
+Tensor like(const Tensor& x) { return at::empty(x.sizes(), x.options()); }
+Tensor like_if(bool wanted, const Tensor& x) { return wanted ? like(x) : at::empty({0}, x.options()); }
+
+void check_members(bool geometry, const int64_t* entry) {
+    TORCH_CHECK(!geometry || entry, "the gradients of positions and lattice need a layout made with merge=False");
+}
+
 // All arguments of the attention operators that the core reads, contiguous and alive.
 struct AttentionArguments {
     Tensor q, k, v, decay, positions, lattice;
@@ -152,9 +161,8 @@ SixTensors cpu_attention_backward(const Tensor& grad_o, const Tensor& grad_lse, 
                                tol};
     const Tensor grads[] = {grad_o.contiguous(), grad_lse.contiguous(), grad_c.contiguous()};
     const Tensor outputs[] = {o.contiguous(), lse.contiguous(), c.contiguous()};
-    const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
-    const auto geometry_like = [&](const Tensor& t) { return geometry ? like(t) : at::empty({0}, t.options()); };
-    const SixTensors result{like(q), like(k), like(v), like(decay), geometry_like(positions), geometry_like(lattice)};
+    const SixTensors result{like(q),     like(k), like(v), like(decay), like_if(geometry, positions),
+                            like_if(geometry, lattice)};
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention_backward", [&] {
         const auto all = [](const Tensor* t) {
             return AttentionOutputs<const scalar_t>{pointer<scalar_t>(t[0]), pointer<scalar_t>(t[1]),
@@ -169,12 +177,96 @@ SixTensors cpu_attention_backward(const Tensor& grad_o, const Tensor& grad_lse, 
             geometry ? output<scalar_t>(std::get<5>(result)) : nullptr,
         };
         const auto inputs = x.inputs<scalar_t>();
-        TORCH_CHECK(!geometry || inputs.layout.entry,
-                    "the gradients of positions and lattice need a layout made with merge=False");
+        check_members(geometry, inputs.layout.entry);
         const ReleaseGil release;
         attention_backward(all(grads), inputs, all(outputs), to, torch_threads());
     });
     return result;
+}
+
+template <class T>
+EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
+                                  const Tensor& lattice, const Tensor& ptr, const Tensor& shift, const Tensor& layout,
+                                  int64_t num, double r_max, double width, double tol) {
+    const double bound = at_least_rounding(tol, decay);
+    return {
+        .atoms = decay.size(0),
+        .crystals = ptr.size(0) - 1,
+        .heads = int(decay.size(1)),
+        .value_dim = int(edge_weight.size(1)),
+        .decay = pointer<T>(decay),
+        .edge_weight = pointer<T>(edge_weight),
+        .positions = pointer<T>(positions),
+        .lattice = pointer<T>(lattice),
+        .ptr = pointer<int64_t>(ptr),
+        .shift = pointer<int32_t>(shift),
+        .tol = bound,
+        .layout = layout_of<T>(layout),
+        .window = Window::make(num, r_max, width, bound),
+    };
+}
+
+std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
+                                        const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
+                                        const Tensor& col, const Tensor& shift, const Tensor& layout, int64_t num_pairs,
+                                        int64_t num, double r_max, double width, double tol) {
+    const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
+    const Tensor p = positions.contiguous(), l = lattice.contiguous();
+    const Tensor alpha = at::empty({num_pairs, decay.size(1)}, decay.options());
+    const Tensor beta = at::empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay.options());
+    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding", [&] {
+        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, num, r_max, width, tol);
+        const EncodingOutputs<scalar_t> out{output<scalar_t>(alpha), output<scalar_t>(beta)};
+        const ReleaseGil release;
+        encoding(in, out, torch_threads());
+    });
+    return {alpha, beta};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
+    const Tensor& grad_alpha, const Tensor& grad_beta, const Tensor& decay, const Tensor& edge_weight,
+    const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr, const Tensor& col,
+    const Tensor& shift, const Tensor& layout, int64_t num_pairs, int64_t num, double r_max, double width, double tol,
+    const Tensor& alpha, const Tensor& beta, bool geometry) {
+    const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
+    const Tensor p = positions.contiguous(), l = lattice.contiguous();
+    const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};
+    const auto result = std::make_tuple(like(a), like(w), like_if(geometry, p), like_if(geometry, l));
+    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding_backward", [&] {
+        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, num, r_max, width, tol);
+        check_members(geometry, in.layout.entry);
+        const EncodingOutputs<const scalar_t> grad{pointer<scalar_t>(tensors[0]), pointer<scalar_t>(tensors[1])};
+        const EncodingOutputs<const scalar_t> out{pointer<scalar_t>(tensors[2]), pointer<scalar_t>(tensors[3])};
+        const EncodingGrads<scalar_t> to{
+            output<scalar_t>(std::get<0>(result)),
+            output<scalar_t>(std::get<1>(result)),
+            geometry ? output<scalar_t>(std::get<2>(result)) : nullptr,
+            geometry ? output<scalar_t>(std::get<3>(result)) : nullptr,
+        };
+        const ReleaseGil release;
+        encoding_backward(grad, in, out, to, torch_threads());
+    });
+    return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_images(const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
+                                                      double decay_min, double tol, double logit_range,
+                                                      std::optional<double> cutoff, bool every_pair) {
+    const Tensor p = positions.contiguous(), l = lattice.contiguous();
+    const ImageRequest request{positions.size(0), ptr.size(0) - 1, pointer<double>(p),
+                               pointer<double>(l), pointer<int64_t>(ptr), decay_min, tol, logit_range, cutoff, every_pair};
+    const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
+    const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
+    Tensor col, shift;
+    {
+        const ReleaseGil release;
+        const ImageSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
+        const int64_t images = output<int64_t>(row_ptr)[positions.size(0)];
+        col = at::empty({images}, ptr.options().dtype(at::kInt));
+        shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
+        search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
+    }
+    return {row_ptr, col, shift, radius};
 }
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", "The CPU kernels: importing it registers them.", -1,
@@ -183,9 +275,12 @@ PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", "The CPU kernels: 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
+    m.impl("cpu_images", &cpu_images);
     m.impl("cpu_layout", &cpu_layout);
     m.impl("cpu_attention", &cpu_attention);
     m.impl("cpu_attention_backward", &cpu_attention_backward);
+    m.impl("cpu_encoding", &cpu_encoding);
+    m.impl("cpu_encoding_backward", &cpu_encoding_backward);
 }
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module_definition); }

@@ -6,10 +6,12 @@
 #pragma once
 
 #include "attention.h"
+#include "encoding.h"
 
 namespace crystalformer {
 
 inline int groups_of(int heads) { return (heads + 7) / 8; }
+inline int tiled(int n) { return (n + Window::TILE - 1) / Window::TILE * Window::TILE; }
 
 template <class T>
 struct AttentionRows {
@@ -26,11 +28,27 @@ struct AttentionRows {
 };
 
 template <class T>
+struct EncodingRows {
+    const EncodingInputs<T>& in;
+    EncodingOutputs<T> out = {};                      // forward only
+    EncodingOutputs<const T> saved = {}, grad = {};   // backward only: the outputs and their gradients
+    EncodingGrads<T> result = {};
+    const T *weight_by_basis = nullptr, *weight = nullptr;  // (H,K,tiled Dv) forward, (H,Dv,tiled K) backward
+    const int64_t* crystal = nullptr;                 // (N)
+    T* pair_force = nullptr;                          // (P,3) dloss/dr summed over the images of a pair
+    T* row_lattice = nullptr;                         // (N,9) each row's part of the gradient of its lattice
+    int64_t scratch;                                  // numbers of scratch space a thread needs
+};
+
+template <class T>
 struct Kernels {
     void (*group_heads)(const T* x, int64_t first, int64_t last, int heads, int dim, T* grouped);
     void (*attention_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_columns)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*encoding_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*encoding_backward_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* grad_weight, T* scratch);
+    void (*gather_force_rows)(const Layout<T>&, const T* pair_force, int64_t first, int64_t last, T* positions);
 };
 
 // Those for this machine's instruction set.

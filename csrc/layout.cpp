@@ -7,6 +7,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "crystals.h"
+
 namespace crystalformer {
 
 Window Window::make(int64_t num, double r_max, double width, double smallest) {
@@ -207,9 +209,7 @@ void build_layout(const Images<T>& images, const Window& window, double spread, 
     std::memcpy(memory, &sizes, sizeof sizes);
     const Layout<T> layout = place_layout<T>(sizes, memory);
     const bool by_pair = sizes.by_pair;
-    std::vector<int64_t> crystal(size_t(images.atoms));
-    for (int64_t c = 0; c < images.crystals; ++c)
-        std::fill(crystal.begin() + images.ptr[c], crystal.begin() + images.ptr[c + 1], c);
+    const std::vector<int64_t> crystal = crystal_of_atom(images.ptr, images.crystals);
     find_pairs(images, crystal, by_pair, layout);
     threads.for_chunks(images.atoms, 4, [&] {
         return [&, builder = Builder<T>(images, window, spread, layout)](int64_t begin, int64_t end) mutable {

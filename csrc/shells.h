@@ -14,7 +14,7 @@ namespace crystalformer::LEVEL {
 constexpr int HEADS = 8;   // heads of one pack: heads come in groups of so many, the last one padded
 constexpr int BLOCK = 32;  // shells worked on at once
 constexpr int TILE = Window::TILE;
-constexpr double LOG2_E = 1.4426950408889634;
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
 template <class T>
 using Heads = Pack<T, HEADS>;

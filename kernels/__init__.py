@@ -1,8 +1,11 @@
 """Triton kernels, one file per op, named as in `crystalformer`. Installed as `crystalformer.kernels`.
 
-Importing this implements the operators `crystalformer::triton_*` for CUDA tensors, and for CPU tensors where the kernels
-run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported).
+Importing this implements the operators `crystalformer::triton_*` for CUDA tensors, and for CPU tensors where the
+kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from triton.runtime import JITFunction
@@ -13,7 +16,7 @@ from .encoding import encoding, encoding_backward
 from .images import pack
 
 INTERPRETED = not isinstance(attention_fwd, JITFunction)
-OPERATORS = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "layout": pack,
     "attention": attention,
     "attention_backward": attention_backward,

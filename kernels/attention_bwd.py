@@ -181,9 +181,7 @@ def attention_backward(
     geometry: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v, decay, positions and lattice: the operator `triton_attention_backward`."""
-    q, k, v, decay, grad_o, grad_lse, grad_c = (
-        x.contiguous() for x in (q, k, v, decay, grad_o, grad_lse, grad_c)
-    )
+    q, k, v, decay, grad_o, grad_lse, grad_c = (x.contiguous() for x in (q, k, v, decay, grad_o, grad_lse, grad_c))
     tiles = unpack(layout, len(q), len(col), num)
     group, groups = tiles.shape
     grid = (len(q), head_blocks(q.shape[1]))
@@ -198,7 +196,9 @@ def attention_backward(
     with torch.cuda.device_of(q):
         attention_bwd_rows[grid](*inputs, *results, *scales, **row_blocks(q, v, num, tiles.shape, geometry))
         attention_bwd_columns[grid](
-            *(q, grad_o, p_group, ds_group, tiles.records, tiles.first, dk, dv), q_scale, **column_blocks(q, v, tiles.shape)
+            *(q, grad_o, p_group, ds_group, tiles.records, tiles.first, dk, dv),
+            q_scale,
+            **column_blocks(q, v, tiles.shape),
         )
         if not geometry:
             return dq, dk, dv, d_decay, positions.new_empty(0), lattice.new_empty(0)

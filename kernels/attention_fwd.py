@@ -1,7 +1,7 @@
 """Forward of infinitely connected attention: one program per atom, one pass over its tiles, online softmax.
 
-Equations (2) to (5) of docs/math.md. The images of an atom never leave the registers: the content score and the value of
-a group are gathered once, the sum c = sum_e p_e b(d_e) is a matrix product of b [BK, BE] and p [BE, BH].
+Equations (2) to (5) of docs/math.md. Nothing of the images leaves the registers: k_j and v_j are gathered once a group,
+and the sum c = sum_e p_e b(d_e) is a matrix product of b [BK, BE] and p [BE, BH].
 """
 
 import math

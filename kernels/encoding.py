@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functions import LN2, LOG2E, basis, dot, load_columns, load_heads, store_heads
+from .functions import LN2, LOG2E, basis, dot, load_columns, load_heads
 from .geometry import spread, sum_segments
 from .images import FAR, Layout, scale, unpack
 from .table import encoding_blocks, head_blocks

@@ -197,4 +197,3 @@ def _pack_pairs(e: _Sorted, images: ImageList, num: int, width: float) -> Tensor
     place, mirror = torch.arange(len(e.x), device=e.i.device), e.first_mirror + e.rank
     records = e.x.view(torch.int32)[:, None]
     return _join(records, num, width, first, _back(e.order, place), _back(e.order, mirror), atom)
-

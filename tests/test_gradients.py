@@ -57,6 +57,12 @@ def test_reciprocal():
     assert torch.autograd.gradgradcheck(run, inputs[:6])
 
 
+def test_reciprocal_finds_its_decay_min_itself():
+    x, inputs = tiny()
+    exact = x.reciprocal(*inputs, decay_min=float(x.decay.detach().min()))
+    torch.testing.assert_close(x.reciprocal(*inputs), exact, rtol=0.0, atol=0.0)
+
+
 def test_clamped_reciprocal_pairs_have_no_gradient():
     x = problem(kinds=(("needle", 4),), dim=2, value_dim=2, decay_min=2.0)
     inputs = [t.requires_grad_() for t in x.inputs[:6]]

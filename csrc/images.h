@@ -1,0 +1,39 @@
+// The periodic images that each atom attends to, with certified cutoffs: what crystalformer/images.py does in PyTorch,
+// with the same result. Equation numbers are those of docs/math.md.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "threads.h"
+
+namespace crystalformer {
+
+struct ImageRequest {
+    int64_t atoms, crystals;
+    const double *positions, *lattice;  // (N,3) (C,3,3)
+    const int64_t* ptr;                 // (C+1)
+    double decay_min, tol, logit_range;
+    std::optional<double> cutoff;
+    bool every_pair;
+};
+
+struct FoundImage {
+    double d2;
+    int32_t col, n[3];
+};
+
+// The images of each row, sorted by col, then n. Two steps, because the caller owns the memory of the result.
+class ImageSearch {
+  public:
+    // Finds them; row_ptr (N+1), cutoff (C).
+    ImageSearch(const ImageRequest& request, const Threads& threads, int64_t* row_ptr, double* cutoff);
+    // Writes col (M) and shift (M,3).
+    void write(const int64_t* row_ptr, int32_t* col, int32_t* shift, const Threads& threads) const;
+
+  private:
+    std::vector<std::vector<FoundImage>> rows_;
+};
+
+}  // namespace crystalformer

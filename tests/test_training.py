@@ -1,0 +1,150 @@
+"""The recipe: schedule, weight decay, standardisation, averaging, progress, and the same bits from the same seed."""
+
+import math
+
+import pytest
+import torch
+
+from crystalformer import Crystalformer, CrystalformerConfig
+from crystalformer.data.ionic import ionic_crystals
+from crystalformer.training import (
+    AverageLastEpochs,
+    CrystalDataset,
+    Progress,
+    Regression,
+    fit,
+    predict,
+    standardisation,
+)
+
+SMALL = CrystalformerConfig(
+    num_targets=2,
+    model_dim=16,
+    num_heads=2,
+    num_blocks=2,
+    ff_dim=32,
+    readout_dims=(16,),
+    num_basis=8,
+    r0=(0.7,),
+    tol=1e-3,
+)
+NAMES = ("energy", "volume")
+
+
+@pytest.fixture(scope="module")
+def data() -> CrystalDataset:
+    crystals = ionic_crystals(24, seed=1)
+    targets = torch.tensor([[x.energy, x.structure.volume] for x in crystals])
+    return CrystalDataset([x.structure for x in crystals], targets, Crystalformer(SMALL))
+
+
+def new_task(data: CrystalDataset, lr: float = 5e-4) -> Regression:
+    torch.manual_seed(0)
+    model = Crystalformer(SMALL)
+    model.calibrate(next(iter(data.loader(len(data))))[0])
+    return Regression(model, *standardisation(data.targets), names=NAMES, lr=lr)
+
+
+def test_same_seed_same_weights_and_the_loss_goes_down(data):
+    def trained(seed, epochs=5):
+        task = new_task(data, lr=2e-2)
+        history = fit(task, data.loader(8, seed), data.loader(8), epochs)
+        return history, task.model.state_dict()
+
+    (history, first), (_, second), (_, other) = trained(3), trained(3), trained(4, epochs=1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in history] == [3, 6, 9, 12, 15]
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+    assert history[-1]["val_loss"] < history[0]["val_loss"]
+
+
+def test_errors_are_logged_in_units_and_the_saved_model_predicts_in_units(data, tmp_path):
+    task = new_task(data)
+    history = fit(task, data.loader(8, 0), data.loader(8), epochs=2)
+    predictions = predict(task.model, data.loader(8))
+    errors = (predictions - data.targets).abs().mean(0)
+    for name, error in zip(NAMES, errors, strict=True):
+        assert history[-1][f"val_mae/{name}"] == pytest.approx(float(error), rel=1e-4)
+    loss = (errors / standardisation(data.targets)[1]).mean()
+    assert history[-1]["val_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+    task.model.save_pretrained(tmp_path)
+    torch.testing.assert_close(predict(Crystalformer.from_pretrained(tmp_path), data.loader(8)), predictions)
+
+
+def test_finish_folds_the_units_into_the_model(data):
+    task = new_task(data)
+    batch, _ = next(iter(data.loader(8)))
+    with torch.no_grad():
+        in_units = task(batch)
+        torch.testing.assert_close(task.finish()(batch), in_units)
+
+
+def test_learning_rate_and_weight_decay(data):
+    task = new_task(data)
+    chosen = task.configure_optimizers()
+    optimizer, schedule = chosen["optimizer"], chosen["lr_scheduler"]
+    assert schedule["interval"] == "step"
+    for step in range(4):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4 * math.sqrt(4000 / (4000 + step)), rel=1e-12)
+        optimizer.step()
+        schedule["scheduler"].step()
+    assert 5e-4 * schedule["scheduler"].lr_lambdas[0](12000) == pytest.approx(2.5e-4)
+
+    name_of = {parameter: name for name, parameter in task.named_parameters()}
+    decayed, free = ([name_of[x] for x in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-5, 0.0]
+    assert all(group["betas"] == (0.9, 0.98) for group in optimizer.param_groups)
+    assert free
+    assert all(name.endswith("bias") for name in free)
+    assert not any(name.endswith("bias") for name in decayed)
+    assert len(decayed) + len(free) == len(name_of)
+
+
+def test_standardisation():
+    mean, deviation = standardisation(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    assert mean.tolist() == [2.0, 5.0]
+    assert deviation.tolist() == [1.0, 1.0]
+
+
+def test_average_of_the_last_epochs(data):
+    class Trail(Progress):
+        """Keeps the weights behind each step."""
+
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            self.weights = []
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            self.weights.append(pl_module.model.embedding.weight.detach().clone())
+
+    trail = Trail("val_mae/energy", "eV/atom")
+    task = new_task(data)
+    fit(task, data.loader(8, 0), data.loader(8), epochs=3, callbacks=[trail, AverageLastEpochs(2)])
+    torch.testing.assert_close(task.model.embedding.weight.detach(), torch.stack(trail.weights[3:]).mean(0))
+
+
+def test_stopping_before_the_average_begins_keeps_the_weights(data):
+    task = new_task(data)
+    before = task.model.embedding.weight.detach().clone()
+    history = fit(task, data.loader(8, 0), data.loader(8), 10_000, [AverageLastEpochs(1)], max_seconds=1)
+    assert 1 <= len(history) < 10_000
+    assert not torch.equal(task.model.embedding.weight.detach(), before)
+
+
+def test_progress_prints_lines_where_there_is_no_terminal(data, capsys):
+    fit(new_task(data), data.loader(8, 0), data.loader(8), 2, [Progress("val_mae/energy", "eV/atom")])
+    out, err = capsys.readouterr()
+    assert [line.split("  ")[1:2] for line in out.splitlines()] == [["epoch"], ["epoch"]]
+    assert err == ""
+
+
+def test_wrong_arguments(data):
+    model = Crystalformer(SMALL)
+    with pytest.raises(ValueError, match=r"targets must be \(1, T\), as structures, not \(2, 1\)"):
+        CrystalDataset([ionic_crystals(1)[0].structure], torch.zeros(2, 1), model)
+    with pytest.raises(ValueError, match="must be of 2 targets, as the model, not 1"):
+        Regression(model, torch.zeros(1), torch.ones(1))
