@@ -64,7 +64,7 @@ def show_backends() -> None:
 
 def check_attention(seed: int) -> bool:
     """Prints, for each prototype, the errors of the op and of the model's invariances; whether all are in bounds."""
-    backend = choose_backend("auto", torch.device("cpu"))
+    backend = choose_backend("auto", torch.device("cpu"), "attention")
     print("\nIs it exact? Relative errors, with random weights")
     print(f"  op: fp32 on '{backend}' against the fp64 reference")
     print("  model: its features in fp64, for other cells of the crystal, rotated and, as a control, stretched by 1 %")
