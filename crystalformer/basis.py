@@ -30,6 +30,15 @@ class RadialBasis:
 
     def __call__(self, d: Tensor) -> Tensor:
         """b(d), (..., K), of distances d (...), Å."""
-        spacing = self.r_max / self.num
-        mu = torch.arange(1, self.num + 1, dtype=d.dtype, device=d.device) * spacing
-        return torch.exp(-0.5 * ((d[..., None] - mu) / (self.width * spacing)).square())
+        return torch.exp(-0.5 * ((d[..., None] - self._centers(d)) / self._sigma).square())
+
+    def derivative(self, d: Tensor, b: Tensor) -> Tensor:
+        """b'(d), (..., K), of distances d (...) and b(d)."""
+        return (self._centers(d) - d[..., None]) * b / self._sigma**2
+
+    @property
+    def _sigma(self) -> float:
+        return self.width * self.r_max / self.num
+
+    def _centers(self, like: Tensor) -> Tensor:
+        return torch.arange(1, self.num + 1, dtype=like.dtype, device=like.device) * (self.r_max / self.num)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import checks
+from .truncation import MAX_LOGIT_RANGE
 
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 
@@ -31,7 +32,8 @@ class CrystalformerConfig:
         r0_reciprocal: that of the reciprocal decay, likewise.
         decay_bound: b, lower bound of rho(x), so that a >= b / (2 r0²).
         decay_bound_reciprocal: that of reciprocal heads, so that c >= b r0_reciprocal² / 2.
-        tol: largest fraction of the attention's weight that the truncation may leave out.
+        tol: largest fraction of the attention's weight that the truncation may leave out, and in reciprocal heads the
+            largest part of a sum over G.
         logit_range: largest difference of content scores for which that is certified; see `build_images`.
     """
 
@@ -73,7 +75,7 @@ class CrystalformerConfig:
         checks.check_number("decay_bound", self.decay_bound, high=1.0)
         checks.check_number("decay_bound_reciprocal", self.decay_bound_reciprocal, high=1.0)
         checks.check_number("tol", self.tol, high=1.0)
-        checks.check_number("logit_range", self.logit_range, closed=True)
+        checks.check_number("logit_range", self.logit_range, high=MAX_LOGIT_RANGE, closed=True)
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")

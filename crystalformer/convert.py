@@ -132,38 +132,45 @@ def _choose_weights(state_dict: Mapping[str, Tensor], weights: str) -> tuple[dic
 
 
 def _rename(tensors: dict[str, Tensor], config: CrystalformerConfig, calibrated: bool) -> dict[str, Tensor]:
-    result = {"embedding.weight": tensors.pop("input_embeddings.weight").T.contiguous()}
+    """The tensors under our names."""
+
+    def take(name: str) -> Tensor:
+        if name not in tensors:
+            raise ValueError(f"state_dict must hold {name!r}, as the paper's model with these parameters does")
+        return tensors.pop(name)
+
+    uncalibrated: list[str] = []
+    result = {"embedding.weight": take("input_embeddings.weight").T.contiguous()}
     for block in range(config.num_blocks):
         old, new = f"encoder.layers.{block}.", f"blocks.{block}."
         attention, ours = old + "self_attn.", new + "attention."
-        biases = tensors.pop(attention + "in_proj_bias").chunk(3)
-        for name, bias in zip("qkv", biases, strict=True):
-            result[f"{ours}{name}_proj.weight"] = tensors.pop(f"{attention}{name}_proj_weight")
+        for name, bias in zip("qkv", take(attention + "in_proj_bias").chunk(3), strict=True):
+            result[f"{ours}{name}_proj.weight"] = take(f"{attention}{name}_proj_weight")
             result[f"{ours}{name}_proj.bias"] = bias
-        weight = tensors.pop(attention + "lattice_pos_weights")
+        weight = take(attention + "lattice_pos_weights")
         result[ours + "decay.weight"] = weight.reshape(config.num_heads, config.head_dim)
-        scale, shift = tensors.pop(attention + "gauss_scale")
-        if calibrated and not scale > 0:
-            warnings.warn(
-                f"block {block} was never calibrated: the paper's code would take statistics of each batch, "
-                "this model takes scale 1 and shift 0; call calibrate",
-                stacklevel=4,
-            )
-        usable = calibrated and scale > 0
+        scale, shift = take(attention + "gauss_scale")
+        usable = calibrated and bool(scale > 0)
+        if calibrated and not usable:
+            uncalibrated.append(str(block))
         result[ours + "decay.scale"] = scale if usable else torch.ones(())
         result[ours + "decay.shift"] = shift if usable else torch.zeros(())
-        tensors.pop(attention + "atten_scale", None)
-        edge_weight = tensors.pop(attention + "pe_dist_proj", None)
-        if edge_weight is not None:
-            result[ours + "edge_weight"] = edge_weight[0, : config.num_real_heads(block)]
+        tensors.pop(attention + "atten_scale", None)  # of another normalisation, unused
+        if config.num_basis and (real := config.num_real_heads(block)):
+            result[ours + "edge_weight"] = take(attention + "pe_dist_proj")[0, :real]
         for name in ("self_attn.out_proj", "linear1", "linear2"):
             for kind in ("weight", "bias"):
-                target = name.replace("self_attn", "attention")
-                result[f"{new}{target}.{kind}"] = tensors.pop(f"{old}{name}.{kind}")
+                result[f"{new}{name.replace('self_attn', 'attention')}.{kind}"] = take(f"{old}{name}.{kind}")
     for layer in range(len(config.readout_dims) + 1):
         for kind in ("weight", "bias"):
             # linear, normalisation (none), ReLU there; linear, ReLU here
-            result[f"readout.{2 * layer}.{kind}"] = tensors.pop(f"mlp.{3 * layer}.{kind}")
+            result[f"readout.{2 * layer}.{kind}"] = take(f"mlp.{3 * layer}.{kind}")
+    if uncalibrated:
+        warnings.warn(
+            f"blocks {', '.join(uncalibrated)} were never calibrated: the paper's code would take statistics of each "
+            "batch, this model takes scale 1 and shift 0; call calibrate",
+            stacklevel=3,
+        )
     if tensors:
         raise ValueError(f"state_dict must hold only keys of the paper's model, not {', '.join(sorted(tensors)[:5])}")
     return result

@@ -58,7 +58,7 @@ def periodic_attention(
         s_e = q_i·k_j / sqrt(D) - a_i d_e²        e = (i, j, n), d_e = |p_j + n·L - p_i|
         y_i = sum_e softmax_e(s_e) ( v_j + W b(d_e) )
 
-    Equations (2) to (5) of docs/math.md; Taniai et al., ICLR 2024, equations (4) to (8). Nothing of the size of the
+    Equations (2) to (5) of docs/math.md (Taniai et al., ICLR 2024). Nothing of the size of the
     image list times the heads is stored. Differentiable in all floating-point arguments, any number of times.
 
     Args:
@@ -114,8 +114,8 @@ def periodic_encoding(
         beta_ij  = W sum_n [ exp(-a_i d_ijn²) / exp(alpha_ij) ] b(d_ijn)
         y_i      = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) · ( v_j + beta_ij )
 
-    The last line gives what `periodic_attention` gives. Equations (6) and (7) of docs/math.md; Taniai et al., ICLR
-    2024, equations (6) and (8).
+    The last line gives what `periodic_attention` gives. Equations (6) and (7) of docs/math.md (Taniai et al., ICLR
+    2024).
 
     Args:
         decay: (N,H), a > 0, Å^-2.
@@ -162,7 +162,7 @@ def reciprocal_attention(
         alpha_ij = log max( sum_G exp(-c_i |G|²) cos(G·r_ij), 1e-6 ) + 1.5 log(4 pi c_i) - log V
         y_i      = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j
 
-    G runs over the reciprocal lattice, V = |det L|. Equation (13) of docs/math.md; Taniai et al., ICLR 2024, appendix.
+    G runs over the reciprocal lattice, V = |det L|. Equation (13) of docs/math.md (Taniai et al., ICLR 2024, appendix).
     The clamp is the paper's; the gradient of a clamped pair is zero.
 
     Args:
@@ -194,7 +194,7 @@ def reciprocal_attention(
         checks.check_finite(name, x)
     tol = checks.check_number("tol", tol, high=1.0)
     if decay_min is None:
-        decay_min = float(decay_reciprocal.min()) if known["N"] else 1.0
+        decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
     decay_min = checks.check_number("decay_min", decay_min)
     run = _op("reciprocal", backend, q)
     return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from . import checks
 from .lattice import points_in_spheres, triangular
-from .truncation import BEYOND, pair_cutoff2, row_cutoff2, tail_radius2
+from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 
-# Content scores further apart than this would have to be weighed against numbers that fp64 does not hold.
-MAX_LOGIT_RANGE = 500.0
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
 PAIRS_AT_ONCE = 1 << 18
 # An image at exactly an explicit cutoff belongs to the list, whatever the rounding of its distance (Å): coordinates of
@@ -25,8 +23,8 @@ class ImageList:
     """The images e = (i, j, n) of all atoms: atom j of the same crystal, moved by n lattice vectors, seen from atom i.
 
     Row i holds the images of atom i, sorted by (j, n). The list is symmetric: with (i, j, n) it holds (j, i, -n). It
-    holds each atom itself, (i, i, 0). It describes which images there are, not where: the same list serves while
-    positions and lattice move a little, and gradients flow through them, not through the list.
+    holds each atom itself, (i, i, 0). It says which images there are, not where: gradients flow through positions and
+    lattice, not through the list. The certificate holds for the geometry that the list was built for.
 
     Attributes:
         row_ptr: (N+1) int64, row i is the entries row_ptr[i] to row_ptr[i+1].
@@ -129,7 +127,7 @@ def build_images(
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
-    decay_min: float = 0.1276,
+    decay_min: float = 0.1275,
     tol: float = 1e-6,
     logit_range: float = 4.0,
     cutoff: float | None = None,
@@ -146,7 +144,8 @@ def build_images(
         positions: (N,3) fp32 or fp64, Cartesian, Å. Atoms may lie outside the cell.
         lattice: (C,3,3), rows are the lattice vectors, Å. Either handedness.
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
-        decay_min: smallest decay a that will be used, Å^-2. The default is that of the paper's model, 0.5/(2·1.4²).
+        decay_min: smallest decay a that will be used, Å^-2. The default serves the paper's model, whose decays are
+            at least 0.5/(2·1.4²) = 0.12755.
         tol: largest fraction of the attention's weight that may be left out.
         logit_range: largest difference between the content scores of an atom, below 500.
         cutoff: a radius in Å to use instead, uncertified: all images with d <= cutoff, and those within 1e-4 Å beyond,
@@ -156,7 +155,7 @@ def build_images(
             it. Pairs have cutoffs of their own, and far pairs are there. Not with `cutoff`.
 
     Returns:
-        ImageList on the device of positions, the same for the same geometry, bit for bit.
+        ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -184,18 +183,14 @@ def build_images(
 
     everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
-
-        def log_beyond_pair(p: Tensor) -> Tensor:
-            return slack[pairs.crystal(p)] - a * pairs.near_image2(p)
-
-        def outer2_pair(p: Tensor) -> Tensor:
-            return tail_radius2(t[pairs.crystal(p)], a, log_beyond_pair(p))
-
-        pair, n, d2 = pairs.images(outer2_pair)
-        chosen = pair_cutoff2(a, d2, pair, pairs.map(outer2_pair), pairs.map(log_beyond_pair), tol)
+        # A pair's weights are taken relative to that of an image near to its nearest: far pairs would underflow.
+        crystal, near2 = pairs.crystal(everyone), pairs.map(pairs.near_image2)
+        outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a * near2[p], crystal[p]))
+        pair, n, d2 = pairs.images(lambda p: outer2[p])
+        chosen = pair_cutoff2(torch.exp(a * (near2[pair] - d2)), d2, pair, outer2, slack.exp()[crystal], tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
-        longest = torch.zeros_like(size).scatter_reduce_(0, pairs.crystal(everyone), chosen, "amax").sqrt()
+        longest = torch.zeros_like(size).scatter_reduce_(0, crystal, chosen, "amax").sqrt()
         keep = d2 <= chosen[pair]
     else:
         log_beyond = slack - logit_range - size.log()

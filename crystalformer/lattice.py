@@ -1,6 +1,6 @@
 """Points of a lattice inside spheres, and bounds on Gaussian sums over a lattice.
 
-Both rest on one factorisation: a lattice, its vectors as rows, is `L = T Q` with Q a rotation and T upper triangular.
+Both rest on one factorisation: a lattice, its vectors as rows, is `L = T Q` with Q orthogonal and T upper triangular.
 In the rotated frame the first coordinate of a lattice point n·L depends on n_0 alone, the second on n_0 and n_1, the
 third on all three. So the points in a sphere are found axis by axis with no candidate outside it (Fincke and Pohst,
 1985), however skewed the cell, and a Gaussian sum over them is bounded by three one-dimensional sums.

@@ -88,13 +88,26 @@ class Crystalformer(nn.Module):
             return batch
         images = batch.images
         if images is None:
+            if torch.compiler.is_compiling():
+                raise ValueError("batch.images must be built before the model is compiled: model.build_images(batch)")
             images = self.build_images(batch)
-        elif images.decay_min is not None and images.decay_min > self.config.decay_min * (1 + 1e-9):
-            raise ValueError(
-                f"batch.images must be certified for decays down to decay_min={self.config.decay_min:g}, "
-                f"as the model's, not down to {images.decay_min:g}"
-            )
+        elif images.decay_min is not None:
+            self._check_certificate(images)
         return CrystalBatch(batch.species, batch.positions, batch.lattice, batch.ptr, images)
+
+    def _check_certificate(self, images: ImageList) -> None:
+        """Refuses a list built for a weaker certificate than the model's."""
+        config = self.config
+        for name, wanted, sign, needed in (
+            ("decay_min", "at most", 1, config.decay_min * (1 + 1e-9)),
+            ("tol", "at most", 1, config.tol),
+            ("logit_range", "at least", -1, config.logit_range),
+        ):
+            built = getattr(images, name)
+            if sign * built > sign * needed:
+                raise ValueError(
+                    f"batch.images must be built for {name} {wanted} {needed:g}, as the model's, not for {built:g}"
+                )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json and model.safetensors into the folder `path`, made if missing."""

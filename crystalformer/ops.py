@@ -10,14 +10,14 @@ then the forward's outputs, then `geometry`: whether the gradients of positions 
 they cost extra. Without them it returns empty tensors in their place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_backward
 from .basis import RadialBasis
 from .images import ImageList
 
@@ -34,6 +34,7 @@ class Op:
         outputs: names of the outputs.
         shapes: shapes of the outputs, from all arguments.
         parts: the reference, cut into parts, from all arguments.
+        part_backward: the backward of one part.
     """
 
     name: str
@@ -41,7 +42,8 @@ class Op:
     settings: str
     outputs: tuple[str, ...]
     shapes: Callable[..., Sequence[tuple[int, ...]]]
-    parts: Callable[..., reference.Parts]
+    parts: Callable[..., Iterator[reference.Part]]
+    part_backward: Callable[..., None]
 
     @property
     def forward_schema(self) -> str:
@@ -54,7 +56,7 @@ class Op:
         return f"({grads}, {arguments}) -> {_results(len(self.inputs))}"
 
 
-def _tensors(names) -> str:  # type: ignore[no-untyped-def]
+def _tensors(names: Iterable[str]) -> str:
     return ", ".join(f"Tensor {name}" for name in names)
 
 
@@ -101,6 +103,7 @@ ATTENTION = Op(
     outputs=("o", "lse", "c"),
     shapes=_attention_shapes,
     parts=_attention_parts,
+    part_backward=reference_backward.attention_rows_backward,
 )
 ENCODING = Op(
     name="encoding",
@@ -109,6 +112,7 @@ ENCODING = Op(
     outputs=("alpha", "beta"),
     shapes=_encoding_shapes,
     parts=_encoding_parts,
+    part_backward=reference_backward.encoding_pairs_backward,
 )
 RECIPROCAL = Op(
     name="reciprocal",
@@ -117,6 +121,7 @@ RECIPROCAL = Op(
     outputs=("y",),
     shapes=_reciprocal_shapes,
     parts=_reciprocal_parts,
+    part_backward=reference_backward.reciprocal_rows_backward,
 )
 OPS = (ATTENTION, ENCODING, RECIPROCAL)
 
@@ -186,22 +191,18 @@ def implement_reference(op: Op) -> None:
 
     def forward(*args: Any) -> Any:
         outputs = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
-        for span, part in op.parts(*args):
-            for output, value in zip(outputs, part(*args[:num_inputs]), strict=True):
-                output[span] = value
+        for part in op.parts(*args):
+            for output, value in zip(outputs, part.forward(*args[:num_inputs]), strict=True):
+                output[part.span] = value
         return outputs if num_outputs > 1 else outputs[0]
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
         grads, arguments, geometry = args[:num_outputs], args[num_outputs : -num_outputs - 1], args[-1]
-        inputs = arguments[:num_inputs]
+        inputs, outputs = arguments[:num_inputs], args[-num_outputs - 1 : -1]
         totals = tuple(x.new_zeros(_grad_shape(x, i, num_inputs, geometry)) for i, x in enumerate(inputs))
-        wanted = num_inputs if geometry else num_inputs - 2
-        for span, part in op.parts(*arguments):
-            some = lambda *x, part=part: part(*x, *inputs[wanted:])  # noqa: E731
-            # torch.func, because autograd itself is switched off inside an op.
-            transpose = torch.func.vjp(some, *inputs[:wanted])[1]
-            for total, grad in zip(totals, transpose(tuple(g[span] for g in grads)), strict=False):
-                total += grad
+        for part in op.parts(*arguments):
+            here = [[x[part.span] for x in tensors] for tensors in (grads, outputs)]
+            op.part_backward(here[0], inputs, here[1], totals, geometry, **part.settings)
         return totals
 
     torch.library.impl(f"{NAMESPACE}::reference_{op.name}", "CompositeExplicitAutograd")(forward)
@@ -218,7 +219,7 @@ def _differentiate_twice(
         return tuple(torch.zeros_like(x) for x in (*cotangents, *arguments[:num_inputs]))
 
     def whole(*x: Tensor) -> tuple[Tensor, ...]:
-        pieces = [part(*x, *arguments[wanted:num_inputs]) for _, part in op.parts(*arguments)]
+        pieces = [part.forward(*x, *arguments[wanted:num_inputs]) for part in op.parts(*arguments)]
         return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
 
     def backward(*g_and_x: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,24 @@ CHUNK_ELEMENTS = 1 << 24
 # The paper's code clamps the sum over reciprocal vectors here; below it the gradient is zero.
 RECIPROCAL_CLAMP = 1e-6
 
-# What each part computes (which rows or pairs), and the function that computes it.
-Parts = Iterator[tuple[slice, Callable[..., tuple[Tensor, ...]]]]
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows or pairs of a sum.
+
+    Attributes:
+        span: which.
+        forward: their outputs, of all inputs.
+        settings: what `forward` got besides, for the backward of `reference_backward`.
+    """
+
+    span: slice
+    forward: Callable[..., tuple[Tensor, ...]]
+    settings: dict[str, Any]
+
+
+def part(span: slice, forward: Callable[..., tuple[Tensor, ...]], **settings: Any) -> Part:
+    return Part(span, partial(forward, **settings), settings)
 
 
 @dataclass(frozen=True)
@@ -61,16 +78,66 @@ def chunks(ptr: Tensor, elements_per_segment: int) -> Iterator[Segments]:
         yield Segments(first, last, torch.where(real, ptr[first:last, None] + m, ptr[first:last, None]), real)
 
 
-def distance2(positions: Tensor, lattice: Tensor, crystal: Tensor, i: Tensor, j: Tensor, shift: Tensor) -> Tensor:
-    """d² = |p_j + n·L - p_i|², Å², of images given by i, j (...) and n (..., 3).  Equation (1)."""
-    translation = (shift.to(positions.dtype)[..., None, :] @ lattice[crystal[i]]).squeeze(-2)
-    return (positions[j] + translation - positions[i]).square().sum(-1)
+def displacement(positions: Tensor, lattice: Tensor, crystal: Tensor, i: Tensor, j: Tensor, shift: Tensor) -> Tensor:
+    """r = (p_j - p_i) + n·L, (..., 3), Å, of images given by i, j (...) and n (..., 3).  Equation (1).
+
+    In this order the image (j, i, -n) has exactly the negative r.
+    """
+    return positions[j] - positions[i] + (shift.to(positions.dtype)[..., None, :] @ lattice[crystal[i]]).squeeze(-2)
 
 
 def root(d2: Tensor) -> Tensor:
     """sqrt(d²) whose derivatives of all orders are zero at d = 0, where an atom meets itself and r/d has no value."""
     positive = d2 > 0
     return torch.where(positive, torch.where(positive, d2, 1.0).sqrt(), 0.0)
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The images of n rows, padded to m, and the p atoms that they are images of.
+
+    Attributes:
+        i, crystal: (n) the rows' atoms and their crystals.
+        j, shift, r, d2: (n,m), (n,m,3), (n,m,3), (n,m) of each image.
+        partner: (n,p) all atoms of the crystal, the last one repeated where it has fewer.
+        place: (n,m) where in `partner` j is.
+    """
+
+    i: Tensor
+    crystal: Tensor
+    j: Tensor
+    shift: Tensor
+    r: Tensor
+    d2: Tensor
+    partner: Tensor
+    place: Tensor
+
+    def by_image(self, x: Tensor) -> Tensor:
+        """(n,H,m) of (n,H,p): q·k and g·v go by pair of atoms, because each pair has tens of images."""
+        return x.gather(2, self.place[:, None].expand(-1, x.shape[1], -1))
+
+    def sum_by_partner(self, x: Tensor) -> Tensor:
+        """(n,H,p) of (n,H,m)."""
+        zeros = x.new_zeros(*x.shape[:2], self.partner.shape[1])
+        return zeros.scatter_add(2, self.place[:, None].expand_as(x), x)
+
+
+def row_images(positions: Tensor, lattice: Tensor, images: ImageList, rows: Segments) -> RowImages:
+    crystal_of = crystal_of_atom(images.ptr, images.num_atoms)
+    i = torch.arange(rows.first, rows.last, device=positions.device)
+    j, shift = images.col[rows.entry].long(), images.shift[rows.entry]
+    r = displacement(positions, lattice, crystal_of, i[:, None].expand_as(j), j, shift)
+    first, size = images.ptr[crystal_of[i]], images.ptr.diff()[crystal_of[i]]
+    partner = torch.arange(int(size.max()), device=i.device)
+    partner = first[:, None] + torch.minimum(partner, size[:, None] - 1)
+    return RowImages(i, crystal_of[i], j, shift, r, r.square().sum(-1), partner, j - first[:, None])
+
+
+def attention_scores(q: Tensor, k: Tensor, decay: Tensor, x: RowImages, rows: Segments) -> Tensor:
+    """s_e = q_i·k_j / sqrt(D) - a_i d_e², (n,H,m), minus infinity in the padding.  Equation (2)."""
+    content = torch.einsum("nhd,nphd->nhp", q[x.i], k[x.partner]) / math.sqrt(q.shape[-1])
+    s = x.by_image(content) - decay[x.i][:, :, None] * x.d2[:, None]
+    return s.masked_fill(~rows.real[:, None], -math.inf)
 
 
 def attention_rows(
@@ -84,41 +151,29 @@ def attention_rows(
     basis: RadialBasis | None,
     rows: Segments,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Infinitely connected attention of some rows.  Equations (2) to (5).
+    """Infinitely connected attention of some rows.  Equations (3) to (5).
 
-        s_e = q_i·k_j / sqrt(D) - a_i d_e²          p_e = exp(s_e) / sum_e' exp(s_e')
-        o_i = sum_e p_e v_j      c_i = sum_e p_e b(d_e)      lse_i = log sum_e exp(s_e)
+        p_e = exp(s_e) / sum_e' exp(s_e')      lse_i = log sum_e exp(s_e)
+        o_i = sum_e p_e v_j                    c_i = sum_e p_e b(d_e)
 
     Returns:
         o (n,H,Dv), lse (n,H), c (n,H,K).
     """
-    crystal = crystal_of_atom(images.ptr, images.num_atoms)
-    i = torch.arange(rows.first, rows.last, device=q.device)
-    j = images.col[rows.entry].long()
-    d2 = distance2(positions, lattice, crystal, i[:, None].expand_as(j), j, images.shift[rows.entry])
-
-    # q·k and p·v go by pair of atoms: each pair has tens of images.
-    first_atom, size = images.ptr[crystal[i]], images.ptr.diff()[crystal[i]]
-    local = (j - first_atom[:, None])[:, None].expand(-1, q.shape[1], -1)
-    partner = torch.arange(int(size.max()), device=q.device)
-    partner = first_atom[:, None] + torch.minimum(partner, size[:, None] - 1)
-    content = torch.einsum("nhd,nphd->nhp", q[i], k[partner]) / math.sqrt(q.shape[-1])
-
-    s = content.gather(2, local) - decay[i][:, :, None] * d2[:, None]
-    s = s.masked_fill(~rows.real[:, None], -math.inf)
+    x = row_images(positions, lattice, images, rows)
+    s = attention_scores(q, k, decay, x, rows)
     lse = torch.logsumexp(s, -1)
     p = torch.exp(s - lse[..., None])
-    o = torch.einsum("nhp,nphd->nhd", torch.zeros_like(content).scatter_add(2, local, p), v[partner])
-    c = p @ basis(root(d2)) if basis else p[..., :0]
+    o = torch.einsum("nhp,nphd->nhd", x.sum_by_partner(p), v[x.partner])
+    c = p @ basis(root(x.d2)) if basis else p[..., :0]
     return o, lse, c
 
 
-def attention_parts(q: Tensor, v: Tensor, images: ImageList, basis: RadialBasis | None) -> Parts:
+def attention_parts(q: Tensor, v: Tensor, images: ImageList, basis: RadialBasis | None) -> Iterator[Part]:
     """`attention_rows` cut into rows: functions of q, k, v, decay, positions, lattice."""
     largest = int(images.ptr.diff().max()) if images.num_crystals else 0
     gathered = largest * q.shape[1] * (q.shape[2] + v.shape[2])
     for rows in chunks(images.row_ptr, gathered):
-        yield slice(rows.first, rows.last), partial(attention_rows, images=images, basis=basis, rows=rows)
+        yield part(slice(rows.first, rows.last), attention_rows, images=images, basis=basis, rows=rows)
 
 
 def pair_ptr(images: ImageList) -> Tensor:
@@ -158,7 +213,7 @@ def encoding_pairs(
     """
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
     i, j = (x[pairs.first : pairs.last, None].expand_as(pairs.entry) for x in pair_atoms(images))
-    d2 = distance2(positions, lattice, crystal, i, j, images.shift[pairs.entry])
+    d2 = displacement(positions, lattice, crystal, i, j, images.shift[pairs.entry]).square().sum(-1)
     s = -decay[i[:, 0]][:, :, None] * d2[:, None]
     s = s.masked_fill(~pairs.real[:, None], -math.inf)
     alpha = torch.logsumexp(s, -1)
@@ -168,11 +223,11 @@ def encoding_pairs(
     return alpha, torch.einsum("hdk,nhk->nhd", edge_weight, c)
 
 
-def encoding_parts(decay: Tensor, images: ImageList, basis: RadialBasis | None) -> Parts:
+def encoding_parts(decay: Tensor, images: ImageList, basis: RadialBasis | None) -> Iterator[Part]:
     """`encoding_pairs` cut into pairs: functions of decay, edge_weight, positions, lattice."""
     made = decay.shape[1] * (1 + (basis.num if basis else 0))
     for pairs in chunks(pair_ptr(images), made):
-        yield slice(pairs.first, pairs.last), partial(encoding_pairs, images=images, basis=basis, pairs=pairs)
+        yield part(slice(pairs.first, pairs.last), encoding_pairs, images=images, basis=basis, pairs=pairs)
 
 
 def reciprocal_vectors(lattice: Tensor, decay_min: float, tol: float) -> Tensor:
@@ -195,6 +250,50 @@ def reciprocal(lattice: Tensor) -> Tensor:
     return 2 * math.pi * torch.linalg.inv(lattice).mT
 
 
+@dataclass(frozen=True)
+class ReciprocalTerms:
+    """Of n rows of a crystal of m atoms: vectors (G,3); phase_i (n,G), phase_j (m,G); weight (n,H,G) of each vector;
+    total (n,H,m), the sum over G; score (n,H,m)."""
+
+    vectors: Tensor
+    phase_i: Tensor
+    phase_j: Tensor
+    weight: Tensor
+    total: Tensor
+    score: Tensor
+
+
+def reciprocal_terms(
+    q: Tensor,
+    k: Tensor,
+    decay_reciprocal: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    crystal: int,
+    atoms: slice,
+    g: Tensor,
+    rows: slice,
+) -> ReciprocalTerms:
+    """alpha_ij = log max( sum_G exp(-c_i |G|²) cos(G·r_ij), 1e-6 ) + 1.5 log(4 pi c_i) - log V.  Equation (13).
+
+    cos(G·(r_j - r_i)) = cos G·r_i cos G·r_j + sin G·r_i sin G·r_j makes the sum a matrix product.
+
+    Args:
+        atoms, g: the crystal's atoms and its vectors from `reciprocal_vectors`; rows: some of the atoms.
+    """
+    cell, c = lattice[crystal], decay_reciprocal[rows][..., None]
+    vectors = g.to(cell.dtype) @ reciprocal(cell)
+    phase_i, phase_j = positions[rows] @ vectors.mT, positions[atoms] @ vectors.mT
+    both = torch.where((g == 0).all(-1), 1.0, 2.0).to(cell.dtype)  # G and -G
+    weight = both * torch.exp(-c * vectors.square().sum(-1))
+    total = (weight * phase_i.cos()[:, None]) @ phase_j.cos().mT + (weight * phase_i.sin()[:, None]) @ phase_j.sin().mT
+    alpha = total.clamp(min=RECIPROCAL_CLAMP).log() + 1.5 * (4 * math.pi * c).log()
+    # Not linalg.det: inside torch.func its second derivative goes through an SVD, which is NaN for a cubic cell.
+    alpha = alpha - (torch.linalg.cross(cell[0], cell[1]) * cell[2]).sum().abs().log()
+    score = torch.einsum("ihd,jhd->ihj", q[rows], k[atoms]) / math.sqrt(q.shape[-1]) + alpha
+    return ReciprocalTerms(vectors, phase_i, phase_j, weight, total, score)
+
+
 def reciprocal_rows(
     q: Tensor,
     k: Tensor,
@@ -207,29 +306,12 @@ def reciprocal_rows(
     g: Tensor,
     rows: slice,
 ) -> tuple[Tensor]:
-    """Attention of some rows of one crystal with the decay in reciprocal space.  Equation (13).
-
-        alpha_ij = log max( sum_G exp(-c_i |G|²) cos(G·r_ij), 1e-6 ) + 1.5 log(4 pi c_i) - log V
-        y_i = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j
-
-    cos(G·(r_j - r_i)) = cos G·r_i cos G·r_j + sin G·r_i sin G·r_j makes the sum a matrix product.
-
-    Args:
-        atoms, g: the crystal's atoms and its vectors from `reciprocal_vectors`; rows: some of the atoms.
-    """
-    cell, c = lattice[crystal], decay_reciprocal[rows][..., None]
-    vectors = g.to(cell.dtype) @ reciprocal(cell)
-    phase_i, phase_j = positions[rows] @ vectors.T, positions[atoms] @ vectors.T
-    both = torch.where((g == 0).all(-1), 1.0, 2.0).to(cell.dtype)  # G and -G
-    weight = both * torch.exp(-c * vectors.square().sum(-1))  # (n,H,G)
-    total = (weight * phase_i.cos()[:, None]) @ phase_j.cos().T + (weight * phase_i.sin()[:, None]) @ phase_j.sin().T
-    alpha = total.clamp(min=RECIPROCAL_CLAMP).log() + 1.5 * (4 * math.pi * c).log()
-    alpha = alpha - torch.linalg.det(cell).abs().log()
-    s = torch.einsum("ihd,jhd->ihj", q[rows], k[atoms]) / math.sqrt(q.shape[-1]) + alpha
-    return (torch.einsum("ihj,jhd->ihd", torch.softmax(s, -1), v[atoms]),)
+    """y_i = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j of some rows of one crystal, (n,H,Dv)."""
+    terms = reciprocal_terms(q, k, decay_reciprocal, positions, lattice, crystal, atoms, g, rows)
+    return (torch.einsum("ihj,jhd->ihd", torch.softmax(terms.score, -1), v[atoms]),)
 
 
-def reciprocal_parts(q: Tensor, lattice: Tensor, ptr: Tensor, decay_min: float, tol: float) -> Parts:
+def reciprocal_parts(q: Tensor, lattice: Tensor, ptr: Tensor, decay_min: float, tol: float) -> Iterator[Part]:
     """`reciprocal_rows` cut into rows: functions of q, k, v, decay_reciprocal, positions, lattice."""
     bounds = ptr.tolist()
     for crystal, (first, last) in enumerate(itertools.pairwise(bounds)):
@@ -237,4 +319,4 @@ def reciprocal_parts(q: Tensor, lattice: Tensor, ptr: Tensor, decay_min: float, 
         step = max(1, CHUNK_ELEMENTS // (len(g) * q.shape[1]))
         for row in range(first, last, step):
             rows = slice(row, min(row + step, last))
-            yield rows, partial(reciprocal_rows, crystal=crystal, atoms=slice(first, last), g=g, rows=rows)
+            yield part(rows, reciprocal_rows, crystal=crystal, atoms=slice(first, last), g=g, rows=rows)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .lattice import gaussian_sum_bound
 
+# Content scores further apart than this would have to be weighed against numbers that fp64 does not hold.
+MAX_LOGIT_RANGE = 500.0
 # Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. A shell
 # that leaves out just this little less than `tol` is not taken for the last, and with a steep decay the next is far.
 BEYOND = 0.01
@@ -20,17 +22,20 @@ SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
 BISECTIONS = 12
 
 
-def tail_radius2(t: Tensor, a: float | Tensor, slack: Tensor) -> Tensor:
-    """Squared radius R² (C) with sum_{|r + n·L| > R} exp(-a |r + n·L|²) <= exp(slack) for every r, equation (10).
+def tail_radius2(t: Tensor, a: float, slack: Tensor, lattice: Tensor | None = None) -> Tensor:
+    """Squared radius R² (S) with sum_{|r + n·L| > R} exp(-a |r + n·L|²) <= exp(slack) for every r, equation (10).
 
     Args:
         t: (C,3,3) triangular lattices.
-        a: exponent, Å^-2, one number or (C).
-        slack: (C) logarithm of the bound to reach.
+        a: exponent, Å^-2.
+        slack: (S) logarithms of the bounds to reach.
+        lattice: (S) which of the lattices each is for; one each by default.
     """
-    b = SPLITS.to(t.device)[:, None] * torch.as_tensor(a, dtype=t.dtype, device=t.device)
-    radius2 = (gaussian_sum_bound(t, b.expand(-1, len(t))) - slack) / (a - b)
-    return radius2.amin(0).clamp(min=0)
+    b = SPLITS.to(t.device)[:, None] * a
+    bound = gaussian_sum_bound(t, b.expand(-1, len(t)))
+    if lattice is not None:
+        bound = bound[:, lattice]
+    return ((bound - slack) / (a - b)).amin(0).clamp(min=0)
 
 
 def row_cutoff2(
@@ -69,16 +74,12 @@ def row_cutoff2(
     return _bisect(holds, outer2)
 
 
-def pair_cutoff2(a: float, d2: Tensor, pair: Tensor, outer2: Tensor, log_beyond: Tensor, tol: float) -> Tensor:
+def pair_cutoff2(weight: Tensor, d2: Tensor, pair: Tensor, outer2: Tensor, beyond: Tensor, tol: float) -> Tensor:
     """The smallest squared cutoff (P) of each pair, to 1 in 4096, that leaves at most `tol` of the pair's own sum.
 
-    Weights are taken relative to the pair's nearest image: half a long cell away, exp(-a d²) itself is zero in fp64.
-
-    Args: as `row_cutoff2`, `outer2` and the logarithm of `beyond` per pair; every pair has an image.
+    Args: as `row_cutoff2`, `outer2` and `beyond` per pair, `weight` and `beyond` relative to any one image of the pair:
+        half a long cell away, exp(-a d²) itself is zero in fp64.
     """
-    nearest2 = torch.full_like(outer2, math.inf).scatter_reduce_(0, pair, d2, "amin")
-    weight = torch.exp(-a * (d2 - nearest2[pair]))
-    beyond = torch.exp(log_beyond + a * nearest2)
     whole = torch.zeros_like(outer2).index_add_(0, pair, weight)
 
     def holds(cutoff2: Tensor) -> Tensor:

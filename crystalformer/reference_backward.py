@@ -1,0 +1,159 @@
+"""The derivatives of `reference`, written out.  Equations (B2) to (B12) of docs/math.md.
+
+Each function takes the gradients of the outputs, the inputs, the outputs and the settings of one part, and adds the
+part's share to `totals`: the gradients of all inputs, the last two of them, of positions and lattice, empty when
+`geometry` is false. Higher derivatives don't come this way: they differentiate the reference twice.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .basis import RadialBasis
+from .images import ImageList, crystal_of_atom
+from .reference import (
+    RECIPROCAL_CLAMP,
+    Segments,
+    attention_scores,
+    displacement,
+    pair_atoms,
+    reciprocal,
+    reciprocal_terms,
+    root,
+    row_images,
+)
+
+Tensors = Sequence[Tensor]
+
+
+def add_displacement(
+    d_positions: Tensor, d_lattice: Tensor, dr: Tensor, i: Tensor, j: Tensor, crystal: Tensor, shift: Tensor
+) -> None:
+    """Shares out the gradient dr (..., 3) of r = p_j + n·L - p_i.  Equation (B9)."""
+    d_positions.index_add_(0, j.flatten(), dr.flatten(0, -2))
+    d_positions.index_add_(0, i.flatten(), -dr.flatten(0, -2))
+    outer = shift.to(dr.dtype)[..., :, None] * dr[..., None, :]
+    d_lattice.index_add_(0, crystal.flatten(), outer.flatten(0, -3))
+
+
+def times_basis(u: Tensor, d2: Tensor, basis: RadialBasis | None) -> Tensor:
+    """u·b(d), (n,H,m), of u (n,H,K), the gradient of c, and d² (n,m)."""
+    return u @ basis(root(d2)).mT if basis else u.new_zeros(*u.shape[:2], d2.shape[1])
+
+
+def along_r(u: Tensor, d2: Tensor, basis: RadialBasis | None, p: Tensor, a_ds: Tensor) -> Tensor:
+    """f (n,m), where f r is the gradient of r: f = (dd_e)/d = -2 sum_h a ds + sum_h p u·b'(d)/d.  Equation (B8).
+
+    At d = 0 the second term is zero: an atom's distance to itself does not change.
+
+    Args:
+        u (n,H,K), d2 (n,m): as above.  p (n,H,m).  a_ds: (n,m), the sum over heads of a ds.
+    """
+    if basis is None:
+        return -2 * a_ds
+    d = root(d2)
+    slope = (p * (u @ basis.derivative(d, basis(d)).mT)).sum(1)
+    return torch.where(d > 0, slope / torch.where(d > 0, d, 1.0), 0.0) - 2 * a_ds
+
+
+def attention_rows_backward(
+    grads: Tensors,
+    inputs: Tensors,
+    outputs: Tensors,
+    totals: Tensors,
+    geometry: bool,
+    images: ImageList,
+    basis: RadialBasis | None,
+    rows: Segments,
+) -> None:
+    """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B2) to (B9)."""
+    (g, g_lse, u), (q, k, v, decay, positions, lattice), (o, lse, c) = grads, inputs, outputs
+    dq, dk, dv, d_decay, d_positions, d_lattice = totals
+    x = row_images(positions, lattice, images, rows)
+    p = torch.exp(attention_scores(q, k, decay, x, rows) - lse[..., None])
+    delta = (g * o).sum(-1) + (u * c).sum(-1) - g_lse
+    g_v = x.by_image(torch.einsum("nhd,nphd->nhp", g, v[x.partner]))
+    ds = p * (g_v + times_basis(u, x.d2, basis) - delta[..., None])
+
+    pair_ds = x.sum_by_partner(ds) / math.sqrt(q.shape[-1])
+    dq[x.i] += torch.einsum("nhp,nphd->nhd", pair_ds, k[x.partner])
+    d_decay[x.i] -= (ds * x.d2[:, None]).sum(-1)
+    partner = x.partner.flatten()
+    dk.index_add_(0, partner, torch.einsum("nhp,nhd->nphd", pair_ds, q[x.i]).flatten(0, 1))
+    dv.index_add_(0, partner, torch.einsum("nhp,nhd->nphd", x.sum_by_partner(p), g).flatten(0, 1))
+    if geometry:
+        f = along_r(u, x.d2, basis, p, (decay[x.i][..., None] * ds).sum(1))
+        i, crystal = (y[:, None].expand_as(x.j) for y in (x.i, x.crystal))
+        add_displacement(d_positions, d_lattice, f[..., None] * x.r, i, x.j, crystal, x.shift)
+
+
+def encoding_pairs_backward(
+    grads: Tensors,
+    inputs: Tensors,
+    outputs: Tensors,
+    totals: Tensors,
+    geometry: bool,
+    images: ImageList,
+    basis: RadialBasis | None,
+    pairs: Segments,
+) -> None:
+    """ds_e = p_e (g_alpha + u_ij·(b_e - c_ij)), p_e the share of image e in its own pair.  Equation (B11)."""
+    (g_alpha, g_beta), (decay, edge_weight, positions, lattice), (alpha, _) = grads, inputs, outputs
+    d_decay, d_edge_weight, d_positions, d_lattice = totals
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    i, j = (x[pairs.first : pairs.last, None].expand_as(pairs.entry) for x in pair_atoms(images))
+    shift = images.shift[pairs.entry]
+    r = displacement(positions, lattice, crystal, i, j, shift)
+    d2 = r.square().sum(-1)
+    a = decay[i[:, 0]]
+    p = torch.exp(-a[:, :, None] * d2[:, None] - alpha[..., None]) * pairs.real[:, None]
+    u = torch.einsum("hdk,nhd->nhk", edge_weight, g_beta)
+    u_b = times_basis(u, d2, basis)
+    ds = p * (g_alpha[..., None] + u_b - (p * u_b).sum(-1, keepdim=True))
+    d_decay.index_add_(0, i[:, 0], -(ds * d2[:, None]).sum(-1))
+    if basis is not None:
+        d_edge_weight += torch.einsum("nhd,nhk->hdk", g_beta, p @ basis(root(d2)))
+    if geometry:
+        f = along_r(u, d2, basis, p, (a[..., None] * ds).sum(1))
+        add_displacement(d_positions, d_lattice, f[..., None] * r, i, j, crystal[i], shift)
+
+
+def reciprocal_rows_backward(
+    grads: Tensors, inputs: Tensors, outputs: Tensors, totals: Tensors, geometry: bool, **settings: Any
+) -> None:
+    """Dense attention with alpha = log T + ..., T = sum_G w cos(G·r): dT = ds / T unclamped.  Equation (B12).
+
+    The terms of alpha that do not depend on j leave the softmax as it is, so they have no gradient.
+    """
+    (grad,), (q, k, v, decay_reciprocal, positions, lattice), (y,) = grads, inputs, outputs
+    dq, dk, dv, d_decay, d_positions, d_lattice = totals
+    rows, atoms, crystal, g = (settings[name] for name in ("rows", "atoms", "crystal", "g"))
+    t = reciprocal_terms(q, k, decay_reciprocal, positions, lattice, **settings)
+    p = torch.softmax(t.score, -1)
+    ds = p * (torch.einsum("ihd,jhd->ihj", grad, v[atoms]) - (grad * y).sum(-1)[..., None])
+    dq[rows] += torch.einsum("ihj,jhd->ihd", ds, k[atoms]) / math.sqrt(q.shape[-1])
+    dk[atoms] += torch.einsum("ihj,ihd->jhd", ds, q[rows]) / math.sqrt(q.shape[-1])
+    dv[atoms] += torch.einsum("ihj,ihd->jhd", p, grad)
+
+    d_total = torch.where(t.total > RECIPROCAL_CLAMP, ds / t.total, 0.0)
+    cos_i, sin_i, cos_j, sin_j = t.phase_i.cos(), t.phase_i.sin(), t.phase_j.cos(), t.phase_j.sin()
+    by_cos, by_sin = d_total @ cos_j, d_total @ sin_j  # (n,H,G)
+    d_exponent = t.weight * (by_cos * cos_i[:, None] + by_sin * sin_i[:, None])
+    length2 = t.vectors.square().sum(-1)
+    d_decay[rows] -= d_exponent @ length2
+    if not geometry:
+        return
+    d_phase_i = (t.weight * (by_sin * cos_i[:, None] - by_cos * sin_i[:, None])).sum(1)
+    from_cos = torch.einsum("ihj,ihg->jg", d_total, t.weight * cos_i[:, None])
+    from_sin = torch.einsum("ihj,ihg->jg", d_total, t.weight * sin_i[:, None])
+    d_phase_j = from_sin * cos_j - from_cos * sin_j
+    d_length2 = -(decay_reciprocal[rows][..., None] * d_exponent).sum((0, 1))
+    d_positions[rows] += d_phase_i @ t.vectors
+    d_positions[atoms] += d_phase_j @ t.vectors
+    d_vectors = d_phase_i.mT @ positions[rows] + d_phase_j.mT @ positions[atoms] + 2 * d_length2[:, None] * t.vectors
+    # B = 2 pi L^-T, so dL = -B dB^T B / (2 pi)
+    b = reciprocal(lattice[crystal])
+    d_lattice[crystal] -= b @ (g.to(b.dtype).mT @ d_vectors).mT @ b / (2 * math.pi)

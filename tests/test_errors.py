@@ -1,0 +1,138 @@
+"""Bad input to the ops: each error names the argument, what it must be and what it was."""
+
+import dataclasses
+
+import pytest
+import torch
+from problems import problem
+
+import crystalformer as cf
+
+X = problem(every_pair=True)
+NAN, INF = float("nan"), float("inf")
+
+
+def spoiled(x: torch.Tensor, value: float) -> torch.Tensor:
+    x = x.clone()
+    x.view(-1)[1] = value
+    return x
+
+
+# What is wrong with an argument of all three ops that have it, and what the error says.
+CASES = [
+    ("q", X.q.numpy(), TypeError, "q must be a torch.Tensor, not ndarray"),
+    ("q", X.q[0], ValueError, r"q must have shape \(N, H, D\), not \(2, 3\)"),
+    ("q", X.q.half(), TypeError, "q must be torch.float32 or torch.float64, not torch.float16"),
+    ("q", spoiled(X.q, NAN), ValueError, r"q must be finite, but q\[0, 0, 1\] is nan"),
+    ("k", X.k[:, :, :2], ValueError, r"k must have shape \(N=6, H=2, D=3\), not \(6, 2, 2\)"),
+    ("k", X.k.float(), TypeError, "k must be torch.float64, as the other arguments, not torch.float32"),
+    ("k", spoiled(X.k, INF), ValueError, r"k must be finite, but k\[0, 0, 1\] is inf"),
+    ("v", X.v[:5], ValueError, r"v must have shape \(N=6, H=2, Dv\), not \(5, 2, 4\)"),
+    ("v", spoiled(X.v, NAN), ValueError, r"v must be finite, but v\[0, 0, 1\] is nan"),
+    ("v", X.v.to("meta"), ValueError, "v must be on cpu, as the other arguments, not on meta"),
+    ("decay", X.decay[:, 0], ValueError, r"decay\w* must have shape \(N(=6)?, H(=2)?\), not \(6,\)"),
+    ("decay", spoiled(X.decay, -0.5), ValueError, r"decay\w* must be positive, but its smallest value is -0\.5"),
+    ("decay", spoiled(X.decay, NAN), ValueError, r"decay\w* must be finite, but decay\w*\[0, 1\] is nan"),
+    ("positions", X.positions[:, :2], ValueError, r"positions must have shape \(N=6, 3\), not \(6, 2\)"),
+    ("positions", spoiled(X.positions, NAN), ValueError, r"positions must be finite, but positions\[0, 1\] is nan"),
+    ("lattice", X.lattice[0], ValueError, r"lattice must have shape \(C(=3)?, 3, 3\), not \(3, 3\)"),
+    ("lattice", X.lattice * 0, ValueError, r"lattice must have a volume, but lattice\[0\] is singular: \[\[-?0\.0, "),
+    ("lattice", spoiled(X.lattice, INF), ValueError, r"lattice must be finite, but lattice\[0, 0, 1\] is inf"),
+    ("images", None, TypeError, "images must be an ImageList, from build_images, not NoneType"),
+    (
+        "images",
+        cf.build_images(X.positions[:1], X.lattice[:1], X.ptr[:2]),
+        ValueError,
+        "images must be of 6 atoms in 3 crystals, as positions and lattice, not of 1 atoms in 1 crystals",
+    ),
+    (
+        "edge_weight",
+        X.edge_weight[:1],
+        ValueError,
+        r"edge_weight must have shape \(H=2, Dv(=4)?, K=5\), not \(1, 4, 5\)",
+    ),
+    (
+        "edge_weight",
+        spoiled(X.edge_weight, NAN),
+        ValueError,
+        r"edge_weight must be finite, but edge_weight\[0, 0, 1\] is",
+    ),
+    ("basis", None, TypeError, "basis must be a RadialBasis when edge_weight is given, not NoneType"),
+    ("ptr", [0, 6], TypeError, "ptr must be a torch.Tensor, not list"),
+    ("ptr", X.ptr.int(), TypeError, "ptr must be torch.int64, not torch.int32"),
+    ("ptr", X.ptr[None], ValueError, r"ptr must have shape \(C\+1\), not \(1, 4\)"),
+    ("ptr", X.ptr + 1, ValueError, "ptr must run from 0 to the number of atoms 6, not from 1 to 7"),
+    (
+        "ptr",
+        torch.tensor([0, 4, 4, 6]),
+        ValueError,
+        r"ptr must rise by at least one atom a crystal, but it is \[0, 4, 4, 6\]",
+    ),
+    ("tol", 0.0, ValueError, r"tol must be larger than 0 and smaller than 1, not 0\.0"),
+    ("tol", "small", TypeError, "tol must be a number, not str"),
+    ("decay_min", -1.0, ValueError, r"decay_min must be larger than 0 and finite, not -1\.0"),
+]
+ARGUMENTS = {
+    "attention": ("q", "k", "v", "decay", "positions", "lattice", "images", "edge_weight", "basis"),
+    "encoding": ("decay", "positions", "lattice", "images", "edge_weight", "basis"),
+    "reciprocal": ("q", "k", "v", "decay", "positions", "lattice", "ptr", "tol", "decay_min"),
+}
+
+
+def call(op: str, **change):
+    values = {field.name: getattr(X, field.name) for field in dataclasses.fields(X)} | {"tol": 1e-6, "decay_min": 0.5}
+    values = {name: change.get(name, values[name]) for name in ARGUMENTS[op]}
+    if op == "reciprocal":
+        return cf.reciprocal_attention(decay_reciprocal=values.pop("decay"), **values)
+    return (cf.periodic_attention if op == "attention" else cf.periodic_encoding)(**values)
+
+
+EACH = [
+    pytest.param(op, *case, id=f"{op}-{case[0]}-{i}")
+    for op, names in ARGUMENTS.items()
+    for i, case in enumerate(CASES)
+    if case[0] in names
+]
+
+
+@pytest.mark.parametrize(("op", "name", "value", "error", "message"), EACH)
+def test_error(op, name, value, error, message):
+    with pytest.raises(error, match=message):
+        call(op, **{name: value})
+
+
+def test_encoding_needs_the_images_of_every_pair():
+    images = cf.build_images(X.positions, X.lattice, X.ptr)
+    with pytest.raises(ValueError, match="images must be built with every_pair=True for periodic_encoding, not with"):
+        call("encoding", images=images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num": 0}, "num must be a positive integer, not 0"),
+        ({"num": 2.5}, r"num must be a positive integer, not 2\.5"),
+        ({"r_max": -1.0}, r"r_max must be larger than 0 and finite, not -1\.0"),
+        ({"width": NAN}, "width must be larger than 0 and finite, not nan"),
+    ],
+)
+def test_basis_says_what_is_wrong(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        cf.RadialBasis(**options)
+
+
+def test_debug_checks_is_a_switch_and_a_context():
+    from crystalformer import checks
+
+    meta = torch.zeros(1, device="meta")
+    assert not checks.values_visible(meta)
+    with cf.debug_checks(True):
+        assert checks.values_visible(meta)
+        with cf.debug_checks(False):
+            assert not checks.values_visible(meta)
+        assert checks.values_visible(meta)
+    assert not checks.values_visible(meta)
+    cf.debug_checks(True)
+    assert checks.values_visible(meta)
+    cf.debug_checks(False)
+    assert not checks.values_visible(meta)

@@ -1,0 +1,74 @@
+"""The paper's own code: its weights, converted, give its features, outputs and gradients on ten real crystals.
+
+The numbers lie beside a checkout of the project's workshop, in ../shared/golden, and are not part of the project.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import crystalformer as cf
+
+FILE = Path(__file__).parents[2] / "shared" / "golden" / "official_reference.npz"
+TAGS = ("real", "real_simple", "reciprocal", "multihead", "real_reciprocal", "real_wide_basis")
+pytestmark = pytest.mark.skipif(not FILE.is_file(), reason=f"the golden numbers are not here: {FILE.name}")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(FILE) as file:
+        return {key: file[key] for key in file.files}
+
+
+def load(golden, tag, backend, dtype, tol):
+    prefix = f"{tag}/state/"
+    state = {key.removeprefix(prefix): torch.from_numpy(x) for key, x in golden.items() if key.startswith(prefix)}
+    converted = cf.convert.from_official(state, json.loads(str(golden[f"{tag}/config"])))
+    model = cf.Crystalformer(dataclasses.replace(converted.config, tol=tol), backend)
+    model.load_state_dict(converted.state_dict())
+    ptr = torch.from_numpy(np.concatenate([[0], np.cumsum(golden["sizes"])]))
+    crystals = (torch.from_numpy(golden[key]) for key in ("numbers", "positions", "lattice"))
+    return model.to(dtype), cf.CrystalBatch(*crystals, ptr).to(dtype)
+
+
+def official_gradients(model, tag):
+    """Our gradients under the names and shapes of the paper's code."""
+    attention = model.blocks[0].attention
+    biases = [getattr(attention, f"{x}_proj").bias.grad for x in "qkv"]
+    named = {
+        "lattice_pos_weights": attention.decay.weight.grad.flatten(),
+        "in_proj_bias": torch.cat(biases),
+        "out_proj.weight": attention.out_proj.weight.grad,
+        "out_proj.bias": attention.out_proj.bias.grad,
+    }
+    named |= {f"{x}_proj_weight": getattr(attention, f"{x}_proj").weight.grad for x in "qkv"}
+    if attention.edge_weight is not None:
+        named["pe_dist_proj"] = attention.edge_weight.grad[None]
+    result = {f"{tag}/grad/encoder.layers.0.self_attn.{name}": grad for name, grad in named.items()}
+    return result | {f"{tag}/grad/input_embeddings.weight": model.embedding.weight.grad.T}
+
+
+def error(x, exact):
+    return float(np.abs(x.detach().double().numpy() - exact).max() / np.abs(exact).max())
+
+
+@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize(
+    ("dtype", "tol", "value_bound", "gradient_bound"),
+    [(torch.float64, 1e-12, 1e-8, 1e-7), (torch.float32, 1e-7, 2e-5, 1e-4)],
+    ids=["fp64", "fp32"],
+)
+def test_official_numbers(golden, tag, backend, dtype, tol, value_bound, gradient_bound):
+    model, batch = load(golden, tag, backend, dtype, tol)
+    features, output = model.encode(batch), model(batch)[:, 0]
+    assert error(features, golden[f"{tag}/features"]) < value_bound
+    assert error(output, golden[f"{tag}/output"]) < value_bound
+    (output * torch.linspace(-1, 1, len(output), dtype=dtype)).sum().backward()
+    found = official_gradients(model, tag)
+    assert set(found) == {key for key in golden if key.startswith(f"{tag}/grad/")}
+    for name, grad in found.items():
+        assert error(grad, golden[name]) < gradient_bound, name

@@ -1,0 +1,200 @@
+"""The model: sizes, initialisation, calibration, files, and what it refuses."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from problems import problem
+from torch.nn import functional as F
+
+import crystalformer as cf
+from crystalformer.layers import Decay, mean_pool, rho
+
+SMALL = cf.CrystalformerConfig(num_blocks=2, model_dim=16, num_heads=4, ff_dim=32, num_basis=8, readout_dims=(8, 4))
+
+
+def batch(**options) -> cf.CrystalBatch:
+    x = problem(**options)
+    return cf.CrystalBatch(torch.arange(1, 1 + len(x.positions)), x.positions, x.lattice, x.ptr).to(torch.float32)
+
+
+def test_size_of_the_paper():
+    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)  # noqa: E731
+    assert count(cf.Crystalformer()) == 853_505
+    assert count(cf.Crystalformer(cf.CrystalformerConfig(num_basis=0))) == 820_737
+
+
+def test_t_fixup_initialisation():
+    torch.manual_seed(0)
+    config = cf.CrystalformerConfig()
+    model, fixup = cf.Crystalformer(config), 0.67 * config.num_blocks**-0.25
+    uniform = lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5  # noqa: E731  deviation of Xavier's
+    attention = model.blocks[0].attention
+    expected = {
+        model.embedding.weight: config.model_dim**-0.5 * (9 * config.num_blocks) ** -0.25,
+        attention.q_proj.weight: uniform(128, 128),
+        attention.v_proj.weight: fixup * uniform(128, 128),
+        attention.out_proj.weight: fixup * uniform(128, 128),
+        attention.decay.weight: 16**-0.5,
+        attention.edge_weight: 64**-0.5 * uniform(64, 128),
+        model.blocks[0].linear1.weight: fixup * uniform(128, 512),
+        model.blocks[0].linear2.weight: fixup * uniform(512, 128),
+    }
+    for weight, deviation in expected.items():
+        weight = weight.detach()
+        assert float(weight.std()) == pytest.approx(deviation, rel=0.15)
+        assert abs(float(weight.mean())) < 0.2 * deviation
+
+
+@pytest.mark.parametrize("domain", ["real", "reciprocal", "multihead", "real_reciprocal"])
+def test_every_weight_is_used(domain):
+    model = cf.Crystalformer(dataclasses.replace(SMALL, domain=domain, num_targets=3, num_blocks=3))
+    x = batch()
+    out = model(x)
+    assert out.shape == (x.num_crystals, 3)
+    assert model.encode(x).shape == (x.num_atoms, 16)
+    out.square().sum().backward()
+    unused = [name for name, p in model.named_parameters() if not p.grad.abs().max() > 0]
+    # A bias of the keys shifts all scores of an atom alike, which softmax does not see.
+    assert [name for name in unused if "k_proj.bias" not in name] == []
+    assert any("edge_weight" in name for name, _ in model.named_parameters()) == (domain != "reciprocal")
+
+
+def test_mixed_species_are_mixtures():
+    model, x = cf.Crystalformer(SMALL), batch()
+    mixed = dataclasses.replace(x, species=x.occupancies())
+    torch.testing.assert_close(model(mixed), model(x))
+    mixed.species = 0.5 * mixed.species + 0.5 * mixed.species.roll(1, 0)
+    embedded = model.embedding(x.species)
+    torch.testing.assert_close(model.embedding(mixed.species), 0.5 * embedded + 0.5 * embedded.roll(1, 0))
+
+
+def test_rho_is_the_papers_function():
+    x = torch.linspace(-200, 200, 401)
+    for bound in (0.3, 0.5, 0.9):
+        y = rho(x, bound)
+        torch.testing.assert_close(y, (1 - bound) * F.elu(0.1 * x / (1 - bound)) + 1)
+        assert (y >= bound).all()
+        assert (y.diff() >= 0).all()
+        slope = (rho(torch.tensor(1e-3), bound) - rho(torch.tensor(-1e-3), bound)) / 2e-3
+        assert float(slope) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_calibration_standardises_the_scores_and_stays():
+    torch.manual_seed(0)
+    model, x = cf.Crystalformer(SMALL), batch()
+    before = [block.attention.decay for block in model.blocks]
+    assert [(float(d.shift), float(d.scale)) for d in before] == [(0.0, 1.0)] * 2
+    model.calibrate(x)
+    seen: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.attention.decay.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    model(x)
+    for score in seen:
+        assert float(score.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(score.std()) == pytest.approx(1, rel=1e-5)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()(x)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_calibration_needs_atoms_that_differ():
+    decay = Decay(2, 3)
+    with pytest.raises(ValueError, match="batch must hold atoms that differ, to calibrate on"):
+        decay.calibrate(torch.zeros(4, 2, 3))
+
+
+def test_mean_pool():
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(mean_pool(x, torch.tensor([0, 2, 5])), torch.stack([x[:2].mean(0), x[2:].mean(0)]))
+
+
+def test_rescale():
+    model, x = cf.Crystalformer(dataclasses.replace(SMALL, num_targets=2)), batch()
+    before = model(x)
+    mean, deviation = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])
+    torch.testing.assert_close(model.rescale_(mean, deviation)(x), before * deviation + mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_save_and_load(tmp_path, dtype):
+    pytest.importorskip("safetensors", reason="models are kept in safetensors files")
+    model, x = cf.Crystalformer(SMALL).to(dtype), batch().to(dtype)
+    model.calibrate(x)
+    model.save_pretrained(tmp_path / "run" / "model")
+    loaded = cf.Crystalformer.from_pretrained(tmp_path / "run" / "model")
+    assert loaded.config == SMALL
+    assert not loaded.training
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    pytest.importorskip("safetensors", reason="models are kept in safetensors files")
+    with pytest.raises(FileNotFoundError, match=r"path must be a folder with config.json and model.safetensors"):
+        cf.Crystalformer.from_pretrained(tmp_path)
+    cf.Crystalformer(SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_dim": 32}))
+    with pytest.raises(ValueError, match=r"path must hold weights that fit its config.json"):
+        cf.Crystalformer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"colour": "red"}))
+    with pytest.raises(ValueError, match=r"config must have names among basis_width, .*, not colour"):
+        cf.Crystalformer.from_pretrained(tmp_path)
+
+
+def test_images_are_built_once_and_checked():
+    model, x = cf.Crystalformer(SMALL), batch()
+    expected = model(x)
+    assert x.images is None, "the caller's batch is not changed"
+    x.images = model.build_images(x)
+    assert torch.equal(model(x), expected)
+    geometry = (x.positions, x.lattice, x.ptr)
+    for options, message in (
+        ({"decay_min": 0.3}, "batch.images must be built for decay_min at most 0.127551, as the model's, not for 0.3"),
+        ({"tol": 1e-3}, "batch.images must be built for tol at most 1e-06, as the model's, not for 0.001"),
+        ({"logit_range": 1.0}, "batch.images must be built for logit_range at least 4, as the model's, not for 1"),
+    ):
+        x.images = cf.build_images(*geometry, **options)
+        with pytest.raises(ValueError, match=message):
+            model(x)
+    x.images = cf.build_images(*geometry, cutoff=12.0)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="batch must be a CrystalBatch, not Tensor"):
+        model(x.positions)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_dim": 0}, "model_dim must be an integer, at least 1, not 0"),
+        ({"num_blocks": 2.0}, r"num_blocks must be an integer, at least 1, not 2\.0"),
+        ({"num_heads": True}, "num_heads must be an integer, at least 1, not True"),
+        ({"num_basis": -1}, "num_basis must be an integer, at least 0, not -1"),
+        ({"readout_dims": ()}, r"readout_dims must be a sequence of numbers, not \(\)"),
+        ({"readout_dims": (8, 0)}, "readout_dims must be an integer, at least 1, not 0"),
+        ({"r0": 1.4}, r"r0 must be a sequence of numbers, not 1\.4"),
+        ({"r0": (1.4, -1.0)}, r"r0 must be larger than 0 and finite, not -1\.0"),
+        ({"r0_reciprocal": (0.0,)}, r"r0_reciprocal must be larger than 0 and finite, not 0\.0"),
+        ({"r_max": 0}, "r_max must be larger than 0 and finite, not 0"),
+        ({"basis_width": "wide"}, "basis_width must be a number, not str"),
+        ({"decay_bound": 1.0}, r"decay_bound must be larger than 0 and smaller than 1, not 1\.0"),
+        ({"dropout": -0.1}, r"dropout must be at least 0 and smaller than 1, not -0\.1"),
+        ({"tol": 2.0}, r"tol must be larger than 0 and smaller than 1, not 2\.0"),
+        ({"logit_range": 800.0}, r"logit_range must be at least 0 and smaller than 500, not 800\.0"),
+        ({"domain": "fourier"}, "domain must be one of real, reciprocal, multihead, real_reciprocal, not 'fourier'"),
+        ({"num_heads": 3}, "model_dim must be a multiple of num_heads=3, not 128"),
+        ({"num_heads": 1, "domain": "multihead"}, "num_heads must be even for domain='multihead', not 1"),
+    ],
+)
+def test_config_says_what_is_wrong(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        cf.CrystalformerConfig(**options)
+
+
+def test_config_of_the_paper():
+    config = cf.CrystalformerConfig(r0=(1.4, 2.8), domain="real_reciprocal")
+    assert config.decay_min == pytest.approx(0.5 / (2 * 2.8**2))
+    assert [config.num_real_heads(block) for block in range(4)] == [8, 0, 8, 0]
+    assert cf.CrystalformerConfig.from_dict(json.loads(config.to_json())) == config
