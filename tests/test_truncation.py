@@ -219,6 +219,23 @@ def test_every_pair_where_the_weights_underflow() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("decay", [0.1276, 0.5, 3.0])
+def test_every_pair_where_the_nearest_plane_is_far_from_the_nearest_image(decay: float) -> None:
+    """Nearest planes lead to an image 46 Å away, the nearest is 15 Å away: exp(3·(46² - 15²)) overflows."""
+    angle = math.radians(20)
+    lattice = torch.tensor(
+        [[3, 0, 0], [0, 60 * math.sin(angle), 60 * math.cos(angle)], [0, 0, 90]], dtype=torch.float64
+    )
+    positions = torch.tensor([[0, 0, 0], [0, 10.2, 44.9]], dtype=torch.float64)
+    images = cf.build_images(*pack([(positions, lattice)]), decay_min=decay, every_pair=True)
+    pair, _, d2 = list_images(images, positions, lattice)
+    every_pair, _, every_d2 = box_images(positions, lattice, math.sqrt(30**2 + (CONVERGED - math.log(1e-6)) / decay))
+    top, rest = alpha(pair, d2, decay, 2)
+    true_top, true_rest = alpha(every_pair, every_d2, decay, 2)
+    np.testing.assert_allclose(top, true_top, rtol=1e-9)
+    assert (-np.expm1(rest - true_rest)).max() <= 1e-6 * (1 + ROUNDING)
+
+
 # The bounds -----------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +307,7 @@ def test_what_is_never_enumerated_counts_as_left_out() -> None:
         beyond = share * tol * weight.sum()[None]
         for chosen in (
             row_cutoff2(weight, d2, pair, one, one, outer2, beyond, tol, LOGIT_RANGE),
-            pair_cutoff2(1.0, d2, pair, outer2, beyond.log(), tol),
+            pair_cutoff2(weight, d2, pair, outer2, beyond, tol),
         ):
             assert shells <= float(chosen) < shells + 0.01
 
