@@ -1,7 +1,7 @@
 """Build script: the packages are declared in pyproject.toml, this file only adds the compiled CPU kernels.
 
 `crystalformer._C` (csrc/) is built when torch can be imported while installing, that is with
-`pip install --no-build-isolation`. Without torch, or without C++ sources, the package installs all the same and
+`pip install --no-build-isolation`. Without torch the package installs all the same and
 `crystalformer.available_backends()` says what is missing.
 """
 

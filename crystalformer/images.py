@@ -216,11 +216,14 @@ def _build(
 
     everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
-        # A pair's weights are taken relative to that of an image near to its nearest: far pairs would underflow.
         crystal, near2 = pairs.crystal(everyone), pairs.map(pairs.near_image2)
         outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a * near2[p], crystal[p]))
         pair, n, d2 = pairs.images(lambda p: outer2[p])
-        chosen = pair_cutoff2(torch.exp(a * (near2[pair] - d2)), d2, pair, outer2, slack.exp()[crystal], tol)
+        # A pair's weights are relative to that of its nearest image: far pairs would underflow, and relative to the
+        # image at near2, which a skewed cell has far from the nearest, they would overflow.
+        nearest2 = torch.full_like(near2, torch.inf).scatter_reduce_(0, pair, d2, "amin")
+        beyond = torch.exp(slack[crystal] - a * (near2 - nearest2))
+        chosen = pair_cutoff2(torch.exp(a * (nearest2[pair] - d2)), d2, pair, outer2, beyond, tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
         longest = torch.zeros_like(size).scatter_reduce_(0, crystal, chosen, "amax").sqrt()

@@ -77,7 +77,7 @@ def row_cutoff2(
 def pair_cutoff2(weight: Tensor, d2: Tensor, pair: Tensor, outer2: Tensor, beyond: Tensor, tol: float) -> Tensor:
     """The smallest squared cutoff (P) of each pair, to 1 in 4096, that leaves at most `tol` of the pair's own sum.
 
-    Args: as `row_cutoff2`, `outer2` and `beyond` per pair, `weight` and `beyond` relative to any one image of the pair:
+    Args: as `row_cutoff2`, `outer2` and `beyond` per pair, `weight` and `beyond` relative to the pair's nearest image:
         half a long cell away, exp(-a d²) itself is zero in fp64.
     """
     whole = torch.zeros_like(outer2).index_add_(0, pair, weight)

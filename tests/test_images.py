@@ -324,13 +324,18 @@ def test_empty_batch(options: dict[str, Any]) -> None:
 
 def test_thirty_two_small_crystals_take_well_under_a_second() -> None:
     batch = pack([random_crystal(("cubic", "left_handed")[seed % 2], seed, 4 + seed % 5) for seed in range(32)])
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        images = cf.build_images(*batch, cutoff=12.0)
-        seconds.append(time.perf_counter() - start)
+    # Processor time of one thread: others on the machine, and threads that wait for a core, do not count.
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(3):
+            start = time.process_time()
+            images = cf.build_images(*batch, cutoff=12.0)
+            seconds.append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     assert images.num_images > 32 * 4 * 100
-    assert min(seconds) < 1.0
+    assert min(seconds) < 1.0, seconds
 
 
 def test_a_thousand_atoms_fit_in_four_gib() -> None:

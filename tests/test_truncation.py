@@ -13,7 +13,7 @@ from torch import Tensor
 
 import crystalformer as cf
 from crystalformer.lattice import gaussian_sum_bound, points_in_spheres, triangular
-from crystalformer.truncation import tail_radius2
+from crystalformer.truncation import pair_cutoff2, row_cutoff2, tail_radius2
 
 LOGIT_RANGE = 4.0
 # The oracle stops where exp(-a d²) is e^-27 (2e-12) of what still matters.
@@ -140,10 +140,12 @@ def shortest_cutoff(positions: Tensor, lattice: Tensor, decay: float, tol: float
     return float(shells[high])
 
 
-@pytest.mark.parametrize(("decay", "tol"), [(0.1276, 1e-6), (0.05, 1e-3), (0.3, 1e-10), (1.0, 1e-6)])
-def test_the_cutoff_is_at_most_ten_percent_too_long(decay: float, tol: float) -> None:
-    structures = aflow_prototypes(limit=100, max_atoms=24)
-    assert len(structures) == 100
+@pytest.mark.parametrize(
+    ("decay", "tol", "limit"), [(0.1276, 1e-6, 60), (0.05, 1e-3, 60), (0.3, 1e-10, 60), (1.0, 1e-6, 100)]
+)
+def test_the_cutoff_is_at_most_ten_percent_too_long(decay: float, tol: float, limit: int) -> None:
+    structures = aflow_prototypes(limit=limit, max_atoms=24)
+    assert len(structures) == limit
     crystals = [geometry(s) for s in structures]
     images = cf.build_images(*pack(crystals), decay_min=decay, tol=tol, logit_range=LOGIT_RANGE)
     shortest = np.array([shortest_cutoff(*crystal, decay, tol, LOGIT_RANGE) for crystal in crystals])
@@ -217,6 +219,23 @@ def test_every_pair_where_the_weights_underflow() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("decay", [0.1276, 0.5, 3.0])
+def test_every_pair_where_the_nearest_plane_is_far_from_the_nearest_image(decay: float) -> None:
+    """Nearest planes lead to an image 46 Å away, the nearest is 15 Å away: exp(3·(46² - 15²)) overflows."""
+    angle = math.radians(20)
+    lattice = torch.tensor(
+        [[3, 0, 0], [0, 60 * math.sin(angle), 60 * math.cos(angle)], [0, 0, 90]], dtype=torch.float64
+    )
+    positions = torch.tensor([[0, 0, 0], [0, 10.2, 44.9]], dtype=torch.float64)
+    images = cf.build_images(*pack([(positions, lattice)]), decay_min=decay, every_pair=True)
+    pair, _, d2 = list_images(images, positions, lattice)
+    every_pair, _, every_d2 = box_images(positions, lattice, math.sqrt(30**2 + (CONVERGED - math.log(1e-6)) / decay))
+    top, rest = alpha(pair, d2, decay, 2)
+    true_top, true_rest = alpha(every_pair, every_d2, decay, 2)
+    np.testing.assert_allclose(top, true_top, rtol=1e-9)
+    assert (-np.expm1(rest - true_rest)).max() <= 1e-6 * (1 + ROUNDING)
+
+
 # The bounds -----------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +293,23 @@ def test_tail_radius_holds(seed: int) -> None:
 def test_tail_radius_of_a_loose_slack_is_zero() -> None:
     t = torch.diag(torch.full((3,), 50.0, dtype=torch.float64))[None]
     assert tail_radius2(t, 1.0, torch.tensor([5.0], dtype=torch.float64)).tolist() == [0.0]
+
+
+def test_what_is_never_enumerated_counts_as_left_out() -> None:
+    """Shells of 1, 2e^-2, 2e^-8, 2e^-18 and a bound on the rest: what it takes of tol the shells must give up."""
+    d2 = torch.tensor([0.0, 2, 2, 8, 8, 18, 18], dtype=torch.float64)
+    weight = torch.exp(-d2)
+    one, outer2 = torch.zeros(1, dtype=torch.int64), torch.tensor([20.0], dtype=torch.float64)
+    pair = torch.zeros(7, dtype=torch.int64)
+    # Just enough for the last two shells: 2e^-8 + 2e^-18 of the whole.
+    tol = 1.01 * float(weight[3:].sum() / weight.sum())
+    for share, shells in ((0.0, 2), (0.005, 2), (0.02, 8), (0.9, 8)):
+        beyond = share * tol * weight.sum()[None]
+        for chosen in (
+            row_cutoff2(weight, d2, pair, one, one, outer2, beyond, tol, LOGIT_RANGE),
+            pair_cutoff2(weight, d2, pair, outer2, beyond, tol),
+        ):
+            assert shells <= float(chosen) < shells + 0.01
 
 
 def test_triangular_factors_the_lattice() -> None:
