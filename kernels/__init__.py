@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from triton.runtime import JITFunction
 
-from .attention_bwd import attention_backward
-from .attention_fwd import attention, attention_fwd
-from .encoding import encoding, encoding_backward
-from .images import pack
+from . import attention_bwd, attention_fwd, encoding, images
 
-INTERPRETED = not isinstance(attention_fwd, JITFunction)
+INTERPRETED = not isinstance(attention_fwd.attention_fwd, JITFunction)
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "layout": pack,
-    "attention": attention,
-    "attention_backward": attention_backward,
-    "encoding": encoding,
-    "encoding_backward": encoding_backward,
+    "layout": images.pack,
+    "attention": attention_fwd.attention,
+    "attention_backward": attention_bwd.attention_backward,
+    "encoding": encoding.encoding,
+    "encoding_backward": encoding.encoding_backward,
 }
 
 for _name, _function in OPERATORS.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from .functions import LN2, LOG2E, basis, dot, load_columns, load_heads
 from .geometry import spread, sum_segments
 from .images import FAR, Layout, scale, unpack
-from .table import encoding_blocks, head_blocks
+from .table import encoding_backward_blocks, encoding_blocks, head_blocks
 
 # Elements of c, or of its gradient, at a time.
 CHUNK_ELEMENTS = 1 << 24
@@ -86,7 +86,7 @@ def encoding_bwd(
     K: tl.constexpr,
     BH: tl.constexpr,
     BV: tl.constexpr,
-    BK: tl.constexpr,
+    BU: tl.constexpr,
     BE: tl.constexpr,
     FAR: tl.constexpr,
     GEOMETRY: tl.constexpr,
@@ -102,9 +102,6 @@ def encoding_bwd(
         # The mean of u·b is u·c = grad_beta·beta.
         beta = load_heads(beta_p, pair, h, H, DV, BV)
         weight -= tl.sum(load_heads(grad_beta_p, pair, h, H, DV, BV) * beta, 1)
-        k = tl.arange(0, BK)
-        mu = tl.load(mu_p + k)
-        u = load_columns(grad_c_p, pair, h, k, H, K)  # [BK, BH]
     d_decay = tl.zeros((BH,), tl.float32)
     first = tl.load(first_p + pair).to(tl.int64)
     last = tl.load(first_p + pair + 1).to(tl.int64)
@@ -115,14 +112,20 @@ def encoding_bwd(
         p = tl.exp2(a[None, :] * x2 - alpha[None, :])  # [BE, BH]
         ds = tl.broadcast_to(weight[None, :], (BE, BH))
         if K > 0:
-            b, from_center = basis(x[:, None], mu[None, :])  # [BE, BK]
-            ds = dot(b, u, ds)
+            slope = tl.zeros((BE, BH), tl.float32)
+            for o_k in range(0, K, BU):  # few pairs have more than BE images, so u is read once
+                k = o_k + tl.arange(0, BU)
+                u = load_columns(grad_c_p, pair, h, k, H, K)  # [BU, BH]
+                b, from_center = basis(x[:, None], tl.load(mu_p + k)[None, :])  # [BE, BU]
+                ds = dot(b, u, ds)
+                if GEOMETRY:
+                    slope = dot(b * from_center, u, slope)
         ds = p * ds
         d_decay += tl.sum(ds * x2, 0)
         if GEOMETRY:
             force = tl.sum(ds * a[None, :], 1)  # [BE]
             if K > 0:
-                slope = tl.sum(p * dot(b * from_center, u, tl.zeros((BE, BH), tl.float32)), 1)
+                slope = tl.sum(p * slope, 1)
                 force -= tl.where(x > 0, slope / tl.where(x > 0, x, 1.0), 0.0)
             o_force = (start + e) * tl.num_programs(1) + tl.program_id(1)
             tl.store(force_p + o_force, force * force_scale, mask=m_e)
@@ -185,7 +188,7 @@ def encoding_backward(
     blocks = head_blocks(decay.shape[1])
     force = decay.new_empty(len(col) if geometry else 0, blocks)
     x_scale, log2e = scale(num, r_max, width), math.log2(math.e)
-    sizes = encoding_blocks(decay, num) | {"DV": beta.shape[2], "BV": triton.next_power_of_2(max(1, beta.shape[2]))}
+    sizes = encoding_backward_blocks(decay, beta, num)
     with torch.cuda.device_of(decay):
         for some in _chunks(alpha, num):
             g, u = grad_beta[some], alpha.new_empty(0)

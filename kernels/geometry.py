@@ -87,7 +87,7 @@ def sum_segments(x: Tensor, first: Tensor) -> Tensor:
     """(S,W) sums of the rows first[s] to first[s+1] of x (n,W), the same bits every time."""
     total = x.new_empty(len(first) - 1, x.shape[1])
     block = triton.next_power_of_2(x.shape[1])
-    segment_sums[(len(total),)](x, first, total, W=x.shape[1], BW=block, BN=64, num_warps=1)
+    segment_sums[(len(total),)](x, first, total, W=x.shape[1], BW=block, BN=32, num_warps=1)
     return total
 
 

@@ -16,6 +16,8 @@ BASIS = 64
 BASIS_BLOCK = 32
 # Live elements a thread; the rest of its 255 registers is addresses, and what the count leaves out.
 ELEMENTS = 150
+# Registers of attention_fwd for (BH, BD, BV, BK, G, BG) where fewer than it would take cost nothing: more warps fit.
+FORWARD_REGISTERS: dict[tuple[int, ...], int] = {(8, 16, 16, 64, 8, 4): 176, (4, 32, 32, 64, 8, 4): 176}
 
 
 def head_blocks(heads: int) -> int:
@@ -37,8 +39,10 @@ def _sizes(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
     }
 
 
-def _warps(elements: int) -> dict[str, int]:
-    return {"num_warps": max(1, triton.next_power_of_2(-(-elements // (32 * ELEMENTS)))), "num_stages": 1}
+def _launch(elements: int, registers: int = 255) -> dict[str, int]:
+    """Warps, and a limit of registers: without one the assembler spills a few for more warps, in the loop."""
+    warps = max(1, triton.next_power_of_2(-(-elements // (32 * ELEMENTS))))
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": registers}
 
 
 def forward_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int]) -> dict[str, int]:
@@ -46,7 +50,8 @@ def forward_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int]) -> di
     s = _sizes(q, v, shape) | {"K": num, "BK": padded(num)}
     images = s["G"] * s["BG"]
     gathered = s["BG"] * s["BH"] * (s["BD"] + 2 * s["BV"])
-    return s | _warps(gathered + s["BK"] * (s["BH"] + images) + images * s["BH"])
+    registers = FORWARD_REGISTERS.get(tuple(s[name] for name in ("BH", "BD", "BV", "BK", "G", "BG")), 255)
+    return s | _launch(gathered + s["BK"] * (s["BH"] + images) + images * s["BH"], registers)
 
 
 def row_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int], geometry: bool) -> dict[str, int]:
@@ -55,17 +60,24 @@ def row_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int], geometry:
     s = _sizes(q, v, shape) | {"K": num, "BU": basis, "GEOMETRY": geometry}
     images = s["G"] * s["BG"]
     gathered = (s["BG"] * (2 * s["BD"] + s["BV"]) + s["BD"] + s["BV"]) * s["BH"]
-    return s | _warps(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * images)
+    return s | _launch(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * images)
 
 
 def column_blocks(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
     """Compile-time arguments of `attention_bwd_columns`."""
     s = _sizes(q, v, shape)
-    return s | _warps(2 * s["BG"] * s["BH"] * (s["BD"] + s["BV"]))
+    return s | _launch(2 * s["BG"] * s["BH"] * (s["BD"] + s["BV"]))
 
 
 def encoding_blocks(decay: Tensor, num: int) -> dict[str, int]:
-    """Compile-time arguments that the encoding's kernels share: 16 images at a time, most pairs have fewer."""
+    """Compile-time arguments of `encoding_fwd`: 16 images at a time, most pairs have fewer."""
     heads = decay.shape[1]
     s = {"H": heads, "K": num, "BH": min(triton.next_power_of_2(heads), HEADS), "BK": padded(num), "BE": 16}
-    return s | {"num_warps": 1, "num_stages": 1}
+    return s | _launch(0)
+
+
+def encoding_backward_blocks(decay: Tensor, beta: Tensor, num: int) -> dict[str, int]:
+    """Compile-time arguments of `encoding_bwd`."""
+    s = encoding_blocks(decay, num)
+    s["BU"] = min(s.pop("BK"), BASIS)
+    return s | {"DV": beta.shape[2], "BV": triton.next_power_of_2(max(1, beta.shape[2]))}
