@@ -22,7 +22,8 @@ bench: $(INSTALLED)  ## speed on this machine
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 gpu:  ## what needs an NVIDIA GPU; takes the Python it finds, with torch, triton, numpy and pytest
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py
+	PYTHONPATH=. $(PYTHON) bench/gpu.py
 
 # The compiled kernels are built against the torch that is installed, so not in isolation.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

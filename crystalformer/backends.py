@@ -58,6 +58,17 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
         raise RuntimeError(f"backend {backend!r} is not available: {available[backend]}")
     if op in REFERENCE_ONLY and backend != "reference":
         raise RuntimeError(f"backend {backend!r} has no {op} attention: use 'auto' or 'reference'")
+    if not _on_its_device(backend, device):
+        wanted = "CUDA" if backend == "triton" else "CPU"
+        raise RuntimeError(f"backend {backend!r} takes {wanted} tensors, not tensors on {device}: use 'auto'")
     if backend == "triton" and dtype != torch.float32:
         raise TypeError(f"backend 'triton' takes torch.float32, not {dtype}: use 'auto' or 'reference'")
     return backend
+
+
+def _on_its_device(backend: str, device: torch.device) -> bool:
+    if backend == "triton":
+        from .kernels import INTERPRETED
+
+        return device.type == ("cpu" if INTERPRETED else "cuda")
+    return backend == "reference" or device.type == backend

@@ -80,12 +80,16 @@ class _Geometry:
     """
 
     def __init__(self, geometry: tuple[Tensor, Tensor]) -> None:
-        on_gpu = geometry[0].is_cuda
-        self.tensors = geometry if on_gpu else tuple(x.clone() for x in geometry)
-        self.versions = tuple(x._version for x in geometry) if on_gpu else None
+        self.trace = _trace(geometry)
+        self.tensors = geometry if self.trace else tuple(x.clone() for x in geometry)
 
     def still(self, geometry: tuple[Tensor, Tensor]) -> bool:
-        if self.versions is None:
-            return all(map(torch.equal, geometry, self.tensors))
-        one, other = ([(x.data_ptr(), x.shape, x.stride()) for x in tensors] for tensors in (geometry, self.tensors))
-        return one == other and self.versions == tuple(x._version for x in geometry)
+        trace = _trace(geometry)
+        return trace == self.trace if trace or self.trace else all(map(torch.equal, geometry, self.tensors))
+
+
+def _trace(geometry: tuple[Tensor, Tensor]) -> list[Any] | None:
+    """Where GPU tensors are and how often they were written, or None where values have to be compared."""
+    if any(not x.is_cuda or x.is_inference() for x in geometry):
+        return None
+    return [(x.data_ptr(), x.shape, x.stride(), x._version) for x in geometry]

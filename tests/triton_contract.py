@@ -3,6 +3,7 @@
 `make gpu` and test_triton.py run this file; pytest does not collect it by itself.
 """
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -42,8 +43,8 @@ def _poison(monkeypatch):
 def on_device(x):
     """The problem in fp32 where the kernels run."""
     x = x.to(torch.float32)
-    tensors = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight", "ptr", "images")
-    return type(x)(**{**vars(x), **{name: getattr(x, name).to(DEVICE) for name in tensors}})
+    names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight", "ptr", "images")
+    return replace(x, **{name: getattr(x, name).to(DEVICE) for name in names})
 
 
 def weights(outputs, seed=1):
@@ -166,3 +167,48 @@ def test_takes_fp32_alone():
     x = problem()
     with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):
         x.attention(backend="triton")
+
+
+def attention_arguments(x):
+    """Inputs and settings of the operators `triton_attention` and `reference_attention`."""
+    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+    settings = (x.basis.num, x.basis.r_max, x.basis.width, 0.0)
+    layout = torch.ops.crystalformer.triton_layout(x.positions, x.lattice, *lists, *settings, False, False)
+    return x.inputs[:6], (*lists, layout, *settings)
+
+
+def encoding_arguments(x):
+    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+    settings = (x.basis.num, x.basis.r_max, x.basis.width, 0.0)
+    layout = torch.ops.crystalformer.triton_layout(x.positions, x.lattice, *lists, *settings, True, False)
+    return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, layout, x.images.num_pairs, *settings)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("attention", attention_arguments), ("encoding", encoding_arguments)])
+def test_opcheck(name, arguments):
+    inputs, settings = arguments(on_device(problem(kinds=(("cubic", 2),), decay_min=2.0, every_pair=True)))
+    forward = getattr(torch.ops.crystalformer, f"triton_{name}").default
+    torch.library.opcheck(forward, (*(t.clone().requires_grad_() for t in inputs), *settings))
+    outputs = forward(*inputs, *settings)
+    backward = getattr(torch.ops.crystalformer, f"triton_{name}_backward").default
+    for geometry in (True, False):
+        torch.library.opcheck(backward, (*map(torch.randn_like, outputs), *inputs, *settings, *outputs, geometry))
+
+
+def test_second_derivatives():
+    def curvature(x, backend):
+        inputs = [t.clone().requires_grad_() for t in x.inputs]
+        y = x.attention(*inputs, backend=backend).square().sum()
+        first = torch.autograd.grad(y, inputs, create_graph=True)
+        return torch.autograd.grad(sum((g * g).sum() for g in first), inputs)
+
+    x = problem(kinds=(("cubic", 2),))
+    for found, exact in zip(curvature(on_device(x), "triton"), curvature(x, "reference"), strict=True):
+        assert relative_error(found.cpu(), exact) < 2e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_whole():
+    x = on_device(problem())
+    compiled = torch.compile(lambda *t: x.attention(*t, backend="triton"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*x.inputs), x.attention(backend="triton"))
