@@ -93,9 +93,9 @@ def attention_bwd_rows(
                     mu = tl.load(mu_p + k)
                     u = load_columns(grad_c_p, i, h, k, H, K)
                 b, from_center = basis(tl.reshape(x, (BE,))[:, None], mu[None, :])  # [BE, BU]
-                weight = dot(b, u, weight)
+                weight += dot(b, u)
                 if GEOMETRY:
-                    slope = dot(b * from_center, u, slope)
+                    slope += dot(b * from_center, u)
             weight = tl.reshape(weight, (G, BG, BH))
         ds = p * weight
         ds_group = tl.sum(ds, 0)  # [BG, BH]

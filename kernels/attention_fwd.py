@@ -72,7 +72,7 @@ def attention_fwd(
         o = o * shrink[None, :, None] + p_group[:, :, None] * gather_heads(v_p, j, h, H, DV, BV)
         if K > 0:
             b, _ = basis(tl.reshape(x, (BE,))[None, :], mu[:, None])  # [BK, BE]
-            c = dot(b, tl.reshape(tl.permute(p, (0, 2, 1)), (BE, BH)), c * shrink[None, :])
+            c = c * shrink[None, :] + dot(b, tl.reshape(tl.permute(p, (0, 2, 1)), (BE, BH)))
     total = tl.sum(total, 0)
     o = tl.sum(o, 0) / total[:, None]
     store_heads(o_p, i, h, o, H, DV, BV)

@@ -57,7 +57,7 @@ def encoding_fwd(
         total += tl.sum(p, 0)
         if K > 0:
             b, _ = basis(x[None, :], mu[:, None])  # [BK, BE]
-            c = dot(b, p, c)
+            c += dot(b, p)
     tl.store(alpha_p + pair * H + h, (top + tl.log2(total)) * LN2, mask=h < H)
     if K > 0:
         k = tl.arange(0, BK)
@@ -117,9 +117,9 @@ def encoding_bwd(
                 k = o_k + tl.arange(0, BU)
                 u = load_columns(grad_c_p, pair, h, k, H, K)  # [BU, BH]
                 b, from_center = basis(x[:, None], tl.load(mu_p + k)[None, :])  # [BE, BU]
-                ds = dot(b, u, ds)
+                ds += dot(b, u)
                 if GEOMETRY:
-                    slope = dot(b * from_center, u, slope)
+                    slope += dot(b * from_center, u)
         ds = p * ds
         d_decay += tl.sum(ds * x2, 0)
         if GEOMETRY:

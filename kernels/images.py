@@ -26,6 +26,7 @@ SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
 # Cost of a group (two gathers) in units of that of an image.
 GROUP_COST = 1.5
 FAR = 1e18
+FAR_BITS = int(torch.tensor(FAR).view(torch.int32))
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def pack(
     mirror = position[e.first_mirror] + e.rank // group
     records = torch.zeros(t, _words(group, groups), dtype=torch.int32, device=ptr.device)
     records[:, groups : 2 * groups] = -1
-    records[:, 2 * groups :] = torch.tensor(FAR, dtype=torch.float32).view(torch.int32)
+    records[:, 2 * groups :] = FAR_BITS
     slot = e.rank % group * groups
     records[tile, lane] = e.j.int()
     records[tile, groups + lane] = mirror.int()

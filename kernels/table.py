@@ -16,6 +16,8 @@ BASIS = 64
 BASIS_BLOCK = 32
 # Live elements a thread; the rest of its 255 registers is addresses, and what the count leaves out.
 ELEMENTS = 150
+# Registers of a multiprocessor.
+MULTIPROCESSOR = 1 << 16
 # Registers of attention_fwd for (BH, BD, BV, BK, G, BG) where fewer than it would take cost nothing: more warps fit.
 FORWARD_REGISTERS: dict[tuple[int, ...], int] = {(8, 16, 16, 64, 8, 4): 176, (4, 32, 32, 64, 8, 4): 176}
 
@@ -42,7 +44,7 @@ def _sizes(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
 def _launch(elements: int, registers: int = 255) -> dict[str, int]:
     """Warps, and a limit of registers: without one the assembler spills a few for more warps, in the loop."""
     warps = max(1, triton.next_power_of_2(-(-elements // (32 * ELEMENTS))))
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": registers}
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": min(registers, MULTIPROCESSOR // (32 * warps))}
 
 
 def forward_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int]) -> dict[str, int]:
