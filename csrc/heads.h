@@ -45,16 +45,18 @@ INLINE Heads<T> log2(Heads<T> x) {
     return Heads<T>::load(lanes);
 }
 
+// Sum over dim of x (dim,8) y (dim,8), two dimensions at a time.
 template <class T>
 INLINE Heads<T> dot(const T* x, const T* y, int dim) {
-    Heads<T> even = Heads<T>::all(0), odd = even;
+    using Two = Pack<T, 2 * HEADS>;
+    Two sum = Two::all(0);
     int d = 0;
-    for (; d + 1 < dim; d += 2) {
-        even += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
-        odd += Heads<T>::load(x + HEADS * d + HEADS) * Heads<T>::load(y + HEADS * d + HEADS);
-    }
-    if (d < dim) even += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
-    return even + odd;
+    for (; d + 1 < dim; d += 2) sum += Two::load(x + HEADS * d) * Two::load(y + HEADS * d);
+    T halves[2 * HEADS];
+    sum.store(halves);
+    Heads<T> result = Heads<T>::load(halves) + Heads<T>::load(halves + HEADS);
+    if (d < dim) result += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
+    return result;
 }
 
 template <class T>
