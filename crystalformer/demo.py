@@ -36,7 +36,7 @@ FP32_BOUND, PHYSICS_BOUND, CONTROL_BOUND = 2e-5, 1e-9, 1e-3
 SKEW = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [1.0, 2.0, 1.0]], dtype=torch.float64)  # determinant 1
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 400, 40, 100
-BATCH_SIZE, EPOCHS = 16, 8
+BATCH_SIZE, EPOCHS = 16, 20
 TIMES_BETTER = 4.0
 
 
