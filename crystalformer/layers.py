@@ -64,8 +64,6 @@ class PeriodicAttention(nn.Module):
         self.r0, self.r0_reciprocal = config.block_r0(block), config.block_r0_reciprocal(block)
         self.bound, self.bound_reciprocal = config.decay_bound, config.decay_bound_reciprocal
         self.tol, self.backend = config.tol, backend
-        # Compiled backends have no reciprocal attention.
-        self.reciprocal_backend = "reference" if backend == "reference" else "auto"
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.decay = Decay(heads, head_dim)
         self.basis: RadialBasis | None = None
@@ -103,7 +101,8 @@ class PeriodicAttention(nn.Module):
             heads = (q[:, reciprocal], k[:, reciprocal], v[:, reciprocal], c)
             crystal = (batch.positions, batch.lattice, batch.ptr)
             decay_min = self.bound_reciprocal * unit
-            outputs.append(reciprocal_attention(*heads, *crystal, self.tol, self.reciprocal_backend, decay_min))
+            # `backend` chooses among those of the periodic attention: this one is written once.
+            outputs.append(reciprocal_attention(*heads, *crystal, self.tol, "auto", decay_min))
         return self.out_proj(torch.cat(outputs, 1).flatten(1))
 
     def calibrate(self, x: Tensor) -> None:

@@ -50,7 +50,7 @@ int64_t scratch_size(const AttentionInputs<T>& in) {
         slots = std::max(slots, in.layout.pair_ptr[i + 1] - in.layout.pair_ptr[i]);
         images = std::max(images, in.layout.entry_ptr[i + 1] - in.layout.entry_ptr[i]);
     }
-    return 32 * in.window.size + 8 * in.window.padded() + 17 * slots + images;
+    return 32 * in.window.size + 8 * in.window.padded() + 17 * slots + images + 8 * std::max(in.dim, in.value_dim);
 }
 
 // Where blocks of rows with about BLOCK_PAIRS pairs start, and the end.
@@ -88,6 +88,7 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
     for (size_t b = 0; b + 1 < blocks.size(); ++b)
         most_pairs = std::max(most_pairs, in.layout.pair_ptr[blocks[b + 1]] - in.layout.pair_ptr[blocks[b]]);
     Buffer<T> pair_p(groups * most_pairs * 8), pair_ds(groups * most_pairs * 8), reach2(in.atoms * groups);
+    Buffer<T> grad_k(Grouped<T>::size(in, in.dim)), grad_v(Grouped<T>::size(in, in.value_dim));
     Buffer<T> pair_force(geometry ? 3 * pairs : 0), row_lattice(geometry ? 9 * in.atoms : 0);
     const std::vector<int64_t> crystal = crystal_of_atom(in.ptr, in.crystals);
     AttentionRows<T> rows{
@@ -102,6 +103,8 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
         .block_pairs = most_pairs,
         .pair_p = pair_p.data(),
         .pair_ds = pair_ds.data(),
+        .grad_k = grad_k.data(),
+        .grad_v = grad_v.data(),
         .reach2 = reach2.data(),
         .crystal = crystal.data(),
         .pair_force = geometry ? pair_force.data() : nullptr,
@@ -116,6 +119,7 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
         for_rows(rows, in.ptr[crystal[rows.first_row]], in.ptr[crystal[rows.last_row - 1] + 1],
                  kernels<T>().attention_backward_columns, threads);
     }
+    for_rows(rows, 0, in.atoms, kernels<T>().attention_backward_finish, threads);
     if (!geometry) return;
     kernels<T>().gather_force_rows(in.layout, pair_force.data(), 0, in.atoms, result.positions);
     sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);

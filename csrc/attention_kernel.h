@@ -8,15 +8,16 @@
 
 namespace crystalformer::LEVEL {
 
-// result (heads of the group, dim) of the (H,dim) of one atom = scale * sum over some slots of weight x[atom], or += .
+// result (dim,8) = the sum over some slots of weight x[atom], or += .
 template <class T, class Weight>
 INLINE void weighted_sum(const int32_t* slots, int64_t count, const int32_t* atom, Weight weight, const T* x, int groups,
-                         int group, int dim, Heads<T> scale, int heads, bool add, T* result) {
-    constexpr int WIDE = 8;  // dimensions at once
+                         int group, int dim, bool add, T* result) {
+    constexpr int WIDE = REGISTER_BYTES == 64 ? 16 : 8;  // dimensions at once
     for (int d = 0; d < dim; d += WIDE) {
         const int n = dim - d < WIDE ? dim - d : WIDE;
         Heads<T> sum[WIDE];
-        for (int k = 0; k < WIDE; ++k) sum[k] = Heads<T>::all(0);
+        for (int k = 0; k < WIDE; ++k)
+            sum[k] = add && k < n ? Heads<T>::load(result + HEADS * (d + k)) : Heads<T>::all(0);
         for (int64_t s = 0; s < count; ++s) {
             const T* from = x + ((atom[slots[s]] * int64_t(groups) + group) * dim + d) * HEADS;
             const Heads<T> w = Heads<T>::load(weight(slots[s]));
@@ -25,14 +26,7 @@ INLINE void weighted_sum(const int32_t* slots, int64_t count, const int32_t* ato
             else
                 for (int k = 0; k < n; ++k) sum[k] += w * Heads<T>::load(from + HEADS * k);
         }
-        for (int k = 0; k < n; ++k) {
-            T lanes[HEADS];
-            (sum[k] * scale).store(lanes);
-            for (int h = 0; h < HEADS && HEADS * group + h < heads; ++h) {
-                T& to = result[int64_t(HEADS * group + h) * dim + d + k];
-                to = add ? to + lanes[h] : lanes[h];
-            }
-        }
+        for (int k = 0; k < n; ++k) sum[k].store(result + HEADS * (d + k));
     }
 }
 
@@ -55,7 +49,8 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
     const int groups = groups_of(in.heads), padded = in.window.padded();
     T* basis = scratch;
     T* c = basis + BLOCK * in.window.size;
-    T* slots = c + HEADS * padded;
+    T* grouped = c + HEADS * padded;
+    T* slots = grouped + HEADS * in.value_dim;
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
     for (int64_t i = first; i < last; ++i) {
         const int64_t pair = layout.pair_ptr[i], n = layout.pair_ptr[i + 1] - pair;
@@ -86,7 +81,8 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
             for (int64_t s = 0; s < count; ++s) whole += Heads<T>::load(slot_sum + HEADS * near[s]);
             const Heads<T> inverse = Heads<T>::all(1) / whole;
             weighted_sum(near, count, atom, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim,
-                         inverse, in.heads, false, x.out.o + i * in.heads * in.value_dim);
+                         false, grouped);
+            ungroup_heads(grouped, inverse, in.heads, g, in.value_dim, x.out.o + i * in.heads * in.value_dim);
             store_heads((log2(whole) + norm) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
             T scales[HEADS];
             inverse.store(scales);
@@ -107,7 +103,8 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     const int groups = groups_of(in.heads), padded = in.window.padded(), half = in.window.half, num = in.window.num;
     T* basis = scratch;
     T* u = basis + BLOCK * in.window.size;
-    T* slots = u + HEADS * padded;
+    T* grouped = u + HEADS * padded;
+    T* slots = grouped + HEADS * in.dim;
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
@@ -164,8 +161,10 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
             }
             transpose_segment(layout, in.window, w, t, basis);
             store_heads(t.grad_decay, in.heads, g, x.result.decay + i * in.heads);
-            weighted_sum(near, count, atom, [&](int64_t s) { return t.slot_ds + HEADS * s; }, x.k, groups, g, in.dim,
-                         Heads<T>::all(scale * T(LN_2)), in.heads, false, x.result.q + i * in.heads * in.dim);
+            weighted_sum(near, count, atom, [&](int64_t s) { return t.slot_ds + HEADS * s; }, x.k, groups, g, in.dim, false,
+                         grouped);
+            ungroup_heads(grouped, Heads<T>::all(scale * T(LN_2)), in.heads, g, in.dim,
+                          x.result.q + i * in.heads * in.dim);
         }
         if (slope) {
             for (int m = 0; m < 9; ++m) x.row_lattice[9 * i + m] = 0;
@@ -175,6 +174,16 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     }
 }
 
+// The first place in low..high, sorted, that holds `value` or more.
+INLINE int64_t first_at_least(const int32_t* sorted, int64_t low, int64_t high, int64_t value) {
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (sorted[middle] < value) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
 // What belongs to the columns, gathered from the rows of one block over the mirror images (j, i) of each pair (i, j):
 // gradients of k and v.
 template <class T>
@@ -182,12 +191,10 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
     const AttentionInputs<T>& in = x.in;
     const Layout<T>& layout = in.layout;
     const int groups = groups_of(in.heads);
-    const Heads<T> scale = Heads<T>::all(T(1 / __builtin_sqrt(double(in.dim))));
     int32_t* near = reinterpret_cast<int32_t*>(scratch);
     for (int64_t i = first; i < last; ++i) {
-        int64_t begin = layout.pair_ptr[i], end = layout.pair_ptr[i + 1];
-        while (begin < end && layout.pair_col[begin] < x.first_row) ++begin;
-        while (begin < end && layout.pair_col[end - 1] >= x.last_row) --end;
+        const int64_t begin = first_at_least(layout.pair_col, layout.pair_ptr[i], layout.pair_ptr[i + 1], x.first_row);
+        const int64_t end = first_at_least(layout.pair_col, begin, layout.pair_ptr[i + 1], x.last_row);
         const int32_t *atom = layout.pair_col + begin, *mirror = layout.pair_mirror + begin;
         const bool add = x.in.ptr[x.crystal[i]] < x.first_row;  // earlier blocks hold rows of this crystal
         for (int g = 0; g < groups; ++g) {
@@ -199,12 +206,27 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
             const auto at = [&](const T* sums) {
                 return [=](int64_t s) { return sums + (g * x.block_pairs + mirror[s] - x.first_pair) * HEADS; };
             };
-            weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, scale, in.heads, add,
-                         x.result.k + i * in.heads * in.dim);
-            weighted_sum(near, count, atom, at(x.pair_p), x.grad_o, groups, g, in.value_dim, Heads<T>::all(1), in.heads,
-                         add, x.result.v + i * in.heads * in.value_dim);
+            const int64_t row = (i * groups + g) * HEADS;
+            weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, add, x.grad_k + row * in.dim);
+            weighted_sum(near, count, atom, at(x.pair_p), x.grad_o, groups, g, in.value_dim, add,
+                         x.grad_v + row * in.value_dim);
         }
     }
+}
+
+// The gradients of k and v as the caller has them.
+template <class T>
+void attention_backward_finish(const AttentionRows<T>& x, int64_t first, int64_t last, T*) {
+    const AttentionInputs<T>& in = x.in;
+    const int groups = groups_of(in.heads);
+    const Heads<T> one = Heads<T>::all(1), scale = one * T(1 / __builtin_sqrt(double(in.dim)));
+    for (int64_t i = first; i < last; ++i)
+        for (int g = 0; g < groups; ++g) {
+            const int64_t row = (i * groups + g) * HEADS;
+            ungroup_heads(x.grad_k + row * in.dim, scale, in.heads, g, in.dim, x.result.k + i * in.heads * in.dim);
+            ungroup_heads(x.grad_v + row * in.value_dim, one, in.heads, g, in.value_dim,
+                          x.result.v + i * in.heads * in.value_dim);
+        }
 }
 
 }  // namespace crystalformer::LEVEL

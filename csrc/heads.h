@@ -22,6 +22,18 @@ void group_heads(const T* x, int64_t first, int64_t last, int heads, int dim, T*
     }
 }
 
+// The inverse for one row and group: (D,8) times a factor for each head -> (H,D).
+template <class T>
+INLINE void ungroup_heads(const T* grouped, Heads<T> scale, int heads, int group, int dim, T* row) {
+    const int real = heads - HEADS * group < HEADS ? heads - HEADS * group : HEADS;
+    T* to = row + int64_t(HEADS) * group * dim;
+    for (int d = 0; d < dim; ++d) {
+        T lanes[HEADS];
+        (Heads<T>::load(grouped + HEADS * d) * scale).store(lanes);
+        for (int h = 0; h < real; ++h) to[h * dim + d] = lanes[h];
+    }
+}
+
 // The numbers of one row's heads that the group holds; `missing` for the rest.
 template <class T>
 INLINE Heads<T> load_heads(const T* row, int heads, int group, T missing) {

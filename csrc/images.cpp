@@ -120,14 +120,14 @@ struct Row {
     std::vector<double> weight;
     std::vector<size_t> first;  // (pairs+1)
 
-    double nearest2_of_last_pair() const {
-        double nearest2 = images.back().d2;
+    // exp(a (relative2 - d^2)) of the images of the pair enumerated last.
+    void weigh_last_pair(double a, double relative2) {
+        for (size_t e = first.back(); e < images.size(); ++e) weight.push_back(std::exp(a * (relative2 - images[e].d2)));
+    }
+    double last_pair_nearest2() const {
+        double nearest2 = INFINITY;
         for (size_t e = first.back(); e < images.size(); ++e) nearest2 = std::min(nearest2, images[e].d2);
         return nearest2;
-    }
-    // exp(a (from2 - d^2)), relative to an image at from2, or to none with from2 = 0.
-    void weigh_last_pair(double a, double from2) {
-        for (size_t e = weight.size(); e < images.size(); ++e) weight.push_back(std::exp(a * (from2 - images[e].d2)));
     }
     double whole(size_t pair) const { return beyond(pair, -1); }
     double beyond(size_t pair, double cutoff2) const {
@@ -168,20 +168,20 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     const auto search_row = [&](int64_t i, Row& row) {
         const int64_t c = crystal[i], begin = in.ptr[c], end = in.ptr[c + 1];
         const Cell& cell = cells[c];
-        std::vector<double> pair_outer2, pair_beyond;
+        std::vector<double> pair_outer2, pair_beyond;  // with every_pair
         for (int64_t j = begin; j < end; ++j) {
             const Vector r = {rotated[j][0] - rotated[i][0], rotated[j][1] - rotated[i][1], rotated[j][2] - rotated[i][2]};
             const double near2 = in.every_pair ? near_image2(cell, r) : 0;
             const double radius2 = in.every_pair ? tails[c].squared(slack - a * near2) : outer2[c];
-            pair_outer2.push_back(radius2);
             row.first.push_back(row.images.size());
             add_points(cell, r, radius2, int32_t(j), row.images);
             if (in.every_pair) {
-                // Relative to the nearest image: far pairs would underflow, and relative to the one at near2, which a
-                // skewed cell has far from the nearest, they would overflow.
-                const double nearest2 = row.nearest2_of_last_pair();
-                row.weigh_last_pair(a, nearest2);
+                // Relative to the pair's nearest image: far pairs would underflow, and relative to the image at near2,
+                // which a skewed cell has far from the nearest, they would overflow.
+                const double nearest2 = row.last_pair_nearest2();
+                pair_outer2.push_back(radius2);
                 pair_beyond.push_back(std::exp(slack - a * (near2 - nearest2)));
+                row.weigh_last_pair(a, nearest2);
             } else if (!in.cutoff) {
                 row.weigh_last_pair(a, 0);
             }

@@ -175,7 +175,7 @@ struct Transposed {
 template <class T, bool WIDE, bool GEOMETRY>
 void transposed_shells(const Layout<T>& layout, const Window& window, const Weights<T>& w, Transposed<T>& x, T* basis) {
     Block<T> block;
-    alignas(64) T ub[BLOCK * HEADS], slope[GEOMETRY ? BLOCK * HEADS : 1], inverse[BLOCK];
+    alignas(64) T ub[BLOCK * HEADS], slope[GEOMETRY ? BLOCK * HEADS : 1];
     alignas(64) T total_p[BLOCK * HEADS];
     const T steepness = T(1 / (window.width * window.width * window.spacing));
     for (int64_t s = w.first, last = w.first + w.shells; s < last; s += block.shells) {
@@ -194,8 +194,10 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
                 }
             }
             sum.store(ub + HEADS * e);
-            if constexpr (GEOMETRY) (derivative * steepness).store(slope + HEADS * e);
-            if constexpr (GEOMETRY) inverse[e] = layout.d2[s + e] > 0 ? 1 / __builtin_sqrt(layout.d2[s + e]) : T(0);
+            if constexpr (GEOMETRY) {
+                const T d2 = layout.d2[s + e], inverse = d2 > 0 ? 1 / T(__builtin_sqrt(double(d2))) : T(0);
+                (derivative * (steepness * inverse)).store(slope + HEADS * e);
+            }
             Heads<T>::all(0).store(total_p + HEADS * e);
         }
         for (int64_t m = block.member; m < block.member_end; ++m) {
@@ -207,8 +209,7 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
             (Heads<T>::load(block.total + HEADS * local) + ds).store(block.total + HEADS * local);
             if (x.c) (Heads<T>::load(total_p + HEADS * local) + p).store(total_p + HEADS * local);
             if constexpr (GEOMETRY)
-                x.slope[m - w.first] +=
-                    (p * Heads<T>::load(slope + HEADS * local)).sum() * inverse[local] - 2 * (x.decay * ds).sum();
+                x.slope[m - w.first] += (p * Heads<T>::load(slope + HEADS * local) - x.decay * (ds * T(2))).sum();
         }
         for (int e = 0; e < block.shells; ++e)
             x.grad_decay -= Heads<T>::load(block.total + HEADS * e) * layout.d2[s + e];

@@ -177,6 +177,7 @@ def test_list_that_is_not_symmetric_is_refused():
     [
         {},
         {"every_pair": True},
+        {"every_pair": True, "decay_min": 0.5},
         {"cutoff": 7.0},
         {"decay_min": 0.5, "tol": 1e-3, "logit_range": 0.0},
         {"tol": 1e-9, "logit_range": 10.0},
@@ -185,7 +186,7 @@ def test_list_that_is_not_symmetric_is_refused():
 )
 def test_build_images_is_the_same_in_torch(options, monkeypatch):
     for seed in range(12):
-        kinds = ("cubic", "skewed", "left_handed", "needle")
+        kinds = ("cubic", "skewed", "left_handed", "needle", "plate")
         geometry = pack([random_crystal(kind, seed, 1 + (seed + i) % 5) for i, kind in enumerate(kinds)])
         compiled = cf.build_images(*geometry, **options)
         with monkeypatch.context() as patch:
