@@ -36,7 +36,7 @@ FP32_BOUND, PHYSICS_BOUND, CONTROL_BOUND = 2e-5, 1e-9, 1e-3
 SKEW = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [1.0, 2.0, 1.0]], dtype=torch.float64)  # determinant 1
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 400, 40, 100
-BATCH_SIZE, EPOCHS = 16, 8
+BATCH_SIZE, EPOCHS = 16, 20
 TIMES_BETTER = 4.0
 
 
@@ -49,15 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     start = time.perf_counter()
-    show_backends()
-    exact = check_attention(options.seed)
-    learnt = learn_energies(options.out, options.epochs, options.seconds, options.seed)
+    # Crystals this small gain little from threads, and lose much where these wait for cores that others keep busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        show_backends()
+        exact = check_attention(options.seed)
+        learnt = learn_energies(options.out, options.epochs, options.seconds, options.seed)
+    finally:
+        torch.set_num_threads(threads)
     print(f"\n{'All is well' if exact and learnt else 'FAILED'}, after {time.perf_counter() - start:.0f} s.")
     return 0 if exact and learnt else 1
 
 
 def show_backends() -> None:
-    print(f"crystalformer {version}, torch {torch.__version__}, {torch.get_num_threads()} threads\n\nBackends")
+    print(f"crystalformer {version}, torch {torch.__version__}, on one thread\n\nBackends")
     for name, state in available_backends().items():
         print(f"  {name:11}{'ready' if state is True else state}")
 
@@ -69,7 +75,7 @@ def check_attention(seed: int) -> bool:
     print(f"  op: fp32 on '{backend}' against the fp64 reference")
     print("  model: its features in fp64, for other cells of the crystal, rotated and, as a control, stretched by 1 %")
     print(f"  {'':15}{' op ':-^20}  {' model ':-^48}")
-    columns = ("output", "gradients", "2x1x1", "2x2x2", "skewed", "rotated", "stretched")
+    columns = ("output", "gradient", "2x1x1", "2x2x2", "skewed", "rotated", "stretched")
     print(f"  {'':15}" + "".join(f"{column:>10}" for column in columns))
 
     from .data.ionic import prototype
@@ -93,9 +99,7 @@ def check_attention(seed: int) -> bool:
 
 
 def fp32_errors(crystal: CrystalBatch) -> list[float]:
-    """Of the op's output and of its worst gradient, against the fp64 reference."""
-    # Forces of a perfect crystal are 0 and have no relative error: move the atoms a little.
-    crystal = replace(crystal, positions=crystal.positions + 0.1 * torch.randn_like(crystal.positions))
+    """Of the op's output and of its gradient in all inputs, against the fp64 reference."""
     config = CrystalformerConfig()
     heads, dim, num_basis = config.num_heads, config.head_dim, config.num_basis
     images = Crystalformer(config).build_images(crystal)
@@ -109,11 +113,12 @@ def fp32_errors(crystal: CrystalBatch) -> list[float]:
         q, k, v, decay, positions, lattice, weight = x
         basis = RadialBasis(num_basis, 14.0)
         y = periodic_attention(q, k, v, decay, positions, lattice, images, weight, basis, backend)
-        return [y.detach(), *torch.autograd.grad(y, x, upstream.to(dtype))]
+        # As one vector: by symmetry the positions' part alone may be 0 and have no relative error.
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(y, x, upstream.to(dtype))])
+        return [y.detach(), gradient]
 
     pairs = zip(results(torch.float32, "auto"), results(torch.float64, "reference"), strict=True)
-    output, *gradients = [relative_error(got, true) for got, true in pairs]
-    return [output, max(gradients)]
+    return [relative_error(got, true) for got, true in pairs]
 
 
 @torch.no_grad()
@@ -168,7 +173,7 @@ def learn_energies(out: Path, epochs: int, seconds: float, seed: int) -> bool:
     loader = train.loader(BATCH_SIZE, seed)
     model.calibrate(next(iter(loader))[0])
     task = training.Regression(model, *training.standardisation(train.targets), names=("energy",))
-    callbacks = [training.AverageLastEpochs((epochs + 2) // 3), training.Progress("val_mae/energy", "eV/atom")]
+    callbacks = [training.AverageLastEpochs((epochs + 2) // 3), training.Progress("energy", "eV/atom")]
     history = training.fit(task, loader, val.loader(2 * BATCH_SIZE), epochs, callbacks, seconds)
     if len(history) < epochs:
         print(f"  stopped in epoch {len(history)}, after {seconds:g} s")

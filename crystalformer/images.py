@@ -20,8 +20,8 @@ CUTOFF_SLACK = 1e-4
 
 torch.library.define(
     "crystalformer::cpu_images",
-    "(Tensor positions, Tensor lattice, Tensor ptr, float decay_min, float tol, float logit_range, float? cutoff, "
-    "bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff)",
+    "(Tensor positions, Tensor lattice, Tensor ptr, float decay_min, float tol, float logit_range, "
+    "float beyond, float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff)",
 )
 
 
@@ -185,10 +185,22 @@ def build_images(
     return replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
 
 
-def _build_compiled(positions: Tensor, lattice: Tensor, ptr: Tensor, *settings: Any) -> ImageList:
+def _build_compiled(
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    a: float,
+    tol: float,
+    logit_range: float,
+    cutoff: float | None,
+    every_pair: bool,
+) -> ImageList:
     """`_build` in C++, with the same result."""
-    row_ptr, col, shift, cutoff = torch.ops.crystalformer.cpu_images(positions, lattice, ptr, *settings)
-    return ImageList(row_ptr, col, shift, ptr, cutoff, num_pairs=int(ptr.diff().square().sum()))
+    radius = None if cutoff is None else cutoff + CUTOFF_SLACK
+    run = torch.ops.crystalformer.cpu_images
+    row_ptr, col, shift, found = run(positions, lattice, ptr, a, tol, logit_range, BEYOND, radius, every_pair)
+    radii = found if cutoff is None else torch.full_like(found, cutoff)
+    return ImageList(row_ptr, col, shift, ptr, radii, num_pairs=int(ptr.diff().square().sum()))
 
 
 def _build(

@@ -101,7 +101,8 @@ class PeriodicAttention(nn.Module):
             heads = (q[:, reciprocal], k[:, reciprocal], v[:, reciprocal], c)
             crystal = (batch.positions, batch.lattice, batch.ptr)
             decay_min = self.bound_reciprocal * unit
-            outputs.append(reciprocal_attention(*heads, *crystal, self.tol, self.backend, decay_min))
+            # `backend` chooses among those of the periodic attention: this one is written once.
+            outputs.append(reciprocal_attention(*heads, *crystal, self.tol, "auto", decay_min))
         return self.out_proj(torch.cat(outputs, 1).flatten(1))
 
     def calibrate(self, x: Tensor) -> None:

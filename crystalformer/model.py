@@ -25,7 +25,7 @@ class Crystalformer(nn.Module):
 
     Args:
         config: sizes and physics; the paper's by default.
-        backend: of the attention; see `periodic_attention`.
+        backend: of the real-space attention, see `periodic_attention`; reciprocal heads take what serves them.
     """
 
     def __init__(self, config: CrystalformerConfig | None = None, backend: str = "auto") -> None:

@@ -201,12 +201,12 @@ class Progress(Callback):
     """One bar for the whole training, with the last validation error and the time left; lines where it is no terminal.
 
     Args:
-        metric: logged name of what is shown.
+        name: of the target whose error is shown.
         unit: of it.
     """
 
-    def __init__(self, metric: str, unit: str = "") -> None:
-        self.metric, self.unit = metric, unit
+    def __init__(self, name: str, unit: str = "") -> None:
+        self.name, self.unit = name, unit
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.bar = tqdm(
@@ -221,7 +221,7 @@ class Progress(Callback):
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        error = f"{self.metric} {float(trainer.callback_metrics[self.metric]):.3g} {self.unit}"
+        error = f"validation MAE {float(trainer.callback_metrics[f'val_mae/{self.name}']):.3g} {self.unit}"
         self.bar.set_postfix_str(error)
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if self.bar.disable and epoch % max(1, epochs // 10) == 0:

@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <vector>
+
 #include "crystals.h"
 #include "kernels.h"
 #include "memory.h"
@@ -8,25 +10,35 @@ namespace crystalformer {
 
 namespace {
 
-constexpr int64_t ROWS = 4;  // rows that a thread takes at once
+constexpr int64_t ROWS = 4;                // rows that a thread takes at once
+constexpr int64_t BLOCK_PAIRS = 1 << 15;  // pairs whose sums the backward keeps: 2 MiB of each in fp32
 
+// q, k, v and, for the backward, grad_o with the heads last.
 template <class T>
-Buffer<T> grouped(const T* x, int64_t atoms, int heads, int dim, const Threads& threads) {
-    Buffer<T> result(atoms * groups_of(heads) * dim * 8);
-    threads.for_chunks(atoms, 64, [&] {
-        return [&](int64_t first, int64_t last) {
-            kernels<T>().group_heads(x, first, last, heads, dim, result.data());
-        };
-    });
-    return result;
-}
+struct Grouped {
+    Buffer<T> q, k, v, grad_o;
 
-// Runs a kernel over all rows, each thread with scratch memory of its own.
+    Grouped(const AttentionInputs<T>& in, const T* grad, const Threads& threads)
+        : q(size(in, in.dim)), k(size(in, in.dim)), v(size(in, in.value_dim)), grad_o(grad ? size(in, in.value_dim) : 0) {
+        threads.for_chunks(in.atoms, 32, [&] {
+            return [&](int64_t first, int64_t last) {
+                const auto group = kernels<T>().group_heads;
+                group(in.q, first, last, in.heads, in.dim, q.data());
+                group(in.k, first, last, in.heads, in.dim, k.data());
+                group(in.v, first, last, in.heads, in.value_dim, v.data());
+                if (grad) group(grad, first, last, in.heads, in.value_dim, grad_o.data());
+            };
+        });
+    }
+    static int64_t size(const AttentionInputs<T>& in, int dim) { return in.atoms * groups_of(in.heads) * dim * 8; }
+};
+
+// Runs a kernel over some rows, each thread with scratch memory of its own.
 template <class T, class Kernel>
-void for_rows(const AttentionRows<T>& rows, Kernel kernel, const Threads& threads) {
-    threads.for_chunks(rows.in.atoms, ROWS, [&] {
+void for_rows(const AttentionRows<T>& rows, int64_t begin, int64_t end, Kernel kernel, const Threads& threads) {
+    threads.for_chunks(end - begin, ROWS, [&] {
         return [&, scratch = Buffer<T>(rows.scratch)](int64_t first, int64_t last) mutable {
-            kernel(rows, first, last, scratch.data());
+            kernel(rows, begin + first, begin + last, scratch.data());
         };
     });
 }
@@ -38,51 +50,79 @@ int64_t scratch_size(const AttentionInputs<T>& in) {
         slots = std::max(slots, in.layout.pair_ptr[i + 1] - in.layout.pair_ptr[i]);
         images = std::max(images, in.layout.entry_ptr[i + 1] - in.layout.entry_ptr[i]);
     }
-    return 32 * in.window.size + 8 * in.window.padded() + 16 * slots + images;
+    return 32 * in.window.size + 8 * in.window.padded() + 17 * slots + images + 8 * std::max(in.dim, in.value_dim);
+}
+
+// Where blocks of rows with about BLOCK_PAIRS pairs start, and the end.
+template <class T>
+std::vector<int64_t> row_blocks(const AttentionInputs<T>& in) {
+    std::vector<int64_t> blocks = {0};
+    for (int64_t i = 0; i < in.atoms; ++i)
+        if (in.layout.pair_ptr[i + 1] - in.layout.pair_ptr[blocks.back()] >= BLOCK_PAIRS) blocks.push_back(i + 1);
+    if (blocks.back() < in.atoms) blocks.push_back(in.atoms);
+    return blocks;
 }
 
 }  // namespace
 
 template <class T>
 void attention(const AttentionInputs<T>& in, const AttentionOutputs<T>& out, const Threads& threads) {
-    const auto q = grouped(in.q, in.atoms, in.heads, in.dim, threads);
-    const auto k = grouped(in.k, in.atoms, in.heads, in.dim, threads);
-    const auto v = grouped(in.v, in.atoms, in.heads, in.value_dim, threads);
-    AttentionRows<T> rows{.in = in, .out = out, .q = q.data(), .k = k.data(), .v = v.data(), .scratch = scratch_size(in)};
-    for_rows(rows, kernels<T>().attention_rows, threads);
+    const Grouped<T> grouped(in, nullptr, threads);
+    const AttentionRows<T> rows{.in = in,
+                                .out = out,
+                                .q = grouped.q.data(),
+                                .k = grouped.k.data(),
+                                .v = grouped.v.data(),
+                                .scratch = scratch_size(in)};
+    for_rows(rows, 0, in.atoms, kernels<T>().attention_rows, threads);
 }
 
 template <class T>
 void attention_backward(const AttentionOutputs<const T>& grad, const AttentionInputs<T>& in,
                         const AttentionOutputs<const T>& out, const AttentionGrads<T>& result, const Threads& threads) {
-    const auto q = grouped(in.q, in.atoms, in.heads, in.dim, threads);
-    const auto k = grouped(in.k, in.atoms, in.heads, in.dim, threads);
-    const auto v = grouped(in.v, in.atoms, in.heads, in.value_dim, threads);
-    const auto grad_o = grouped(grad.o, in.atoms, in.heads, in.value_dim, threads);
+    const Grouped<T> grouped(in, grad.o, threads);
     const int64_t pairs = in.layout.pair_ptr[in.atoms], groups = groups_of(in.heads);
     const bool geometry = result.positions;
-    Buffer<T> pair_p(groups * pairs * 8), pair_ds(groups * pairs * 8), pair_force(geometry ? 3 * pairs : 0);
-    Buffer<T> row_lattice(geometry ? 9 * in.atoms : 0);
+    const std::vector<int64_t> blocks = row_blocks(in);
+    int64_t most_pairs = 0;
+    for (size_t b = 0; b + 1 < blocks.size(); ++b)
+        most_pairs = std::max(most_pairs, in.layout.pair_ptr[blocks[b + 1]] - in.layout.pair_ptr[blocks[b]]);
+    Buffer<T> pair_p(groups * most_pairs * 8), pair_ds(groups * most_pairs * 8), reach2(in.atoms * groups);
+    Buffer<T> grad_k(Grouped<T>::size(in, in.dim)), grad_v(Grouped<T>::size(in, in.value_dim));
+    Buffer<T> pair_force(geometry ? 3 * pairs : 0), row_lattice(geometry ? 9 * in.atoms : 0);
     const std::vector<int64_t> crystal = crystal_of_atom(in.ptr, in.crystals);
-    const AttentionRows<T> rows{
+    AttentionRows<T> rows{
         .in = in,
         .saved = out,
         .grad = grad,
         .result = result,
-        .q = q.data(),
-        .k = k.data(),
-        .v = v.data(),
-        .grad_o = grad_o.data(),
+        .q = grouped.q.data(),
+        .k = grouped.k.data(),
+        .v = grouped.v.data(),
+        .grad_o = grouped.grad_o.data(),
+        .block_pairs = most_pairs,
         .pair_p = pair_p.data(),
         .pair_ds = pair_ds.data(),
+        .grad_k = grad_k.data(),
+        .grad_v = grad_v.data(),
+        .reach2 = reach2.data(),
         .crystal = crystal.data(),
         .pair_force = geometry ? pair_force.data() : nullptr,
         .row_lattice = row_lattice.data(),
         .scratch = scratch_size(in),
     };
-    for_rows(rows, kernels<T>().attention_backward_rows, threads);
-    for_rows(rows, kernels<T>().attention_backward_columns, threads);
-    if (geometry) sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);
+    for (size_t b = 0; b + 1 < blocks.size(); ++b) {
+        rows.first_row = blocks[b];
+        rows.last_row = blocks[b + 1];
+        rows.first_pair = in.layout.pair_ptr[rows.first_row];
+        for_rows(rows, rows.first_row, rows.last_row, kernels<T>().attention_backward_rows, threads);
+        for_rows(rows, in.ptr[crystal[rows.first_row]], in.ptr[crystal[rows.last_row - 1] + 1],
+                 kernels<T>().attention_backward_columns, threads);
+    }
+    for_rows(rows, 0, in.atoms, kernels<T>().attention_backward_finish, threads);
+    if (!geometry) return;
+    kernels<T>().gather_force_rows(in.layout, pair_force.data(), 0, in.atoms, result.positions);
+    sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);
 }
 
 #define INSTANTIATE(T)                                                                                           \

@@ -8,30 +8,37 @@
 
 namespace crystalformer::LEVEL {
 
-// result (heads of the group, dim) of the (H,dim) of one atom = scale * sum_s weight[s] x[atom[s]].
+// result (dim,8) = the sum over some slots of weight x[atom], or += .
 template <class T, class Weight>
-INLINE void weighted_sum(const int32_t* atom, int64_t slots, Weight weight, const T* x, int groups, int group, int dim,
-                         Heads<T> scale, int heads, T* result) {
-    constexpr int WIDE = 8;  // dimensions at once
+INLINE void weighted_sum(const int32_t* slots, int64_t count, const int32_t* atom, Weight weight, const T* x, int groups,
+                         int group, int dim, bool add, T* result) {
+    constexpr int WIDE = REGISTER_BYTES == 64 ? 16 : 8;  // dimensions at once
     for (int d = 0; d < dim; d += WIDE) {
         const int n = dim - d < WIDE ? dim - d : WIDE;
         Heads<T> sum[WIDE];
-        for (int k = 0; k < WIDE; ++k) sum[k] = Heads<T>::all(0);
-        for (int64_t s = 0; s < slots; ++s) {
-            const T* from = x + ((atom[s] * int64_t(groups) + group) * dim + d) * HEADS;
-            const Heads<T> w = Heads<T>::load(weight(s));
+        for (int k = 0; k < WIDE; ++k)
+            sum[k] = add && k < n ? Heads<T>::load(result + HEADS * (d + k)) : Heads<T>::all(0);
+        for (int64_t s = 0; s < count; ++s) {
+            const T* from = x + ((atom[slots[s]] * int64_t(groups) + group) * dim + d) * HEADS;
+            const Heads<T> w = Heads<T>::load(weight(slots[s]));
             if (n == WIDE)
                 for (int k = 0; k < WIDE; ++k) sum[k] += w * Heads<T>::load(from + HEADS * k);
             else
                 for (int k = 0; k < n; ++k) sum[k] += w * Heads<T>::load(from + HEADS * k);
         }
-        for (int k = 0; k < n; ++k) {
-            T lanes[HEADS];
-            (sum[k] * scale).store(lanes);
-            for (int h = 0; h < HEADS && HEADS * group + h < heads; ++h)
-                result[int64_t(HEADS * group + h) * dim + d + k] = lanes[h];
-        }
+        for (int k = 0; k < n; ++k) sum[k].store(result + HEADS * (d + k));
     }
+}
+
+// The slots (at most n) with an image within reach, in order; returns how many.
+template <class T>
+INLINE int64_t near_slots(const T* near2, int64_t n, T reach2, int32_t* slots) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < n; ++s) {
+        slots[count] = int32_t(s);
+        count += near2[s] <= Weights<T>::slot_reach2(reach2);
+    }
+    return count;
 }
 
 // Equations (2) to (5).
@@ -42,12 +49,14 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
     const int groups = groups_of(in.heads), padded = in.window.padded();
     T* basis = scratch;
     T* c = basis + BLOCK * in.window.size;
-    T* slots = c + HEADS * padded;
+    T* grouped = c + HEADS * padded;
+    T* slots = grouped + HEADS * in.value_dim;
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
     for (int64_t i = first; i < last; ++i) {
         const int64_t pair = layout.pair_ptr[i], n = layout.pair_ptr[i + 1] - pair;
         const int32_t* atom = layout.pair_col + pair;
         T* slot_sum = slots + HEADS * n;
+        int32_t* near = reinterpret_cast<int32_t*>(slot_sum + HEADS * n);
         for (int g = 0; g < groups; ++g) {
             const Heads<T> decay = load_heads(in.decay + i * in.heads, in.heads, g, T(PADDING_DECAY)) * T(LOG2_E);
             const T* q = x.q + (i * groups + g) * in.dim * HEADS;
@@ -55,19 +64,25 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
             for (int64_t s = 0; s < n; ++s) {
                 const Heads<T> score = dot(q, x.k + (atom[s] * int64_t(groups) + g) * in.dim * HEADS, in.dim) * scale;
                 score.store(slots + HEADS * s);
-                Heads<T>::all(0).store(slot_sum + HEADS * s);
                 largest = max(largest, score);
                 norm = max(norm, score - decay * layout.pair_near2[pair + s]);
             }
-            const Weights<T> w = prepare(layout, i, n, decay, norm, largest, log2_tol, slots);
+            const Weights<T> w = prepare(layout, i, decay, norm, largest, log2_tol);
+            const int64_t count = near_slots(layout.pair_near2 + pair, n, w.reach2, near);
+            for (int64_t s = 0; s < count; ++s) {
+                T* slot = slots + HEADS * near[s];
+                w.slot_factor(Heads<T>::load(slot)).store(slot);
+                Heads<T>::all(0).store(slot_sum + HEADS * near[s]);
+            }
             for (int m = 0; m < HEADS * padded; ++m) c[m] = 0;
             sum_segment(layout, in.window, w, slots, slot_sum, c, basis);
 
             Heads<T> whole = Heads<T>::all(0);
-            for (int64_t s = 0; s < n; ++s) whole += Heads<T>::load(slot_sum + HEADS * s);
+            for (int64_t s = 0; s < count; ++s) whole += Heads<T>::load(slot_sum + HEADS * near[s]);
             const Heads<T> inverse = Heads<T>::all(1) / whole;
-            weighted_sum(atom, n, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim, inverse,
-                         in.heads, x.out.o + i * in.heads * in.value_dim);
+            weighted_sum(near, count, atom, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim,
+                         false, grouped);
+            ungroup_heads(grouped, inverse, in.heads, g, in.value_dim, x.out.o + i * in.heads * in.value_dim);
             store_heads((log2(whole) + norm) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
             T scales[HEADS];
             inverse.store(scales);
@@ -86,10 +101,10 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     const AttentionInputs<T>& in = x.in;
     const Layout<T>& layout = in.layout;
     const int groups = groups_of(in.heads), padded = in.window.padded(), half = in.window.half, num = in.window.num;
-    const int64_t pairs = layout.pair_ptr[in.atoms];
     T* basis = scratch;
     T* u = basis + BLOCK * in.window.size;
-    T* slots = u + HEADS * padded;
+    T* grouped = u + HEADS * padded;
+    T* slots = grouped + HEADS * in.dim;
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
@@ -97,7 +112,8 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
         const int64_t members = layout.entry_ptr[i + 1] - layout.entry_ptr[i];
         const int32_t* atom = layout.pair_col + pair;
         T* content = slots + HEADS * n;
-        T* slope = x.pair_force ? content + HEADS * n : nullptr;
+        int32_t* near = reinterpret_cast<int32_t*>(content + HEADS * n);
+        T* slope = x.pair_force ? content + HEADS * n + n : nullptr;
         if (slope)
             for (int64_t m = 0; m < members; ++m) slope[m] = 0;
         for (int g = 0; g < groups; ++g) {
@@ -122,26 +138,33 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
             t.slots = slots;
             t.content = content;
             t.u = u;
-            t.slot_p = x.pair_p + (g * pairs + pair) * HEADS;
-            t.slot_ds = x.pair_ds + (g * pairs + pair) * HEADS;
+            t.slot_p = x.pair_p + (g * x.block_pairs + pair - x.first_pair) * HEADS;
+            t.slot_ds = x.pair_ds + (g * x.block_pairs + pair - x.first_pair) * HEADS;
             t.c = nullptr;
             t.slope = slope;
             t.grad_decay = Heads<T>::all(0);
             Heads<T> largest = Heads<T>::all(-__builtin_huge_val());
             for (int64_t s = 0; s < n; ++s) {
-                const int64_t j = atom[s] * int64_t(groups) + g;
-                const Heads<T> score = dot(q, x.k + j * in.dim * HEADS, in.dim) * scale;
+                const Heads<T> score = dot(q, x.k + (atom[s] * int64_t(groups) + g) * in.dim * HEADS, in.dim) * scale;
                 score.store(slots + HEADS * s);
                 largest = max(largest, score);
-                (dot(grad_o, x.v + j * in.value_dim * HEADS, in.value_dim) - delta).store(content + HEADS * s);
-                Heads<T>::all(0).store(t.slot_p + HEADS * s);
-                Heads<T>::all(0).store(t.slot_ds + HEADS * s);
             }
-            const Weights<T> w = prepare(layout, i, n, t.decay * T(LOG2_E), norm, largest, log2_tol, slots);
+            const Weights<T> w = prepare(layout, i, t.decay * T(LOG2_E), norm, largest, log2_tol);
+            x.reach2[i * groups + g] = w.reach2;
+            const int64_t count = near_slots(layout.pair_near2 + pair, n, w.reach2, near);
+            for (int64_t k = 0; k < count; ++k) {
+                const int64_t s = HEADS * int64_t(near[k]), j = atom[near[k]] * int64_t(groups) + g;
+                w.slot_factor(Heads<T>::load(slots + s)).store(slots + s);
+                (dot(grad_o, x.v + j * in.value_dim * HEADS, in.value_dim) - delta).store(content + s);
+                Heads<T>::all(0).store(t.slot_p + s);
+                Heads<T>::all(0).store(t.slot_ds + s);
+            }
             transpose_segment(layout, in.window, w, t, basis);
             store_heads(t.grad_decay, in.heads, g, x.result.decay + i * in.heads);
-            weighted_sum(atom, n, [&](int64_t s) { return t.slot_ds + HEADS * s; }, x.k, groups, g, in.dim,
-                         Heads<T>::all(scale * T(LN_2)), in.heads, x.result.q + i * in.heads * in.dim);
+            weighted_sum(near, count, atom, [&](int64_t s) { return t.slot_ds + HEADS * s; }, x.k, groups, g, in.dim, false,
+                         grouped);
+            ungroup_heads(grouped, Heads<T>::all(scale * T(LN_2)), in.heads, g, in.dim,
+                          x.result.q + i * in.heads * in.dim);
         }
         if (slope) {
             for (int m = 0; m < 9; ++m) x.row_lattice[9 * i + m] = 0;
@@ -151,26 +174,59 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     }
 }
 
-// What belongs to the columns, gathered over the mirror images (j, i) of each pair (i, j): gradients of k, v, positions.
+// The first place in low..high, sorted, that holds `value` or more.
+INLINE int64_t first_at_least(const int32_t* sorted, int64_t low, int64_t high, int64_t value) {
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (sorted[middle] < value) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+// What belongs to the columns, gathered from the rows of one block over the mirror images (j, i) of each pair (i, j):
+// gradients of k and v.
 template <class T>
-void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_t last, T*) {
+void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
     const AttentionInputs<T>& in = x.in;
     const Layout<T>& layout = in.layout;
     const int groups = groups_of(in.heads);
-    const int64_t pairs = layout.pair_ptr[in.atoms];
-    const Heads<T> scale = Heads<T>::all(T(1 / __builtin_sqrt(double(in.dim))));
+    int32_t* near = reinterpret_cast<int32_t*>(scratch);
     for (int64_t i = first; i < last; ++i) {
-        const int64_t pair = layout.pair_ptr[i], n = layout.pair_ptr[i + 1] - pair;
-        const int32_t *atom = layout.pair_col + pair, *mirror = layout.pair_mirror + pair;
+        const int64_t begin = first_at_least(layout.pair_col, layout.pair_ptr[i], layout.pair_ptr[i + 1], x.first_row);
+        const int64_t end = first_at_least(layout.pair_col, begin, layout.pair_ptr[i + 1], x.last_row);
+        const int32_t *atom = layout.pair_col + begin, *mirror = layout.pair_mirror + begin;
+        const bool add = x.in.ptr[x.crystal[i]] < x.first_row;  // earlier blocks hold rows of this crystal
         for (int g = 0; g < groups; ++g) {
-            const T *p = x.pair_p + g * pairs * HEADS, *ds = x.pair_ds + g * pairs * HEADS;
-            weighted_sum(atom, n, [&](int64_t s) { return ds + HEADS * int64_t(mirror[s]); }, x.q, groups, g, in.dim,
-                         scale, in.heads, x.result.k + i * in.heads * in.dim);
-            weighted_sum(atom, n, [&](int64_t s) { return p + HEADS * int64_t(mirror[s]); }, x.grad_o, groups, g,
-                         in.value_dim, Heads<T>::all(1), in.heads, x.result.v + i * in.heads * in.value_dim);
+            int64_t count = 0;
+            for (int64_t s = 0; s < end - begin; ++s) {
+                near[count] = int32_t(s);
+                count += layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
+            }
+            const auto at = [&](const T* sums) {
+                return [=](int64_t s) { return sums + (g * x.block_pairs + mirror[s] - x.first_pair) * HEADS; };
+            };
+            const int64_t row = (i * groups + g) * HEADS;
+            weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, add, x.grad_k + row * in.dim);
+            weighted_sum(near, count, atom, at(x.pair_p), x.grad_o, groups, g, in.value_dim, add,
+                         x.grad_v + row * in.value_dim);
         }
-        if (x.pair_force) gather_forces(x.pair_force, pair, n, mirror, x.result.positions + 3 * i);
     }
+}
+
+// The gradients of k and v as the caller has them.
+template <class T>
+void attention_backward_finish(const AttentionRows<T>& x, int64_t first, int64_t last, T*) {
+    const AttentionInputs<T>& in = x.in;
+    const int groups = groups_of(in.heads);
+    const Heads<T> one = Heads<T>::all(1), scale = one * T(1 / __builtin_sqrt(double(in.dim)));
+    for (int64_t i = first; i < last; ++i)
+        for (int g = 0; g < groups; ++g) {
+            const int64_t row = (i * groups + g) * HEADS;
+            ungroup_heads(x.grad_k + row * in.dim, scale, in.heads, g, in.dim, x.result.k + i * in.heads * in.dim);
+            ungroup_heads(x.grad_v + row * in.value_dim, one, in.heads, g, in.value_dim,
+                          x.result.v + i * in.heads * in.value_dim);
+        }
 }
 
 }  // namespace crystalformer::LEVEL

@@ -251,10 +251,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_images(const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
                                                       double decay_min, double tol, double logit_range,
-                                                      std::optional<double> cutoff, bool every_pair) {
+                                                      double beyond, std::optional<double> cutoff, bool every_pair) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const ImageRequest request{positions.size(0), ptr.size(0) - 1, pointer<double>(p),
-                               pointer<double>(l), pointer<int64_t>(ptr), decay_min, tol, logit_range, cutoff, every_pair};
+                               pointer<double>(l), pointer<int64_t>(ptr), decay_min, tol, logit_range, beyond, cutoff, every_pair};
     const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
     const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
     Tensor col, shift;

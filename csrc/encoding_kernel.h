@@ -24,14 +24,6 @@ INLINE void add_rows(const T* rows, int count, int n, const T* x, T* result) {
     }
 }
 
-// The decay of one row's heads in base 2, and the weights of one of its pairs.
-template <class T>
-INLINE Weights<T> prepare_pair(const Layout<T>& layout, int64_t pair, Heads<T> decay, Heads<T> norm, double tol,
-                               T* slot) {
-    Heads<T>::all(0).store(slot);
-    return prepare(layout, pair, 1, decay, norm, Heads<T>::all(0), T(__builtin_log2(tol)), slot);
-}
-
 // Equations (6) and (7).
 template <class T>
 void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scratch) {
@@ -42,12 +34,14 @@ void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scr
     T* c = basis + BLOCK * in.window.size;
     T* beta = c + HEADS * padded;
     T slot[HEADS], slot_sum[HEADS];
+    const T log2_tol = T(__builtin_log2(in.tol));
     for (int64_t i = first; i < last; ++i)
         for (int g = 0; g < groups_of(in.heads); ++g) {
             const Heads<T> decay = load_heads(in.decay + i * in.heads, in.heads, g, T(PADDING_DECAY)) * T(LOG2_E);
             for (int64_t pair = layout.pair_ptr[i]; pair < layout.pair_ptr[i + 1]; ++pair) {
                 const Heads<T> norm = decay * -layout.pair_near2[pair];
-                const Weights<T> w = prepare_pair(layout, pair, decay, norm, in.tol, slot);
+                const Weights<T> w = prepare(layout, pair, decay, norm, Heads<T>::all(0), log2_tol);
+                w.slot_factor(Heads<T>::all(0)).store(slot);
                 for (int m = 0; m < HEADS * padded; ++m) c[m] = 0;
                 Heads<T>::all(0).store(slot_sum);
                 sum_segment(layout, in.window, w, slot, slot_sum, c, basis);
@@ -75,6 +69,7 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
     T* u_head = u + HEADS * padded;
     T* slope = x.pair_force ? u_head + columns : nullptr;
     T slot[HEADS], content[HEADS], slot_p[HEADS], slot_ds[HEADS];
+    const T log2_tol = T(__builtin_log2(in.tol));
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
         if (slope)
@@ -111,7 +106,8 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
                                    ? Heads<T>::all(0)
                                    : load_heads(x.result.decay + i * in.heads, in.heads, g, T(0));
                 const Heads<T> norm = load_heads(x.saved.alpha + pair * in.heads, in.heads, g, T(0)) * T(LOG2_E);
-                const Weights<T> w = prepare_pair(layout, pair, t.decay * T(LOG2_E), norm, in.tol, slot);
+                const Weights<T> w = prepare(layout, pair, t.decay * T(LOG2_E), norm, Heads<T>::all(0), log2_tol);
+                w.slot_factor(Heads<T>::all(0)).store(slot);
                 Heads<T>::all(0).store(slot_p);
                 Heads<T>::all(0).store(slot_ds);
                 for (int m = 0; m < HEADS * padded; ++m) c[m] = 0;

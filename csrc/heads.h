@@ -22,6 +22,18 @@ void group_heads(const T* x, int64_t first, int64_t last, int heads, int dim, T*
     }
 }
 
+// The inverse for one row and group: (D,8) times a factor for each head -> (H,D).
+template <class T>
+INLINE void ungroup_heads(const T* grouped, Heads<T> scale, int heads, int group, int dim, T* row) {
+    const int real = heads - HEADS * group < HEADS ? heads - HEADS * group : HEADS;
+    T* to = row + int64_t(HEADS) * group * dim;
+    for (int d = 0; d < dim; ++d) {
+        T lanes[HEADS];
+        (Heads<T>::load(grouped + HEADS * d) * scale).store(lanes);
+        for (int h = 0; h < real; ++h) to[h * dim + d] = lanes[h];
+    }
+}
+
 // The numbers of one row's heads that the group holds; `missing` for the rest.
 template <class T>
 INLINE Heads<T> load_heads(const T* row, int heads, int group, T missing) {
@@ -45,16 +57,18 @@ INLINE Heads<T> log2(Heads<T> x) {
     return Heads<T>::load(lanes);
 }
 
+// Sum over dim of x (dim,8) y (dim,8), two dimensions at a time.
 template <class T>
 INLINE Heads<T> dot(const T* x, const T* y, int dim) {
-    Heads<T> even = Heads<T>::all(0), odd = even;
+    using Two = Pack<T, 2 * HEADS>;
+    Two sum = Two::all(0);
     int d = 0;
-    for (; d + 1 < dim; d += 2) {
-        even += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
-        odd += Heads<T>::load(x + HEADS * d + HEADS) * Heads<T>::load(y + HEADS * d + HEADS);
-    }
-    if (d < dim) even += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
-    return even + odd;
+    for (; d + 1 < dim; d += 2) sum += Two::load(x + HEADS * d) * Two::load(y + HEADS * d);
+    T halves[2 * HEADS];
+    sum.store(halves);
+    Heads<T> result = Heads<T>::load(halves) + Heads<T>::load(halves + HEADS);
+    if (d < dim) result += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
+    return result;
 }
 
 template <class T>

@@ -10,10 +10,8 @@ namespace crystalformer {
 
 namespace {
 
-// As in crystalformer/truncation.py and images.py.
-constexpr double BEYOND = 0.1;
+// As in crystalformer/truncation.py.
 constexpr int SPLITS = 25, BISECTIONS = 12, GRID = 1 << BISECTIONS;
-constexpr double CUTOFF_SLACK = 1e-8;
 
 using Vector = std::array<double, 3>;
 
@@ -116,15 +114,20 @@ int bisect(int low, const Holds& holds) {
     return high;
 }
 
-// One row's images, their weights exp(-a d^2) and where each pair's begin.
+// One row's images, their weights, and where each pair's begin.
 struct Row {
     std::vector<FoundImage>& images;
     std::vector<double> weight;
     std::vector<size_t> first;  // (pairs+1)
 
-    void weigh(double a) {
-        weight.resize(images.size());
-        for (size_t e = 0; e < images.size(); ++e) weight[e] = std::exp(-a * images[e].d2);
+    // exp(a (relative2 - d^2)) of the images of the pair enumerated last.
+    void weigh_last_pair(double a, double relative2) {
+        for (size_t e = first.back(); e < images.size(); ++e) weight.push_back(std::exp(a * (relative2 - images[e].d2)));
+    }
+    double last_pair_nearest2() const {
+        double nearest2 = INFINITY;
+        for (size_t e = first.back(); e < images.size(); ++e) nearest2 = std::min(nearest2, images[e].d2);
+        return nearest2;
     }
     double whole(size_t pair) const { return beyond(pair, -1); }
     double beyond(size_t pair, double cutoff2) const {
@@ -148,11 +151,11 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     std::vector<Vector> rotated(size_t(in.atoms));
     for (size_t i = 0; i < rotated.size(); ++i) rotated[i] = cells[crystal[i]].rotate(in.positions + 3 * i);
 
-    const double slack = std::log(in.tol * BEYOND), a = in.decay_min;
+    const double slack = std::log(in.tol * in.beyond), a = in.decay_min;
     std::vector<double> log_beyond(size_t(in.crystals)), outer2(size_t(in.crystals));
     for (size_t c = 0; c < outer2.size(); ++c) {
         log_beyond[c] = slack - in.logit_range - std::log(double(in.ptr[c + 1] - in.ptr[c]));
-        outer2[c] = in.cutoff ? (*in.cutoff + CUTOFF_SLACK) * (*in.cutoff + CUTOFF_SLACK) : tails[c].squared(log_beyond[c]);
+        outer2[c] = in.cutoff ? *in.cutoff * *in.cutoff : tails[c].squared(log_beyond[c]);
     }
 
     // Each row's cutoff as a number of the bisection's grid: the crystal's is the largest. With every_pair each pair
@@ -165,27 +168,31 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     const auto search_row = [&](int64_t i, Row& row) {
         const int64_t c = crystal[i], begin = in.ptr[c], end = in.ptr[c + 1];
         const Cell& cell = cells[c];
-        std::vector<double> pair_outer2, pair_beyond;
+        std::vector<double> pair_outer2, pair_beyond;  // with every_pair
         for (int64_t j = begin; j < end; ++j) {
             const Vector r = {rotated[j][0] - rotated[i][0], rotated[j][1] - rotated[i][1], rotated[j][2] - rotated[i][2]};
-            double radius2 = outer2[c];
-            if (in.every_pair) {
-                const double log_pair = slack - a * near_image2(cell, r);
-                radius2 = tails[c].squared(log_pair);
-                pair_outer2.push_back(radius2);
-                pair_beyond.push_back(std::exp(log_pair));
-            }
+            const double near2 = in.every_pair ? near_image2(cell, r) : 0;
+            const double radius2 = in.every_pair ? tails[c].squared(slack - a * near2) : outer2[c];
             row.first.push_back(row.images.size());
             add_points(cell, r, radius2, int32_t(j), row.images);
+            if (in.every_pair) {
+                // Relative to the pair's nearest image: far pairs would underflow, and relative to the image at near2,
+                // which a skewed cell has far from the nearest, they would overflow.
+                const double nearest2 = row.last_pair_nearest2();
+                pair_outer2.push_back(radius2);
+                pair_beyond.push_back(std::exp(slack - a * (near2 - nearest2)));
+                row.weigh_last_pair(a, nearest2);
+            } else if (!in.cutoff) {
+                row.weigh_last_pair(a, 0);
+            }
         }
         row.first.push_back(row.images.size());
         if (in.cutoff) return;
-        row.weigh(a);
         const size_t pairs = size_t(end - begin);
         if (in.every_pair) {
             for (size_t p = 0; p < pairs; ++p) {
-                const double allowed = in.tol * row.whole(p) - pair_beyond[p];
-                const int k = bisect(0, [&](int k) { return row.beyond(p, grid_value(pair_outer2[p], k)) <= allowed; });
+                const double allowed = in.tol * row.whole(p);
+                const int k = bisect(0, [&](int k) { return row.beyond(p, grid_value(pair_outer2[p], k)) + pair_beyond[p] <= allowed; });
                 pair_cutoff2[first_pair[i] + p] = grid_value(pair_outer2[p], k);
             }
             return;

@@ -20,7 +20,11 @@ struct AttentionRows {
     AttentionOutputs<const T> saved = {}, grad = {};  // backward only: the outputs and their gradients
     AttentionGrads<T> result = {};
     const T *q, *k, *v, *grad_o = nullptr;     // (N,G,D,8) (N,G,D,8) (N,G,Dv,8) (N,G,Dv,8)
-    T *pair_p = nullptr, *pair_ds = nullptr;   // (G,pairs,8) sums over the images of a pair
+    // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.
+    int64_t first_row = 0, last_row = 0, first_pair = 0, block_pairs = 0;
+    T *pair_p = nullptr, *pair_ds = nullptr;   // (G,block_pairs,8) sums over the images of a pair
+    T *grad_k = nullptr, *grad_v = nullptr;    // (N,G,D,8) (N,G,Dv,8) sums over the blocks so far
+    T* reach2 = nullptr;                       // (N,G) squared distance beyond which a row left images out
     const int64_t* crystal = nullptr;          // (N)
     T* pair_force = nullptr;                   // (pairs,3) dloss/dr summed over the images of a pair
     T* row_lattice = nullptr;                  // (N,9) each row's part of the gradient of its lattice
@@ -46,6 +50,7 @@ struct Kernels {
     void (*attention_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_columns)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*attention_backward_finish)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*encoding_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*encoding_backward_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* grad_weight, T* scratch);
     void (*gather_force_rows)(const Layout<T>&, const T* pair_force, int64_t first, int64_t last, T* positions);

@@ -26,40 +26,43 @@ constexpr T LOWEST = sizeof(T) == 4 ? -45 : -400;
 template <class T>
 constexpr T FACTORS_SAFE = sizeof(T) == 4 ? 24 : 200;
 
-// The scores of one segment, ready for the sums below.
+// How the weights of one segment are made of its scores, and which shells matter.
 template <class T>
 struct Weights {
-    Heads<T> decay;        // in base 2
-    Heads<T> shift;        // added to every shell's exponent
+    Heads<T> decay;          // in base 2
+    Heads<T> slot_shift, shell_shift;  // added to the exponents of slots and shells
     bool wide;
-    int64_t first, shells;  // the first shell and how many matter
-    int64_t first_member;
+    int64_t first, shells;   // the first shell and how many matter
+    T reach2;                // the squared distance of the last one that does, and of the nearest image of its slots
+
+    // The largest distance of a slot's nearest image: a shell's distance is a mean, hence a little more.
+    static T slot_reach2(T reach2) { return reach2 * T(1.0001); }
+
+    // The factor of a slot, or its exponent when wide.
+    INLINE Heads<T> slot_factor(Heads<T> score) const {
+        return wide ? score + slot_shift : exp2_above(score + slot_shift, LOWEST<T>);
+    }
 };
 
-// Turns scores (slots, 8), in base 2, into factors in place, and finds the shells that matter: those left out hold less
-// than the fraction `tol` of the weight, since each image beyond d has less than 2^(largest score - a d^2 - norm).
+// For scores of at most `largest`, in base 2. The shells left out hold less than the fraction `tol` of the weight, since
+// each image beyond d has less than 2^(largest - a d^2 - norm) of it.
 template <class T>
-INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, int64_t slots, Heads<T> decay, Heads<T> norm,
-                          Heads<T> largest, T log2_tol, T* scores) {
+INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, Heads<T> decay, Heads<T> norm, Heads<T> largest,
+                          T log2_tol) {
     Weights<T> w;
     w.decay = decay;
     w.first = layout.entry_ptr[segment];
-    w.first_member = w.first;
     const Heads<T> above = largest - norm;
     w.wide = above.largest() > FACTORS_SAFE<T>;
-    w.shift = w.wide ? Heads<T>::all(0) : above * T(0.5);
-    const Heads<T> subtract = w.wide ? norm : largest - above * T(0.5);
-    for (int64_t j = 0; j < slots; ++j) {
-        const Heads<T> x = Heads<T>::load(scores + HEADS * j) - subtract;
-        (w.wide ? x : exp2_above(x, LOWEST<T>)).store(scores + HEADS * j);
-    }
+    w.shell_shift = w.wide ? Heads<T>::all(0) : above * T(0.5);
+    w.slot_shift = w.wide ? norm * T(-1) : above * T(0.5) - largest;
     const int64_t images = layout.entry_ptr[segment + 1] - w.first;
     const T log2_images = T(64 - __builtin_clzll(uint64_t(images) | 1));
-    const T reach2 = ((above + (log2_images - log2_tol)) / decay).largest();
+    w.reach2 = ((above + (log2_images - log2_tol)) / decay).largest();
     int64_t low = w.first, high = layout.shell_end[segment];
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (layout.d2[middle] <= reach2) low = middle + 1;
+        if (layout.d2[middle] <= w.reach2) low = middle + 1;
         else high = middle;
     }
     w.shells = low - w.first;
@@ -115,11 +118,11 @@ struct Block {
     INLINE void take(const Layout<T>& layout, const Weights<T>& w, int64_t from, int64_t last) {
         first = from;
         bin = layout.bin[from];
-        member = from == w.first ? w.first_member : layout.member_end[from - 1];
+        member = from == w.first ? w.first : layout.member_end[from - 1];
         const int64_t limit = from + BLOCK < last ? from + BLOCK : last;
         int64_t s = from;
         for (; s < limit && layout.bin[s] == bin; ++s) {
-            const Heads<T> x = w.shift - w.decay * layout.d2[s];
+            const Heads<T> x = w.shell_shift - w.decay * layout.d2[s];
             (w.wide ? x : exp2_above(x, LOWEST<T>)).store(factor + HEADS * (s - from));
             Heads<T>::all(0).store(total + HEADS * (s - from));
         }
@@ -172,7 +175,7 @@ struct Transposed {
 template <class T, bool WIDE, bool GEOMETRY>
 void transposed_shells(const Layout<T>& layout, const Window& window, const Weights<T>& w, Transposed<T>& x, T* basis) {
     Block<T> block;
-    alignas(64) T ub[BLOCK * HEADS], slope[GEOMETRY ? BLOCK * HEADS : 1], inverse[BLOCK];
+    alignas(64) T ub[BLOCK * HEADS], slope[GEOMETRY ? BLOCK * HEADS : 1];
     alignas(64) T total_p[BLOCK * HEADS];
     const T steepness = T(1 / (window.width * window.width * window.spacing));
     for (int64_t s = w.first, last = w.first + w.shells; s < last; s += block.shells) {
@@ -191,8 +194,10 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
                 }
             }
             sum.store(ub + HEADS * e);
-            if constexpr (GEOMETRY) (derivative * steepness).store(slope + HEADS * e);
-            if constexpr (GEOMETRY) inverse[e] = layout.d2[s + e] > 0 ? 1 / __builtin_sqrt(layout.d2[s + e]) : T(0);
+            if constexpr (GEOMETRY) {
+                const T d2 = layout.d2[s + e], inverse = d2 > 0 ? 1 / T(__builtin_sqrt(double(d2))) : T(0);
+                (derivative * (steepness * inverse)).store(slope + HEADS * e);
+            }
             Heads<T>::all(0).store(total_p + HEADS * e);
         }
         for (int64_t m = block.member; m < block.member_end; ++m) {
@@ -204,8 +209,7 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
             (Heads<T>::load(block.total + HEADS * local) + ds).store(block.total + HEADS * local);
             if (x.c) (Heads<T>::load(total_p + HEADS * local) + p).store(total_p + HEADS * local);
             if constexpr (GEOMETRY)
-                x.slope[m - w.first_member] +=
-                    (p * Heads<T>::load(slope + HEADS * local)).sum() * inverse[local] - 2 * (x.decay * ds).sum();
+                x.slope[m - w.first] += (p * Heads<T>::load(slope + HEADS * local) - x.decay * (ds * T(2))).sum();
         }
         for (int e = 0; e < block.shells; ++e)
             x.grad_decay -= Heads<T>::load(block.total + HEADS * e) * layout.d2[s + e];

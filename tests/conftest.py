@@ -1,8 +1,11 @@
 """What all tests share: the backends, and one thread for steady times on a busy machine."""
 
 import pytest
+import torch
 
 import crystalformer as cf
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -42,7 +42,7 @@ def gradients(x, op, backend, geometry=True, scale=1.0):
     cotangents = [torch.randn(y.shape, generator=rng, dtype=torch.float64).to(y.dtype) for y in outputs]
     leaves = [t for t in inputs if t.requires_grad]
     grads = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-    return [*outputs, *(g for g in grads if g is not None)]
+    return [y.detach() for y in (*outputs, *(g for g in grads if g is not None))]
 
 
 def make(kinds, sizes, **options):
@@ -64,12 +64,12 @@ def test_fp64_is_the_reference(op, kinds, sizes, geometry):
     x = exact(make(KINDS[kinds], sizes, every_pair=op == "encoding"))
     found, wanted = (gradients(x, op, backend, geometry) for backend in ("cpu", "reference"))
     assert len(found) == len(wanted)
-    # Cotangents of rounding: with one atom a gradient may vanish but for rounding, hence the scale of all of them.
-    scale = max(float(w.abs().max()) for w in wanted)
+    # Some gradients of one atom vanish but for rounding, hence the scale of all of them.
+    scale = max(1.0, *(float(w.abs().max()) for w in wanted))
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape
-        assert (one - other).abs().max() < 1e-12 * max(scale, float(other.abs().max()))
-        assert float(other.abs().max()) < 1e-9 * scale or relative_error(one, other) < 1e-9
+        assert (one - other).abs().max() < 1e-12 * scale
+        assert float(other.abs().max()) < 1e-6 * scale or relative_error(one, other) < 1e-9
 
 
 @pytest.mark.parametrize("op", ["attention", "encoding"])
@@ -177,6 +177,7 @@ def test_list_that_is_not_symmetric_is_refused():
     [
         {},
         {"every_pair": True},
+        {"every_pair": True, "decay_min": 0.5},
         {"cutoff": 7.0},
         {"decay_min": 0.5, "tol": 1e-3, "logit_range": 0.0},
         {"tol": 1e-9, "logit_range": 10.0},
@@ -185,7 +186,7 @@ def test_list_that_is_not_symmetric_is_refused():
 )
 def test_build_images_is_the_same_in_torch(options, monkeypatch):
     for seed in range(12):
-        kinds = ("cubic", "skewed", "left_handed", "needle")
+        kinds = ("cubic", "skewed", "left_handed", "needle", "plate")
         geometry = pack([random_crystal(kind, seed, 1 + (seed + i) % 5) for i, kind in enumerate(kinds)])
         compiled = cf.build_images(*geometry, **options)
         with monkeypatch.context() as patch:

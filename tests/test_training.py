@@ -121,7 +121,7 @@ def test_average_of_the_last_epochs(data):
             super().on_train_batch_end(trainer, pl_module, *args)
             self.weights.append(pl_module.model.embedding.weight.detach().clone())
 
-    trail = Trail("val_mae/energy", "eV/atom")
+    trail = Trail("energy", "eV/atom")
     task = new_task(data)
     fit(task, data.loader(8, 0), data.loader(8), epochs=3, callbacks=[trail, AverageLastEpochs(2)])
     torch.testing.assert_close(task.model.embedding.weight.detach(), torch.stack(trail.weights[3:]).mean(0))
@@ -136,7 +136,7 @@ def test_stopping_before_the_average_begins_keeps_the_weights(data):
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(data, capsys):
-    fit(new_task(data), data.loader(8, 0), data.loader(8), 2, [Progress("val_mae/energy", "eV/atom")])
+    fit(new_task(data), data.loader(8, 0), data.loader(8), 2, [Progress("energy", "eV/atom")])
     out, err = capsys.readouterr()
     assert [line.split("  ")[1:2] for line in out.splitlines()] == [["epoch"], ["epoch"]]
     assert err == ""
