@@ -61,7 +61,7 @@ def row_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int], geometry:
     basis = padded(num) if num <= BASIS else BASIS_BLOCK
     s = _sizes(q, v, shape) | {"K": num, "BU": basis, "GEOMETRY": geometry}
     images = s["G"] * s["BG"]
-    gathered = (s["BG"] * (2 * s["BD"] + s["BV"]) + s["BD"] + s["BV"]) * s["BH"]
+    gathered = (s["BG"] * ((2 + geometry) * s["BD"] + s["BV"]) + s["BD"] + s["BV"]) * s["BH"]
     return s | _launch(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * images)
 
 

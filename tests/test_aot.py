@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ BUDGET = {
     "attention_fwd": 168,
     "attention_bwd_rows": 216,
     "attention_bwd_columns": 96,
-    "encoding_fwd": 128,
+    "encoding_fwd": 144,
     "encoding_bwd": 128,
     "geometry_rows": 80,
     "segment_sums": 80,
@@ -55,6 +56,7 @@ def test_nothing_spills(kernels):
     assert [x for x in kernels if x["spilled"]] == []
 
 
+@pytest.mark.skipif(not version("triton").startswith("3.7."), reason="the budget is for the Triton of constraints.txt")
 def test_registers(kernels):
     paper = dict(H=8, D=16, DV=16, K=64, G=8, BG=4)
     for x in kernels:

@@ -13,7 +13,11 @@ from problems import problem, relative_error
 import crystalformer as cf
 
 MISSING = cf.available_backends()["triton"]
-pytestmark = pytest.mark.skipif(MISSING is not True, reason=str(MISSING))
+pytestmark = [
+    pytest.mark.skipif(MISSING is not True, reason=str(MISSING)),
+    # Of the interpreter in Triton 3.6.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES = {
