@@ -52,23 +52,25 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
     available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"
-        serves = available[fast] is True and op not in REFERENCE_ONLY
+        serves = available[fast] is True and op not in REFERENCE_ONLY and _device_type(fast) == device.type
         return fast if serves and (fast == "cpu" or dtype == torch.float32) else "reference"
     if available[backend] is not True:
         raise RuntimeError(f"backend {backend!r} is not available: {available[backend]}")
     if op in REFERENCE_ONLY and backend != "reference":
         raise RuntimeError(f"backend {backend!r} has no {op} attention: use 'auto' or 'reference'")
-    if not _on_its_device(backend, device):
-        wanted = "CUDA" if backend == "triton" else "CPU"
-        raise RuntimeError(f"backend {backend!r} takes {wanted} tensors, not tensors on {device}: use 'auto'")
+    if backend != "reference" and _device_type(backend) != device.type:
+        raise RuntimeError(
+            f"backend {backend!r} takes tensors on {_device_type(backend)}, not on {device}: use 'auto' or 'reference'"
+        )
     if backend == "triton" and dtype != torch.float32:
         raise TypeError(f"backend 'triton' takes torch.float32, not {dtype}: use 'auto' or 'reference'")
     return backend
 
 
-def _on_its_device(backend: str, device: torch.device) -> bool:
-    if backend == "triton":
-        from .kernels import INTERPRETED
+def _device_type(backend: str) -> str:
+    """Where the tensors are that a backend with kernels of its own takes."""
+    if backend == "cpu":
+        return "cpu"
+    from .kernels import INTERPRETED
 
-        return device.type == ("cpu" if INTERPRETED else "cuda")
-    return backend == "reference" or device.type == backend
+    return "cpu" if INTERPRETED else "cuda"

@@ -23,8 +23,8 @@ from crystalformer.reference import displacement
 
 # (G, BG): many images a pair in small cells, one in large ones. R = 2 BG + G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
-# Cost of a group (two gathers) in units of that of an image.
-GROUP_COST = 1.5
+# Instructions of a group (two gathers, the content score) over those of an image, counted in the compiled kernels.
+GROUP_COST = 3.0
 FAR = 1e18
 FAR_BITS = int(torch.tensor(FAR).view(torch.int32))
 

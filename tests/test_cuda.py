@@ -105,3 +105,15 @@ def test_layouts_follow_writes_to_the_positions():
     after = x.attention(backend="triton")
     assert relative_error(after, before) > 1e-4
     assert relative_error(after, x.attention()) < 1e-5
+
+
+@needs_triton
+def test_large_cell():
+    x = problem(kinds=(("cubic", 400), ("cubic", 1)), heads=4, dim=8, value_dim=8, num_basis=16)
+    inputs = [t.to("cuda", torch.float32).requires_grad_() for t in x.inputs]
+    there = replace(x.to(torch.float32), images=x.images.to("cuda"))
+    found = torch.autograd.grad(there.attention(*inputs, backend="triton").square().sum(), inputs)
+    exact_inputs = [t.to("cuda").requires_grad_() for t in x.inputs]
+    exact = torch.autograd.grad(there.attention(*exact_inputs).square().sum(), exact_inputs)
+    for one, other in zip(found, exact, strict=True):
+        assert relative_error(one, other) < 2e-4
