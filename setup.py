@@ -20,6 +20,7 @@ FLAGS += ["-fno-trapping-math"]
 # vectors under `#pragma GCC target`.
 LEVELS = {"csrc/kernels_v3.cpp": ["-march=x86-64-v3"], "csrc/kernels_v4.cpp": ["-march=x86-64-v4"]}
 HAS_LEVELS = platform.machine() == "x86_64"
+CSRC = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
 SOURCES = sorted({str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")} - set(LEVELS))
 
 
@@ -40,7 +41,8 @@ def extension() -> dict:
             super().build_extension(ext)
 
     flags = [*FLAGS, "-DCRYSTALFORMER_LEVELS"] if HAS_LEVELS else FLAGS
-    module = CppExtension("crystalformer._C", SOURCES, extra_compile_args=flags, extra_link_args=["-fopenmp"])
+    options = {"extra_compile_args": flags, "extra_link_args": ["-fopenmp"], "depends": CSRC}
+    module = CppExtension("crystalformer._C", SOURCES, **options)
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 

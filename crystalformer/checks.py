@@ -1,11 +1,14 @@
 """Argument checks: every error names the argument, what it must be and what it was."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _check_values_on_gpu = False
+# Volume of a cell over the product of its edges, below which it is singular.
+FLATTEST = 1e-6
 
 
 class debug_checks:
@@ -61,17 +64,25 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
         raise TypeError(f"{name} must be {' or '.join(map(str, allowed))}, not {x.dtype}")
 
 
+def _extremes(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value: one pass over the data, and a NaN is both of them."""
+    low, high = torch.aminmax(x.detach())
+    return low.item(), high.item()
+
+
 def check_finite(name: str, x: Tensor) -> None:
-    # The extremes say it in one pass, and a NaN is both of them.
-    if values_visible(x) and x.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all()):
+    if values_visible(x) and x.numel() and not all(map(math.isfinite, _extremes(x))):
         where = (~torch.isfinite(x)).nonzero()[0].tolist()
         raise ValueError(f"{name} must be finite, but {name}{where} is {x[tuple(where)].item()}")
 
 
 def check_positive(name: str, x: Tensor) -> None:
-    check_finite(name, x)
-    if values_visible(x) and x.numel() and not bool((x > 0).all()):
-        raise ValueError(f"{name} must be positive, but its smallest value is {x.min().item():g}")
+    if not values_visible(x) or not x.numel():
+        return
+    low, high = _extremes(x)
+    if not 0 < low <= high < math.inf:
+        check_finite(name, x)
+        raise ValueError(f"{name} must be positive, but its smallest value is {low:g}")
 
 
 def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> float:
@@ -86,13 +97,14 @@ def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf")
 
 def check_lattice(name: str, lattice: Tensor) -> None:
     """A lattice is singular when its volume is nothing beside the product of its edges."""
-    check_finite(name, lattice)
     if not values_visible(lattice):
         return
-    flatness = torch.linalg.det(lattice.double()).abs() / lattice.double().norm(dim=-1).prod(-1)
-    bad = ~(flatness > 1e-6)
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
+    x = lattice.detach().double()
+    volume = (torch.linalg.cross(x[:, 0], x[:, 1]) * x[:, 2]).sum(-1).abs()
+    good = volume > FLATTEST * x.norm(dim=-1).prod(-1)
+    if not bool(good.all()):
+        check_finite(name, lattice)
+        index = int((~good).nonzero()[0])
         raise ValueError(f"{name} must have a volume, but {name}[{index}] is singular: {lattice[index].tolist()}")
 
 

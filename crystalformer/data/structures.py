@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import FLATTEST
+
 # Hydrogen to californium, as in the paper's code.
 NUM_ELEMENTS = 98
 
@@ -54,7 +56,7 @@ def read_structure(structure: Any, name: str) -> Crystal:
         if not np.isfinite(x).all():
             raise ValueError(f"{name} must have finite {what}, not {x[~np.isfinite(x)][0]}")
     edges = np.linalg.norm(lattice, axis=1)
-    if not abs(np.linalg.det(lattice)) > 1e-6 * edges.prod():
+    if not abs(np.linalg.det(lattice)) > FLATTEST * edges.prod():
         raise ValueError(f"{name} must have a volume, but its lattice is {lattice.tolist()}")
     return Crystal(mixtures, positions, lattice)
 
