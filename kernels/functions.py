@@ -46,8 +46,11 @@ def store_heads(p, i, h, x, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def high(x):
-    """x cut to the 10 bits of fraction that tf32 has, so that both it and the rest enter a product without rounding."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """x rounded to the 10 bits of fraction that tf32 has; the rest has at most 12 bits, of either sign.
+
+    A tensor core cuts its operands off after 10 bits. Had the rest 13 bits, all of one sign, sums would come out low.
+    """
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
