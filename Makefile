@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu aot-36 clean
 
 demo: $(INSTALLED)  ## the main job on real crystals, in under five minutes
 	$(BIN)/python -m crystalformer.demo --out demo-output
@@ -22,7 +22,14 @@ bench: $(INSTALLED)  ## speed on this machine
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 gpu:  ## what needs an NVIDIA GPU; takes the Python it finds, with torch, triton, numpy and pytest
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py
+	PYTHONPATH=. $(PYTHON) bench/gpu.py
+
+aot-36:  ## the Triton kernels on Triton 3.6.0, without a GPU
+	test -x $(VENV)-36/bin/python || $(PYTHON) -m venv $(VENV)-36
+	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check torch 'numpy<2.4' pytest
+	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	PYTHONPATH=. $(VENV)-36/bin/python -m pytest tests/test_aot.py tests/test_triton.py
 
 # The compiled kernels are built against the torch that is installed, so not in isolation.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

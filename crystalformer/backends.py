@@ -9,32 +9,68 @@ NAMES = ("triton", "cpu", "reference")
 REFERENCE_ONLY = ("reciprocal",)
 
 
+def _load_triton() -> bool | str:
+    try:
+        from . import kernels
+    except ImportError as error:
+        return (
+            f"the Triton kernels, crystalformer.kernels, cannot be loaded ({error}): install triton, which is there "
+            "for Linux, or use 'reference' on the GPU"
+        )
+    if torch.cuda.is_available() or kernels.INTERPRETED:
+        return True
+    return (
+        "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run the "
+        "kernels slowly on the CPU"
+    )
+
+
+_TRITON = _load_triton()
+
+
 def available_backends() -> dict[str, bool | str]:
     """The backends, each with True or, where it is missing, the reason and what to do about it."""
     return {
-        "triton": "this version of crystalformer has no Triton kernels yet: use 'reference' on the GPU",
+        "triton": _TRITON,
         "cpu": LOADED,
         "reference": True,
     }
 
 
-def choose_backend(backend: str, device: torch.device, op: str) -> str:
+def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend of an op that serves tensors on `device`.
 
-    `auto` takes the fastest that is there: triton for CUDA tensors, cpu for CPU tensors, else the reference.
+    `auto` takes the fastest that is there: triton for fp32 CUDA tensors, cpu for CPU tensors, else the reference.
 
     Raises:
         ValueError: for a name that is no backend.
         RuntimeError: for a backend that is not there or has no such op, with the reason.
+        TypeError: for a backend that does not compute in this dtype.
     """
     if backend not in ("auto", *NAMES):
         raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
     available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"
-        return fast if available[fast] is True and op not in REFERENCE_ONLY else "reference"
+        serves = available[fast] is True and op not in REFERENCE_ONLY and _device_type(fast) == device.type
+        return fast if serves and (fast == "cpu" or dtype == torch.float32) else "reference"
     if available[backend] is not True:
         raise RuntimeError(f"backend {backend!r} is not available: {available[backend]}")
     if op in REFERENCE_ONLY and backend != "reference":
         raise RuntimeError(f"backend {backend!r} has no {op} attention: use 'auto' or 'reference'")
+    if backend != "reference" and _device_type(backend) != device.type:
+        raise RuntimeError(
+            f"backend {backend!r} takes tensors on {_device_type(backend)}, not on {device}: use 'auto' or 'reference'"
+        )
+    if backend == "triton" and dtype != torch.float32:
+        raise TypeError(f"backend 'triton' takes torch.float32, not {dtype}: use 'auto' or 'reference'")
     return backend
+
+
+def _device_type(backend: str) -> str:
+    """Where the tensors are that a backend with kernels of its own takes."""
+    if backend == "cpu":
+        return "cpu"
+    from .kernels import INTERPRETED
+
+    return "cpu" if INTERPRETED else "cuda"

@@ -203,7 +203,7 @@ def _op(
     name: str, backend: str, images: ImageList, positions: Tensor, lattice: Tensor, basis: tuple[int, float, float]
 ) -> tuple[Any, tuple[Tensor, ...], float]:
     """The backend's op, the list as the op takes it, and how much of the weight the op may leave out."""
-    backend = choose_backend(backend, positions.device, name)
+    backend = choose_backend(backend, positions.device, name, positions.dtype)
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
     tol = 0.0 if moving else images.tol or 0.0

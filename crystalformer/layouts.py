@@ -12,17 +12,24 @@ from torch import Tensor
 from .images import ImageList
 
 NAMESPACE = "crystalformer"
-CPU_LAYOUT = (
+SCHEMA = (
     "(Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, "
     "int num, float r_max, float width, float tol, bool by_pair, bool merge) -> Tensor"
 )
 
-torch.library.define(f"{NAMESPACE}::cpu_layout", CPU_LAYOUT)
+torch.library.define(f"{NAMESPACE}::cpu_layout", SCHEMA)  # implemented in csrc/bindings.cpp
+torch.library.define(f"{NAMESPACE}::triton_layout", SCHEMA)  # implemented in kernels/images.py
 
 
 @torch.library.register_fake(f"{NAMESPACE}::cpu_layout")
 def _(positions: Tensor, *_: Any) -> Tensor:
     return positions.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::triton_layout")
+def _(positions: Tensor, *_: Any) -> Tensor:
+    context = torch.library.get_ctx()
+    return positions.new_empty(context.new_dynamic_size(), context.new_dynamic_size(), dtype=torch.int32)
 
 
 def layout(
@@ -35,7 +42,7 @@ def layout(
     by_pair: bool,
     merge: bool,
 ) -> Tensor:
-    """The layout of a list that a backend's ops want, bytes; empty for backends that want none.
+    """The layout of a list that a backend's ops want; empty for backends that want none.
 
     Args:
         basis: num, r_max and width of the radial basis; num = 0 for none.
@@ -43,21 +50,46 @@ def layout(
         by_pair: for the encoding, where the sums are over the images of a pair, not of a row.
         merge: make one entry of the images at one distance; not for gradients of positions and lattice.
     """
-    if backend != "cpu":
+    if backend == "reference":
         return positions.new_empty(0, dtype=torch.uint8)
     geometry = (positions.detach(), lattice.detach())
+    if backend == "triton":  # one layout serves every tol, moving atoms too
+        tol, merge = 0.0, False
     settings = (*basis, tol, by_pair, merge)
 
     def make() -> Tensor:
         lists = (images.ptr, images.row_ptr, images.col, images.shift)
-        return torch.ops.crystalformer.cpu_layout(*geometry, *lists, *settings)
+        return getattr(torch.ops.crystalformer, f"{backend}_layout")(*geometry, *lists, *settings)
 
     if torch.compiler.is_compiling():
         return make()
     key = (backend, positions.dtype, settings)
-    made_for, kept = images.layouts.get(key, ((), None))
-    # The values are compared, because not every change of a tensor leaves a trace in its version.
-    if kept is None or not all(map(torch.equal, geometry, made_for)):
+    made_for, kept = images.layouts.get(key, (None, None))
+    if made_for is None or not made_for.still(geometry):
         kept = make()
-        images.layouts[key] = (tuple(x.clone() for x in geometry), kept)
+        images.layouts[key] = (_Geometry(geometry), kept)
     return kept
+
+
+class _Geometry:
+    """What a layout was made for.
+
+    On the CPU the values are compared, because not every change of a tensor leaves a trace in its version. On a GPU
+    that would wait for the device, and forbid the capture of a graph: there it must be the same memory, not written
+    since as far as PyTorch knows.
+    """
+
+    def __init__(self, geometry: tuple[Tensor, Tensor]) -> None:
+        self.trace = _trace(geometry)
+        self.tensors = geometry if self.trace else tuple(x.clone() for x in geometry)
+
+    def still(self, geometry: tuple[Tensor, Tensor]) -> bool:
+        trace = _trace(geometry)
+        return trace == self.trace if trace or self.trace else all(map(torch.equal, geometry, self.tensors))
+
+
+def _trace(geometry: tuple[Tensor, Tensor]) -> list[Any] | None:
+    """Where GPU tensors are and how often they were written, or None where values have to be compared."""
+    if any(not x.is_cuda or x.is_inference() for x in geometry):
+        return None
+    return [(x.data_ptr(), x.shape, x.stride(), x._version) for x in geometry]

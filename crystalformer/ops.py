@@ -242,3 +242,4 @@ for _op in OPS:
     implement_reference(_op)
 for _op in (ATTENTION, ENCODING):
     register(_op, "cpu")  # implemented in csrc/bindings.cpp
+    register(_op, "triton")  # implemented in kernels/

@@ -1,5 +1,7 @@
 """On an NVIDIA GPU: `make gpu`. The reference and the image lists give there what they give on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import problem, relative_error
@@ -40,3 +42,78 @@ def test_model_on_the_gpu():
     batch = cf.CrystalBatch(torch.arange(1, 1 + len(x.positions)), x.positions, x.lattice, x.ptr).to(torch.float32)
     expected = model(batch)
     torch.testing.assert_close(model.cuda()(batch.to("cuda")).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+needs_triton = pytest.mark.skipif(cf.available_backends()["triton"] is not True, reason="needs triton")
+
+
+def on_gpu():
+    x = problem(heads=8, dim=16, value_dim=16, num_basis=64).to(torch.float32)
+    names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight", "ptr", "images")
+    return replace(x, **{name: getattr(x, name).to("cuda") for name in names})
+
+
+@needs_triton
+def test_auto_is_triton_for_fp32():
+    x = on_gpu()
+    assert torch.equal(x.attention(backend="auto"), x.attention(backend="triton"))
+    assert torch.equal(x.to(torch.float64).attention(backend="auto"), x.to(torch.float64).attention())
+
+
+@needs_triton
+def test_nothing_waits_for_the_gpu():
+    x = on_gpu()
+    inputs = [t.clone().requires_grad_() for t in x.inputs]
+    for sync in ("default", "error"):  # the first call packs the list
+        torch.cuda.set_sync_debug_mode(sync)
+        try:
+            torch.autograd.grad(x.attention(*inputs, backend="triton").sum(), inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_triton
+def test_in_a_graph_and_on_another_stream():
+    x = on_gpu()
+    grad = torch.randn_like(x.v)
+
+    def step():
+        inputs = [t.detach().requires_grad_(k not in (4, 5)) for k, t in enumerate(x.inputs)]
+        y = x.attention(*inputs, backend="triton")
+        return y, *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad)
+
+    exact = step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        there = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    graph.replay()
+    for one, two, other in zip(recorded, there, exact, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(two, other)
+
+
+@needs_triton
+def test_layouts_follow_writes_to_the_positions():
+    x = on_gpu()
+    before = x.attention(backend="triton")
+    x.positions.mul_(1.01)
+    after = x.attention(backend="triton")
+    assert relative_error(after, before) > 1e-4
+    assert relative_error(after, x.attention()) < 1e-5
+
+
+@needs_triton
+def test_large_cell():
+    x = problem(kinds=(("cubic", 400), ("cubic", 1)), heads=4, dim=8, value_dim=8, num_basis=16)
+    inputs = [t.to("cuda", torch.float32).requires_grad_() for t in x.inputs]
+    there = replace(x.to(torch.float32), images=x.images.to("cuda"))
+    found = torch.autograd.grad(there.attention(*inputs, backend="triton").square().sum(), inputs)
+    exact_inputs = [t.to("cuda").requires_grad_() for t in x.inputs]
+    exact = torch.autograd.grad(there.attention(*exact_inputs).square().sum(), exact_inputs)
+    for one, other in zip(found, exact, strict=True):
+        assert relative_error(one, other) < 2e-4

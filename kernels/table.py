@@ -1,0 +1,85 @@
+"""Blocks and warps of the attention kernels by shape: a fixed rule, nothing is tuned at run time.
+
+A program keeps everything of its BH heads in registers, so their number decides. The rule counts the elements that are
+live in the loop; tests/test_aot.py compiles the kernels over the range of shapes and sees that nothing spills.
+"""
+
+import triton
+from torch import Tensor
+
+from .images import padded
+
+# More heads than this go to several programs: the operand u of a product is held whole by every warp.
+HEADS = 8
+# Basis functions whose u fits in the registers, and how many are taken at a time when there are more.
+BASIS = 64
+BASIS_BLOCK = 32
+# Live elements a thread; the rest of its 255 registers is addresses, and what the count leaves out.
+ELEMENTS = 150
+# Registers of a multiprocessor.
+MULTIPROCESSOR = 1 << 16
+# Registers of attention_fwd for (BH, BD, BV, BK, G, BG) where fewer than it would take cost nothing: more warps fit.
+FORWARD_REGISTERS: dict[tuple[int, ...], int] = {(8, 16, 16, 64, 8, 4): 168, (4, 32, 32, 64, 8, 4): 168}
+
+
+def head_blocks(heads: int) -> int:
+    """Programs per atom."""
+    return -(-heads // HEADS)
+
+
+def _sizes(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
+    heads, dim, value_dim = q.shape[1], q.shape[2], v.shape[2]
+    return {
+        "H": heads,
+        "D": dim,
+        "DV": value_dim,
+        "BH": min(triton.next_power_of_2(heads), HEADS),
+        "BD": triton.next_power_of_2(dim),
+        "BV": triton.next_power_of_2(value_dim),
+        "G": shape[0],
+        "BG": shape[1],
+    }
+
+
+def _launch(elements: int, registers: int = 255) -> dict[str, int]:
+    """Warps, and a limit of registers: without one the assembler spills a few for more warps, in the loop."""
+    warps = max(1, triton.next_power_of_2(-(-elements // (32 * ELEMENTS))))
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": min(registers, MULTIPROCESSOR // (32 * warps))}
+
+
+def forward_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int]) -> dict[str, int]:
+    """Compile-time arguments of `attention_fwd`, for tiles of (G, BG)."""
+    s = _sizes(q, v, shape) | {"K": num, "BK": padded(num)}
+    images = s["G"] * s["BG"]
+    gathered = s["BG"] * s["BH"] * (s["BD"] + 2 * s["BV"])
+    registers = FORWARD_REGISTERS.get(tuple(s[name] for name in ("BH", "BD", "BV", "BK", "G", "BG")), 255)
+    return s | _launch(gathered + s["BK"] * (s["BH"] + images) + images * s["BH"], registers)
+
+
+def row_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int], geometry: bool) -> dict[str, int]:
+    """Compile-time arguments of `attention_bwd_rows`."""
+    basis = padded(num) if num <= BASIS else BASIS_BLOCK
+    s = _sizes(q, v, shape) | {"K": num, "BU": basis, "GEOMETRY": geometry}
+    images = s["G"] * s["BG"]
+    gathered = (s["BG"] * ((2 + geometry) * s["BD"] + s["BV"]) + s["BD"] + s["BV"]) * s["BH"]
+    return s | _launch(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * images)
+
+
+def column_blocks(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
+    """Compile-time arguments of `attention_bwd_columns`."""
+    s = _sizes(q, v, shape)
+    return s | _launch(2 * s["BG"] * s["BH"] * (s["BD"] + s["BV"]))
+
+
+def encoding_blocks(decay: Tensor, num: int) -> dict[str, int]:
+    """Compile-time arguments of `encoding_fwd`: 16 images at a time, most pairs have fewer."""
+    heads = decay.shape[1]
+    s = {"H": heads, "K": num, "BH": min(triton.next_power_of_2(heads), HEADS), "BK": padded(num), "BE": 16}
+    return s | _launch(0)
+
+
+def encoding_backward_blocks(decay: Tensor, beta: Tensor, num: int) -> dict[str, int]:
+    """Compile-time arguments of `encoding_bwd`."""
+    s = encoding_blocks(decay, num)
+    s["BU"] = min(s.pop("BK"), BASIS)
+    return s | {"DV": beta.shape[2], "BV": triton.next_power_of_2(max(1, beta.shape[2]))}

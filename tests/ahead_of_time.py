@@ -1,0 +1,97 @@
+"""Compiles every kernel that the launchers start, for GPUs that are not here: `python ahead_of_time.py ARCH ...`.
+
+The launchers run on the CPU with a stand-in that notes which kernel they would start with what; then Triton compiles it
+for the architecture, and the tools that come with Triton say what it takes. One line of JSON a kernel.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from problems import problem
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from crystalformer import kernels
+from crystalformer.kernels import images
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# The paper's shape for all tiles; the ends of the range for one.
+CASES = [
+    *(((8, 16, 16, 64), tile) for tile in images.SHAPES),
+    *((shape, (8, 4)) for shape in ((16, 64, 64, 128), (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
+]
+
+
+def launches():
+    """Name, function, arguments and keywords of all different launches of the cases."""
+    noted = {}
+
+    def note(function, *args, grid, warmup, **kwargs):
+        types = tuple((TYPES[x.dtype], x.data_ptr() % 16) if isinstance(x, torch.Tensor) else "fp32" for x in args)
+        noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
+
+    JITFunction.run = note
+    for (heads, dim, value_dim, num), tile in CASES:
+        images.SHAPES = (tile,)
+        x = problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1)).to(
+            torch.float32
+        )
+        geometry = (x.positions, x.lattice, x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+        c = x.decay.new_zeros(*x.decay.shape, num)
+        o = torch.zeros_like(x.v)
+        settings = (num, 6.0, 1.0)
+        layout = images.pack(*geometry, *settings, 0.0, by_pair=False, merge=False)
+        inputs = (x.q, x.k, x.v, x.decay, *geometry, layout, *settings, 0.0)
+        kernels.OPERATORS["attention"](*inputs)
+        for moving in (False, True):
+            kernels.OPERATORS["attention_backward"](o, x.decay, c, *inputs, o, x.decay, c, moving)
+        if tile != CASES[0][1]:
+            continue
+        layout = images.pack(*geometry, *settings, 0.0, by_pair=True, merge=False)
+        inputs = (x.decay, x.edge_weight[..., :num], *geometry, layout, x.images.num_pairs, *settings, 0.0)
+        alpha, beta = kernels.OPERATORS["encoding"](*inputs)
+        for moving in (False, True):
+            kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)
+    return noted.values()
+
+
+def resources(function, types, kwargs, arch):
+    constants = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+    names = [name for name in function.arg_names if name not in constants]
+    aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if t != "fp32" and t[1] == 0}
+    signature = {name: t if t == "fp32" else t[0] for name, t in zip(names, types, strict=True)}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1 and word[-1].isdigit())
+    shape = {name: value for name, value in constants.items() if name.isupper()}
+    return {
+        "kernel": function.__name__,
+        "arch": arch,
+        "registers": int(found["REG"]),
+        "spilled": int(found["STACK"]) + int(found["LOCAL"]),
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        **shape,
+    }
+
+
+if __name__ == "__main__":
+    found = list(launches())
+    for arch in map(int, sys.argv[1:]):
+        for launch in found:
+            print(json.dumps(resources(*launch, arch)), flush=True)

@@ -1,0 +1,65 @@
+"""Without a GPU: the kernels compile for the architectures they are written for, and keep to the registers.
+
+In processes of their own: a kernel that runs in the interpreter cannot be compiled.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+# Registers a thread that each kernel may take for the paper's model: 8 heads of 16, 64 basis functions, tiles of 4
+# groups of 8 images, without the gradients of the geometry. A multiprocessor has 65,536.
+BUDGET = {
+    "attention_fwd": 168,
+    "attention_bwd_rows": 216,
+    "attention_bwd_columns": 96,
+    "encoding_fwd": 144,
+    "encoding_bwd": 128,
+    "geometry_rows": 80,
+    "segment_sums": 80,
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """What each kernel takes on each architecture, from one process an architecture."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[1]), environment.get("PYTHONPATH", "")])
+    commands = [[sys.executable, SCRIPT, arch] for arch in ("80", "90", "100")]
+    runs = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    lines = []
+    for run in runs:
+        out, err = run.communicate()
+        assert run.returncode == 0, err[-4000:]
+        lines += map(json.loads, out.splitlines())
+    return lines
+
+
+def test_every_kernel_is_there(kernels):
+    assert {x["kernel"] for x in kernels} == set(BUDGET)
+    assert {x["arch"] for x in kernels} == {80, 90, 100}
+
+
+def test_nothing_spills(kernels):
+    assert [x for x in kernels if x["spilled"]] == []
+
+
+@pytest.mark.skipif(not version("triton").startswith("3.7."), reason="the budget is for the Triton of constraints.txt")
+def test_registers(kernels):
+    paper = dict(H=8, D=16, DV=16, K=64, G=8, BG=4)
+    for x in kernels:
+        if all(x.get(name, size) == size for name, size in paper.items()):
+            limit = 255 if x.get("GEOMETRY") else BUDGET[x["kernel"]]
+            assert x["registers"] <= limit, x

@@ -1,0 +1,218 @@
+"""What the Triton kernels promise, held against the reference in fp32: on a GPU, or in Triton's interpreter.
+
+`make gpu` and test_triton.py run this file; pytest does not collect it by itself.
+"""
+
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from problems import problem, relative_error
+
+import crystalformer as cf
+
+MISSING = cf.available_backends()["triton"]
+pytestmark = [
+    pytest.mark.skipif(MISSING is not True, reason=str(MISSING)),
+    # Of the interpreter in Triton 3.6.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+SIZES = {
+    "plain": dict(heads=4, dim=8, value_dim=8, num_basis=16),
+    "odd": dict(heads=3, dim=5, value_dim=9, num_basis=20),
+    "head blocks": dict(heads=12, dim=8, value_dim=16, num_basis=16, decay_min=1.0),
+    "basis blocks": dict(heads=2, dim=16, value_dim=8, num_basis=70, decay_min=1.0),
+    "one head, one atom": dict(kinds=(("skewed", 1),), heads=1, dim=64, value_dim=8, num_basis=16),
+    "one image a pair": dict(
+        kinds=(("cubic", 12), ("plate", 1)), heads=2, dim=8, value_dim=8, num_basis=16, decay_min=2.0
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Results that a kernel forgets to write are NaN."""
+    empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poisoned(x):
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+
+
+def on_device(x):
+    """The problem in fp32 where the kernels run."""
+    x = x.to(torch.float32)
+    names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight", "ptr", "images")
+    return replace(x, **{name: getattr(x, name).to(DEVICE) for name in names})
+
+
+def weights(outputs, seed=1):
+    """Random numbers that turn outputs into one."""
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(y.shape, generator=rng, dtype=torch.float64).to(y) for y in outputs]
+
+
+def attention(x, backend, with_basis=True, geometry=True):
+    """y, lse and their gradients, by name."""
+    names = ["q", "k", "v", "decay", *(["positions", "lattice"] if geometry else []), *(["W"] if with_basis else [])]
+    given = dict(zip(["q", "k", "v", "decay", "positions", "lattice", "W"], x.inputs, strict=True))
+    given |= {name: given[name].clone().requires_grad_() for name in names}
+    options = {} if with_basis else {"edge_weight": None, "basis": None}
+    outputs = x.attention(*given.values(), backend=backend, return_lse=True, **options)
+    grads = torch.autograd.grad(outputs, [given[name] for name in names], weights(outputs))
+    return dict(zip(["y", "lse", *names], (*(y.detach() for y in outputs), *grads), strict=True))
+
+
+def encoding(x, backend, with_basis=True, geometry=True):
+    """alpha, beta and their gradients, by name."""
+    names = ["decay", *(["positions", "lattice"] if geometry else []), *(["W"] if with_basis else [])]
+    given = dict(decay=x.decay, positions=x.positions, lattice=x.lattice, W=x.edge_weight)
+    given |= {name: given[name].clone().requires_grad_() for name in names}
+    if not with_basis:
+        given["W"] = None
+    outputs = cf.periodic_encoding(*list(given.values())[:3], x.images, given["W"], x.basis, backend)
+    outputs = outputs if with_basis else outputs[:1]
+    grads = torch.autograd.grad(outputs, [given[name] for name in names], weights(outputs))
+    return dict(
+        zip([*["alpha", "beta"][: len(outputs)], *names], (*(y.detach() for y in outputs), *grads), strict=True)
+    )
+
+
+def assert_as_good_as_the_reference(function, x, **options):
+    """Error-ratio rule: at most twice the error of the plain fp32 reference against fp64."""
+    exact, plain = function(x, "reference", **options), function(x.to(torch.float32), "reference", **options)
+    for name, found in function(on_device(x), "triton", **options).items():
+        assert torch.isfinite(found).all(), name
+        bound = 2 * relative_error(plain[name], exact[name]) + 1e-6
+        assert relative_error(found.cpu(), exact[name]) < bound, name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_attention(size):
+    assert_as_good_as_the_reference(attention, problem(**SIZES[size]))
+
+
+@pytest.mark.parametrize("size", ["plain", "odd", "head blocks"])
+def test_encoding(size):
+    assert_as_good_as_the_reference(encoding, problem(**SIZES[size], every_pair=True))
+
+
+@pytest.mark.parametrize("function", [attention, encoding])
+def test_without_basis(function):
+    assert_as_good_as_the_reference(function, problem(every_pair=True), with_basis=False)
+
+
+@pytest.mark.parametrize("function", [attention, encoding])
+def test_geometry_changes_no_other_gradient(function):
+    x = on_device(problem(every_pair=True))
+    all_of_them = function(x, "triton")
+    for name, grad in function(x, "triton", geometry=False).items():
+        assert torch.equal(grad, all_of_them[name]), name
+
+
+@pytest.mark.parametrize("function", [attention, encoding])
+def test_same_bits_every_time(function):
+    x = on_device(problem(every_pair=True))
+    first = function(x, "triton")
+    x.images.layouts.clear()
+    for name, value in function(x, "triton").items():
+        assert torch.equal(value, first[name]), name
+
+
+def test_encoding_in_chunks(monkeypatch):
+    module = import_module("crystalformer.kernels.encoding")
+
+    x = on_device(problem(every_pair=True))
+    whole = encoding(x, "triton")
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * x.decay.shape[1] * x.basis.num)
+    for name, value in encoding(x, "triton").items():
+        assert relative_error(value.cpu(), whole[name].cpu()) < 1e-6, name
+
+
+def test_no_atoms():
+    x = on_device(problem(kinds=(), every_pair=True))
+    assert attention(x, "triton")["y"].shape == (0, 2, 4)
+    assert encoding(x, "triton")["beta"].shape == (0, 2, 4)
+
+
+def test_layout_holds_every_image_once():
+    module = import_module("crystalformer.kernels.images")
+
+    for kinds in ((("cubic", 1),), (("skewed", 3),), (("cubic", 12),)):
+        x = on_device(problem(kinds=kinds))
+        lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+        packed = module.pack(x.positions, x.lattice, *lists, 5, 6.0, 1.1, 0.0, by_pair=False, merge=False)
+        layout = module.unpack(packed, len(x.q), x.images.num_images, 5)
+        group, groups = layout.shape
+        distances = layout.records[:, 2 * groups :].contiguous().view(torch.float32).flatten()
+        assert (distances < module.FAR).sum() == x.images.num_images == len(layout.place.unique())
+        assert torch.equal(distances[layout.place.long()], distances[layout.mirror.long()])
+        tiles = layout.records[:, groups : 2 * groups].flatten()
+        real = tiles >= 0
+        assert torch.equal(tiles[tiles[real].long()], real.nonzero()[:, 0].int())  # a mirror's mirror is itself
+        assert len(layout.records) * group * groups < 12 * x.images.num_images
+
+
+def test_layout_follows_the_geometry():
+    x = on_device(problem())
+    before = x.attention(backend="triton")
+    x.positions.add_(0.1 * torch.ones_like(x.positions).cumsum(0))
+    after = x.attention(backend="triton")
+    assert relative_error(after.cpu(), x.to(torch.float64).attention().cpu()) < 1e-5
+    assert relative_error(after, before) > 1e-3
+
+
+def test_takes_fp32_alone():
+    x = problem()
+    with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):
+        x.attention(backend="triton")
+
+
+def attention_arguments(x):
+    """Inputs and settings of the operators `triton_attention` and `reference_attention`."""
+    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+    settings = (x.basis.num, x.basis.r_max, x.basis.width, 0.0)
+    layout = torch.ops.crystalformer.triton_layout(x.positions, x.lattice, *lists, *settings, False, False)
+    return x.inputs[:6], (*lists, layout, *settings)
+
+
+def encoding_arguments(x):
+    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+    settings = (x.basis.num, x.basis.r_max, x.basis.width, 0.0)
+    layout = torch.ops.crystalformer.triton_layout(x.positions, x.lattice, *lists, *settings, True, False)
+    return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, layout, x.images.num_pairs, *settings)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("attention", attention_arguments), ("encoding", encoding_arguments)])
+def test_opcheck(name, arguments):
+    inputs, settings = arguments(on_device(problem(kinds=(("cubic", 2),), decay_min=2.0, every_pair=True)))
+    forward = getattr(torch.ops.crystalformer, f"triton_{name}").default
+    torch.library.opcheck(forward, (*(t.clone().requires_grad_() for t in inputs), *settings))
+    outputs = forward(*inputs, *settings)
+    backward = getattr(torch.ops.crystalformer, f"triton_{name}_backward").default
+    for geometry in (True, False):
+        torch.library.opcheck(backward, (*map(torch.randn_like, outputs), *inputs, *settings, *outputs, geometry))
+
+
+def test_second_derivatives():
+    def curvature(x, backend):
+        inputs = [t.clone().requires_grad_() for t in x.inputs]
+        y = x.attention(*inputs, backend=backend).square().sum()
+        first = torch.autograd.grad(y, inputs, create_graph=True)
+        return torch.autograd.grad(sum((g * g).sum() for g in first), inputs)
+
+    x = problem(kinds=(("cubic", 2),))
+    for found, exact in zip(curvature(on_device(x), "triton"), curvature(x, "reference"), strict=True):
+        assert relative_error(found.cpu(), exact) < 2e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_whole():
+    x = on_device(problem())
+    compiled = torch.compile(lambda *t: x.attention(*t, backend="triton"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*x.inputs), x.attention(backend="triton"))
