@@ -27,7 +27,7 @@ gpu:  ## what needs an NVIDIA GPU; takes the Python it finds, with torch, triton
 
 aot-36:  ## the Triton kernels on Triton 3.6.0, without a GPU
 	test -x $(VENV)-36/bin/python || $(PYTHON) -m venv $(VENV)-36
-	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check torch 'numpy<2.4' pytest
+	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check $$(grep ^torch= constraints.txt) 'numpy<2.4' pytest
 	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
 	PYTHONPATH=. $(VENV)-36/bin/python -m pytest tests/test_aot.py tests/test_triton.py
 
