@@ -106,6 +106,7 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     T* grouped = u + HEADS * padded;
     T* slots = grouped + HEADS * in.dim;
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
+    for (int m = 0; m < BLOCK * in.window.size; ++m) basis[m] = 0;  // dot_products reads past the last shell
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
         const int64_t pair = layout.pair_ptr[i], n = layout.pair_ptr[i + 1] - pair;
