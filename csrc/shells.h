@@ -182,13 +182,16 @@ INLINE void dot_products(const Window& window, int n, const T* basis, const T* o
     for (int e = 0; e < n; e += ROWS) {
         Heads<T> sum[ROWS], moment[ROWS];
         for (int r = 0; r < ROWS; ++r) sum[r] = moment[r] = Heads<T>::all(0);
-        for (int m = 0; m < window.size; ++m) {
-            const Heads<T> u_m = Heads<T>::load(u + HEADS * m);
-            const Heads<T> u_moment = u_m * (T(m - window.half) - middle);
-            for (int r = 0; r < ROWS; ++r) {
-                const T b = basis[(e + r) * window.size + m];
-                sum[r] += u_m * b;
-                if constexpr (GEOMETRY) moment[r] += u_moment * b;
+        for (int tile = 0; tile < window.size; tile += TILE) {
+            const T* b[ROWS];
+            for (int r = 0; r < ROWS; ++r) b[r] = basis + (e + r) * window.size + tile;
+            for (int m = 0; m < TILE; ++m) {
+                const Heads<T> u_m = Heads<T>::load(u + HEADS * (tile + m));
+                const Heads<T> u_moment = u_m * (T(tile + m - window.half) - middle);
+                for (int r = 0; r < ROWS; ++r) {
+                    sum[r] += u_m * b[r][m];
+                    if constexpr (GEOMETRY) moment[r] += u_moment * b[r][m];
+                }
             }
         }
         for (int r = 0; r < ROWS; ++r) {
