@@ -189,14 +189,16 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
         const int32_t *atom = layout.pair_col + begin, *mirror = layout.pair_mirror + begin;
         const bool add = x.in.ptr[x.crystal[i]] < x.first_row;  // earlier blocks hold rows of this crystal
         for (int g = 0; g < groups; ++g) {
-            int64_t count = 0;
-            for (int64_t s = 0; s < end - begin; ++s) {
-                near[count] = int32_t(s);
-                count += layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
-            }
             const auto at = [&](const T* sums) {
                 return [=](int64_t s) { return sums + (g * x.block_pairs + mirror[s] - x.first_pair) * HEADS; };
             };
+            int64_t count = 0;
+            for (int64_t s = 0; s < end - begin; ++s) {
+                __builtin_prefetch(at(x.pair_ds)(s));  // mirror images lie in rows far apart
+                __builtin_prefetch(at(x.pair_p)(s));
+                near[count] = int32_t(s);
+                count += layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
+            }
             const int64_t row = (i * groups + g) * HEADS;
             weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, add, x.grad_k + row * in.dim);
             weighted_sum(near, count, atom, at(x.pair_p), x.grad_o, groups, g, in.value_dim, add,
