@@ -11,7 +11,7 @@ namespace crystalformer {
 namespace {
 
 constexpr int64_t ROWS = 4;                // rows that a thread takes at once
-constexpr int64_t BLOCK_PAIRS = 1 << 15;  // pairs whose sums the backward keeps: 2 MiB of each in fp32
+constexpr int64_t BLOCK_PAIRS = 1 << 14;  // pairs whose sums the backward keeps: 512 KiB of each in fp32
 
 // q, k, v and, for the backward, grad_o with the heads last.
 template <class T>
@@ -91,6 +91,7 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
     Buffer<T> grad_k(Grouped<T>::size(in, in.dim)), grad_v(Grouped<T>::size(in, in.value_dim));
     Buffer<T> pair_force(geometry ? 3 * pairs : 0), row_lattice(geometry ? 9 * in.atoms : 0);
     const std::vector<int64_t> crystal = crystal_of_atom(in.ptr, in.crystals);
+    std::vector<int64_t> next_pair(in.layout.pair_ptr, in.layout.pair_ptr + in.atoms);
     AttentionRows<T> rows{
         .in = in,
         .saved = out,
@@ -103,6 +104,7 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
         .block_pairs = most_pairs,
         .pair_p = pair_p.data(),
         .pair_ds = pair_ds.data(),
+        .next_pair = next_pair.data(),
         .grad_k = grad_k.data(),
         .grad_v = grad_v.data(),
         .reach2 = reach2.data(),

@@ -106,6 +106,7 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     T* grouped = u + HEADS * padded;
     T* slots = grouped + HEADS * in.dim;
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
+    for (int m = 0; m < BLOCK * in.window.size; ++m) basis[m] = 0;  // dot_products reads past the last shell
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
         const int64_t pair = layout.pair_ptr[i], n = layout.pair_ptr[i + 1] - pair;
@@ -126,10 +127,8 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
                 const T* grad_c = x.grad.c + (head + h) * num;
                 lanes[h] = dot_flat(x.grad.o + (head + h) * in.value_dim, x.saved.o + (head + h) * in.value_dim, in.value_dim) +
                            dot_flat(grad_c, x.saved.c + (head + h) * num, num) - x.grad.lse[head + h];
-                for (int m = 0; m < num; ++m) u[HEADS * (half + 1 + m) + h] = grad_c[m];
             }
-            for (int h = real; h < HEADS; ++h)
-                for (int m = 0; m < num; ++m) u[HEADS * (half + 1 + m) + h] = 0;
+            heads_last(x.grad.c + head * num, real, num, u + HEADS * (half + 1));
             const Heads<T> delta = Heads<T>::load(lanes);
 
             Transposed<T> t;
@@ -174,16 +173,6 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     }
 }
 
-// The first place in low..high, sorted, that holds `value` or more.
-INLINE int64_t first_at_least(const int32_t* sorted, int64_t low, int64_t high, int64_t value) {
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (sorted[middle] < value) low = middle + 1;
-        else high = middle;
-    }
-    return low;
-}
-
 // What belongs to the columns, gathered from the rows of one block over the mirror images (j, i) of each pair (i, j):
 // gradients of k and v.
 template <class T>
@@ -193,19 +182,23 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
     const int groups = groups_of(in.heads);
     int32_t* near = reinterpret_cast<int32_t*>(scratch);
     for (int64_t i = first; i < last; ++i) {
-        const int64_t begin = first_at_least(layout.pair_col, layout.pair_ptr[i], layout.pair_ptr[i + 1], x.first_row);
-        const int64_t end = first_at_least(layout.pair_col, begin, layout.pair_ptr[i + 1], x.last_row);
+        const int64_t begin = x.next_pair[i];
+        int64_t end = begin;
+        while (end < layout.pair_ptr[i + 1] && layout.pair_col[end] < x.last_row) ++end;
+        x.next_pair[i] = end;
         const int32_t *atom = layout.pair_col + begin, *mirror = layout.pair_mirror + begin;
         const bool add = x.in.ptr[x.crystal[i]] < x.first_row;  // earlier blocks hold rows of this crystal
         for (int g = 0; g < groups; ++g) {
-            int64_t count = 0;
-            for (int64_t s = 0; s < end - begin; ++s) {
-                near[count] = int32_t(s);
-                count += layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
-            }
             const auto at = [&](const T* sums) {
                 return [=](int64_t s) { return sums + (g * x.block_pairs + mirror[s] - x.first_pair) * HEADS; };
             };
+            int64_t count = 0;
+            for (int64_t s = 0; s < end - begin; ++s) {
+                __builtin_prefetch(at(x.pair_ds)(s));  // mirror images lie in rows far apart
+                __builtin_prefetch(at(x.pair_p)(s));
+                near[count] = int32_t(s);
+                count += layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
+            }
             const int64_t row = (i * groups + g) * HEADS;
             weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, add, x.grad_k + row * in.dim);
             weighted_sum(near, count, atom, at(x.pair_p), x.grad_o, groups, g, in.value_dim, add,

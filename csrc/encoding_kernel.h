@@ -70,6 +70,7 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
     T* slope = x.pair_force ? u_head + columns : nullptr;
     T slot[HEADS], content[HEADS], slot_p[HEADS], slot_ds[HEADS];
     const T log2_tol = T(__builtin_log2(in.tol));
+    for (int m = 0; m < BLOCK * in.window.size; ++m) basis[m] = 0;  // dot_products reads past the last shell
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
         if (slope)

@@ -9,16 +9,27 @@ namespace crystalformer::LEVEL {
 // Decay of the heads that pad a group: they see nothing but the atom itself.
 constexpr double PADDING_DECAY = 1e10;
 
-// (N,H,D) -> (N,G,D,8), zeros where there is no head.
+// Rows of n numbers, one for each of `real` heads -> (n,8), zeros where there is no head.
+template <class T>
+INLINE void heads_last(const T* rows, int real, int n, T* result) {
+    int m = 0;
+    for (; m + HEADS <= n; m += HEADS) {
+        Heads<T> x[HEADS];
+        for (int h = 0; h < HEADS; ++h) x[h] = h < real ? Heads<T>::load(rows + h * n + m) : Heads<T>::all(0);
+        transpose(x);
+        for (int i = 0; i < HEADS; ++i) x[i].store(result + HEADS * (m + i));
+    }
+    for (; m < n; ++m)
+        for (int h = 0; h < HEADS; ++h) result[HEADS * m + h] = h < real ? rows[h * n + m] : T(0);
+}
+
+// (N,H,D) -> (N,G,D,8).
 template <class T>
 void group_heads(const T* x, int64_t first, int64_t last, int heads, int dim, T* grouped) {
     const int groups = groups_of(heads);
     for (int64_t row = first * groups; row < last * groups; ++row) {
         const int head = int(row % groups) * HEADS, real = heads - head < HEADS ? heads - head : HEADS;
-        const T* from = x + (row / groups * heads + head) * dim;
-        T* to = grouped + row * dim * HEADS;
-        for (int d = 0; d < dim; ++d)
-            for (int h = 0; h < HEADS; ++h) to[HEADS * d + h] = h < real ? from[h * dim + d] : T(0);
+        heads_last(x + (row / groups * heads + head) * dim, real, dim, grouped + row * dim * HEADS);
     }
 }
 
@@ -27,7 +38,14 @@ template <class T>
 INLINE void ungroup_heads(const T* grouped, Heads<T> scale, int heads, int group, int dim, T* row) {
     const int real = heads - HEADS * group < HEADS ? heads - HEADS * group : HEADS;
     T* to = row + int64_t(HEADS) * group * dim;
-    for (int d = 0; d < dim; ++d) {
+    int d = 0;
+    for (; d + HEADS <= dim; d += HEADS) {
+        Heads<T> x[HEADS];
+        for (int i = 0; i < HEADS; ++i) x[i] = Heads<T>::load(grouped + HEADS * (d + i)) * scale;
+        transpose(x);
+        for (int h = 0; h < real; ++h) x[h].store(to + h * dim + d);
+    }
+    for (; d < dim; ++d) {
         T lanes[HEADS];
         (Heads<T>::load(grouped + HEADS * d) * scale).store(lanes);
         for (int h = 0; h < real; ++h) to[h * dim + d] = lanes[h];
@@ -64,9 +82,7 @@ INLINE Heads<T> dot(const T* x, const T* y, int dim) {
     Two sum = Two::all(0);
     int d = 0;
     for (; d + 1 < dim; d += 2) sum += Two::load(x + HEADS * d) * Two::load(y + HEADS * d);
-    T halves[2 * HEADS];
-    sum.store(halves);
-    Heads<T> result = Heads<T>::load(halves) + Heads<T>::load(halves + HEADS);
+    Heads<T> result = fold(sum);
     if (d < dim) result += Heads<T>::load(x + HEADS * d) * Heads<T>::load(y + HEADS * d);
     return result;
 }

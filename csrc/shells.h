@@ -172,50 +172,79 @@ struct Transposed {
     Heads<T> grad_decay;
 };
 
+// ub (n, 8) = basis (n, size) u (size, 8), n rounded up to whole tiles of rows; with GEOMETRY also slope (n, 8), the same
+// with the derivatives of the basis by the distance, in spacings and but for the factor 1 / width^2. A tile of rows is
+// summed at once: each load of u serves all of them, and none waits for another.
+template <class T, bool GEOMETRY>
+INLINE void dot_products(const Window& window, int n, const T* basis, const T* offset, const T* u, T* ub, T* slope) {
+    constexpr int ROWS = (GEOMETRY ? 4 : 8) / Heads<T>::PARTS;
+    const T middle = T(0.5) * T(window.step);
+    for (int e = 0; e < n; e += ROWS) {
+        Heads<T> sum[ROWS], moment[ROWS];
+        for (int r = 0; r < ROWS; ++r) sum[r] = moment[r] = Heads<T>::all(0);
+        for (int tile = 0; tile < window.size; tile += TILE) {
+            const T* b[ROWS];
+            for (int r = 0; r < ROWS; ++r) b[r] = basis + (e + r) * window.size + tile;
+            for (int m = 0; m < TILE; ++m) {
+                const Heads<T> u_m = Heads<T>::load(u + HEADS * (tile + m));
+                const Heads<T> u_moment = u_m * (T(tile + m - window.half) - middle);
+                for (int r = 0; r < ROWS; ++r) {
+                    sum[r] += u_m * b[r][m];
+                    if constexpr (GEOMETRY) moment[r] += u_moment * b[r][m];
+                }
+            }
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            sum[r].store(ub + HEADS * (e + r));
+            if constexpr (GEOMETRY)
+                if (e + r < n) (moment[r] - sum[r] * (offset[e + r] - middle)).store(slope + HEADS * (e + r));
+        }
+    }
+}
+
 template <class T, bool WIDE, bool GEOMETRY>
 void transposed_shells(const Layout<T>& layout, const Window& window, const Weights<T>& w, Transposed<T>& x, T* basis) {
     Block<T> block;
     alignas(64) T ub[BLOCK * HEADS], slope[GEOMETRY ? BLOCK * HEADS : 1];
     alignas(64) T total_p[BLOCK * HEADS];
     const T steepness = T(1 / (window.width * window.width * window.spacing));
+    const T *const slots = x.slots, *const content = x.content;
+    T *const slot_p = x.slot_p, *const slot_ds = x.slot_ds;
+    Heads<T> grad_decay = x.grad_decay;
     for (int64_t s = w.first, last = w.first + w.shells; s < last; s += block.shells) {
         block.take(layout, w, s, last);
         const bool has_basis = block.bin < window.bins;
+        if (has_basis) {
+            for (int e = 0; e < block.shells; ++e) basis_window(window, layout.offset[s + e], basis + e * window.size);
+            dot_products<T, GEOMETRY>(window, block.shells, basis, layout.offset + s, x.u + HEADS * block.bin * window.step,
+                                      ub, slope);
+        } else {
+            for (int i = 0; i < HEADS * block.shells; ++i) ub[i] = 0;
+            if constexpr (GEOMETRY)
+                for (int i = 0; i < HEADS * block.shells; ++i) slope[i] = 0;
+        }
         for (int e = 0; e < block.shells; ++e) {
-            Heads<T> sum = Heads<T>::all(0), derivative = sum;
-            if (has_basis) {
-                T* b = basis + e * window.size;
-                basis_window(window, layout.offset[s + e], b);
-                const T* u = x.u + HEADS * block.bin * window.step;
-                for (int m = 0; m < window.size; ++m) {
-                    const Heads<T> ub_m = Heads<T>::load(u + HEADS * m) * b[m];
-                    sum += ub_m;
-                    if constexpr (GEOMETRY) derivative += ub_m * (T(m - window.half) - layout.offset[s + e]);
-                }
-            }
-            sum.store(ub + HEADS * e);
             if constexpr (GEOMETRY) {
                 const T d2 = layout.d2[s + e], inverse = d2 > 0 ? 1 / T(__builtin_sqrt(double(d2))) : T(0);
-                (derivative * (steepness * inverse)).store(slope + HEADS * e);
+                (Heads<T>::load(slope + HEADS * e) * (steepness * inverse)).store(slope + HEADS * e);
             }
             Heads<T>::all(0).store(total_p + HEADS * e);
         }
         for (int64_t m = block.member; m < block.member_end; ++m) {
             const int64_t local = layout.shell[m] - (s - w.first), j = HEADS * int64_t(layout.slot[m]);
-            const Heads<T> p = block.template weight<WIDE>(layout, m, local, x.slots + j);
-            const Heads<T> ds = p * (Heads<T>::load(x.content + j) + Heads<T>::load(ub + HEADS * local));
-            (Heads<T>::load(x.slot_p + j) + p).store(x.slot_p + j);
-            (Heads<T>::load(x.slot_ds + j) + ds).store(x.slot_ds + j);
-            (Heads<T>::load(block.total + HEADS * local) + ds).store(block.total + HEADS * local);
+            const Heads<T> p = block.template weight<WIDE>(layout, m, local, slots + j);
+            const Heads<T> ds = p * (Heads<T>::load(content + j) + Heads<T>::load(ub + HEADS * local));
+            (Heads<T>::load(slot_p + j) + p).store(slot_p + j);
+            (Heads<T>::load(slot_ds + j) + ds).store(slot_ds + j);
+            grad_decay -= ds * layout.d2[s + local];
             if (x.c) (Heads<T>::load(total_p + HEADS * local) + p).store(total_p + HEADS * local);
             if constexpr (GEOMETRY)
                 x.slope[m - w.first] += (p * Heads<T>::load(slope + HEADS * local) - x.decay * (ds * T(2))).sum();
         }
-        for (int e = 0; e < block.shells; ++e)
-            x.grad_decay -= Heads<T>::load(block.total + HEADS * e) * layout.d2[s + e];
         if (x.c && has_basis)
             add_products(window, block.shells, total_p, basis, x.c + block.bin * window.step);
     }
+    x.grad_decay = grad_decay;
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -96,6 +97,49 @@ template <class T, int N>
 INLINE Pack<T, N> max(Pack<T, N> a, Pack<T, N> b) {
     for (int i = 0; i < Pack<T, N>::PARTS; ++i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
     return a;
+}
+
+// Some lanes of a register, from `from` on.
+template <int from, class Vector, int... lane>
+INLINE auto lanes(Vector x, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(x, x, (from + lane)...);
+}
+
+// The sum of the two halves.
+template <class T, int N>
+INLINE Pack<T, N / 2> fold(Pack<T, N> x) {
+    Pack<T, N / 2> r;
+    if constexpr (Pack<T, N>::PARTS > 1) {
+        for (int i = 0; i < r.PARTS; ++i) r.part[i] = x.part[i] + x.part[i + r.PARTS];
+    } else {
+        using Lanes = std::make_integer_sequence<int, N / 2>;
+        r.part[0] = lanes<0>(x.part[0], Lanes()) + lanes<N / 2>(x.part[0], Lanes());
+    }
+    return r;
+}
+
+// a0 b0 a1 b1 ... of the lower halves of two registers (from = 0) or the upper ones (from = LANES / 2).
+template <int from, class Vector, int... lane>
+INLINE Vector interleave(Vector a, Vector b, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(a, b, ((lane % 2 ? int(sizeof...(lane)) : 0) + from + lane / 2)...);
+}
+
+// Rows become columns.
+template <class T, int N>
+INLINE void transpose(Pack<T, N> (&rows)[N]) {
+    using P = Pack<T, N>;
+    using Lanes = std::make_integer_sequence<int, P::LANES>;
+    for (int step = 1; step < N; step *= 2) {
+        P next[N];
+        for (int r = 0; r < N / 2; ++r)
+            for (int i = 0; i < P::PARTS; ++i) {
+                const auto a = rows[r].part[i], b = rows[r + N / 2].part[i];
+                const int to = 2 * r * P::PARTS + 2 * i;
+                next[to / P::PARTS].part[to % P::PARTS] = interleave<0>(a, b, Lanes());
+                next[(to + 1) / P::PARTS].part[(to + 1) % P::PARTS] = interleave<P::LANES / 2>(a, b, Lanes());
+            }
+        for (int r = 0; r < N; ++r) rows[r] = next[r];
+    }
 }
 
 // 2^x, and exactly 0 for x <= lowest: products of what is left stay clear of denormal numbers, which are slow.
