@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, ops  # noqa: F401  ops defines the operators
 from .backends import choose_backend
@@ -60,12 +61,15 @@ def periodic_attention(
         y_i = sum_e softmax_e(s_e) ( v_j + W b(d_e) )
 
     Equations (2) to (5) of docs/math.md (Taniai et al., ICLR 2024). Nothing of the size of the
-    image list times the heads is stored. Differentiable in all floating-point arguments, any number of times.
+    image list times the heads is stored. Differentiable in all floating-point arguments, any number of times, by
+    torch.autograd (backward, grad; not by forward-mode derivatives or torch.func transforms). Besides what the list
+    leaves out, a kernel may leave out as much again, `images.tol`; where positions or lattice are differentiated it
+    does not, so that the energy has no steps.
 
     Args:
         q, k: (N,H,D) queries and keys.
         v: (N,H,Dv) values.
-        decay: (N,H), a > 0, Å^-2. The paper's 1/(2 sigma_i²).
+        decay: (N,H), Å^-2, at least the `decay_min` that images were built for. The paper's 1/(2 sigma_i²).
         positions: (N,3), Cartesian, Å.
         lattice: (C,3,3), rows are the lattice vectors, Å.
         images: from `build_images`, for the same N and C.
@@ -89,10 +93,11 @@ def periodic_attention(
     checks.check_tensor("k", k, "N H D", known, like=q)
     checks.check_tensor("v", v, "N H Dv", known, like=q)
     _check_atoms("decay", decay, positions, lattice, known, like=q)
-    _check_images(images, known, q)
+    _check_images(images, decay, known)
     numbers = _check_value_encoding(edge_weight, basis, known, q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
+    _refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
     run, lists, tol = _op("attention", backend, images, positions, lattice, numbers)
     o, lse, c = run(q, k, v, decay, positions, lattice, *lists, *numbers, tol)
     y = o if edge_weight is None else o + torch.einsum("hdk,nhk->nhd", edge_weight, c)
@@ -118,7 +123,7 @@ def periodic_encoding(
     2024).
 
     Args:
-        decay: (N,H), a > 0, Å^-2.
+        decay: (N,H), Å^-2, at least the `decay_min` that images were built for.
         positions, lattice, edge_weight, basis, backend: as for `periodic_attention`.
         images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`.
 
@@ -134,10 +139,11 @@ def periodic_encoding(
     checks.check_tensor("decay", decay, "N H", known)
     checks.check_dtype("decay", decay, torch.float32, torch.float64)
     _check_atoms("decay", decay, positions, lattice, known, like=decay)
-    _check_images(images, known, decay)
+    _check_images(images, decay, known)
     if not images.every_pair:
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
     numbers = _check_value_encoding(edge_weight, basis, known, decay)
+    _refuse_forward_mode(decay, positions, lattice, edge_weight)
     run, lists, tol = _op("encoding", backend, images, positions, lattice, numbers)
     weight = decay.new_empty(decay.shape[1], 0, 0) if edge_weight is None else edge_weight
     alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, *numbers, tol)
@@ -195,6 +201,7 @@ def reciprocal_attention(
     if decay_min is None:
         decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
     decay_min = checks.check_number("decay_min", decay_min)
+    _refuse_forward_mode(q, k, v, decay_reciprocal, positions, lattice)
     run = getattr(torch.ops.crystalformer, f"{choose_backend(backend, q.device, 'reciprocal')}_reciprocal")
     return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)
 
@@ -212,6 +219,14 @@ def _op(
     return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), tol
 
 
+def _refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """torch.library has no forward-mode formulas: without this the tangents would be dropped without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("forward-mode derivatives (jvp, jacfwd) must be taken with torch.autograd instead")
+
+
 def _check_atoms(
     name: str, decay: Tensor, positions: Tensor, lattice: Tensor, known: dict[str, int], like: Tensor
 ) -> None:
@@ -223,7 +238,7 @@ def _check_atoms(
     checks.check_lattice("lattice", lattice)
 
 
-def _check_images(images: ImageList, known: dict[str, int], like: Tensor) -> None:
+def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> None:
     if not isinstance(images, ImageList):
         raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
     if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
@@ -231,8 +246,15 @@ def _check_images(images: ImageList, known: dict[str, int], like: Tensor) -> Non
             f"images must be of {known['N']} atoms in {known['C']} crystals, as positions and lattice, "
             f"not of {images.num_atoms} atoms in {images.num_crystals} crystals"
         )
-    if images.device != like.device:
-        raise ValueError(f"images must be on {like.device}, as the other arguments, not on {images.device}")
+    if images.device != decay.device:
+        raise ValueError(f"images must be on {decay.device}, as the other arguments, not on {images.device}")
+    if images.decay_min is not None and checks.values_visible(decay) and decay.numel():
+        smallest = float(decay.detach().min())
+        if smallest < images.decay_min * (1 - 1e-6):  # a model's decay at its bound, in fp32
+            raise ValueError(
+                f"decay must be at least {images.decay_min:g}, the decay_min that images were built for, "
+                f"but its smallest value is {smallest:g}"
+            )
 
 
 def _check_value_encoding(

@@ -25,6 +25,19 @@ torch.library.define(
 )
 
 
+@torch.library.register_fake("crystalformer::cpu_images")
+def _(positions: Tensor, lattice: Tensor, ptr: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    number = torch.library.get_ctx().new_dynamic_size()
+    row_ptr = ptr.new_empty(len(positions) + 1)
+    int32 = torch.int32
+    return (
+        row_ptr,
+        ptr.new_empty(number, dtype=int32),
+        ptr.new_empty(number, 3, dtype=int32),
+        lattice.new_empty(len(lattice)),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class ImageList:
     """The images e = (i, j, n) of all atoms: atom j of the same crystal, moved by n lattice vectors, seen from atom i.
@@ -38,7 +51,8 @@ class ImageList:
         col: (M) int32, atom j of each image.
         shift: (M,3) int32, n of each image.
         ptr: (C+1) int64, the first atom of each crystal.
-        cutoff: (C) fp64, Å. All images this near are there; with `every_pair` the longest cutoff of any pair.
+        cutoff: (C) fp64, Å. All images this near are there; with `every_pair` the longest cutoff of any pair; the
+            caller's own where one was given.
         num_pairs: P, the sum over crystals of the squared number of atoms.
         decay_min, tol, logit_range: what the list is certified for (see `build_images`), or None for a cutoff that the
             caller chose.
@@ -57,6 +71,9 @@ class ImageList:
     logit_range: float | None = None
     every_pair: bool = False
     layouts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"layouts": {}}
 
     @property
     def num_images(self) -> int:
@@ -131,6 +148,7 @@ def crystal_of_atom(ptr: Tensor, num_atoms: int) -> Tensor:
     return torch.repeat_interleave(ptr.diff(), output_size=num_atoms)
 
 
+@torch.inference_mode(False)  # the list outlives this call, and may be saved for a backward
 @torch.no_grad()
 def build_images(
     positions: Tensor,

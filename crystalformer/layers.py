@@ -42,7 +42,7 @@ class Decay(nn.Module):
     @torch.no_grad()
     def calibrate(self, q: Tensor) -> None:
         score = self.score(q)
-        deviation = score.std()
+        deviation = score.std() if score.numel() > 1 else score.new_zeros(())
         if not deviation > 0:
             raise ValueError("batch must hold atoms that differ, to calibrate on, but all have the same features")
         self.shift.copy_(-score.mean())
@@ -85,7 +85,8 @@ class PeriodicAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: CrystalBatch) -> Tensor:
         """(N,model_dim) to (N,model_dim)."""
-        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # Under autocast the projections come in half precision, the sums are in that of the geometry.
+        q, k, v = (self._heads(proj(x).to(batch.positions.dtype)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         score = self.decay(q)
         real, reciprocal = slice(0, self.num_real), slice(self.num_real, self.num_heads)
         outputs = []
@@ -105,8 +106,11 @@ class PeriodicAttention(nn.Module):
             outputs.append(reciprocal_attention(*heads, *crystal, self.tol, "auto", decay_min))
         return self.out_proj(torch.cat(outputs, 1).flatten(1))
 
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
     def calibrate(self, x: Tensor) -> None:
-        self.decay.calibrate(self.q_proj(x).unflatten(-1, (self.num_heads, -1)))
+        self.decay.calibrate(self._heads(self.q_proj(x)))
 
 
 class Block(nn.Module):

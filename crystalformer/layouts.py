@@ -66,7 +66,8 @@ def layout(
     key = (backend, positions.dtype, settings)
     made_for, kept = images.layouts.get(key, (None, None))
     if made_for is None or not made_for.still(geometry):
-        kept = make()
+        with torch.inference_mode(False):  # the layout outlives this call, and may be saved for a backward
+            kept = make()
         images.layouts[key] = (_Geometry(geometry), kept)
     return kept
 

@@ -95,7 +95,7 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
     }
 }
 
-// Equations (15) to (19), what belongs to the rows: gradients of q and decay, and the sums over the images of each pair.
+// Equations (B2) to (B8), what belongs to the rows: gradients of q and decay, and the sums over the images of each pair.
 template <class T>
 void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
     const AttentionInputs<T>& in = x.in;

@@ -101,6 +101,16 @@ def test_error(op, name, value, error, message):
         call(op, **{name: value})
 
 
+def test_decays_below_what_the_images_are_for():
+    """They would be summed too short, without a certificate; with a cutoff of one's own that is one's own business."""
+    decay = X.decay * 0.5
+    message = r"decay must be at least 0\.5, the decay_min that images were built for, but its smallest value is 0\.\d+"
+    for op in ("attention", "encoding"):
+        with pytest.raises(ValueError, match=message):
+            call(op, decay=decay)
+    call("attention", decay=decay, images=cf.build_images(X.positions, X.lattice, X.ptr, cutoff=6.0))
+
+
 def test_encoding_needs_the_images_of_every_pair():
     images = cf.build_images(X.positions, X.lattice, X.ptr)
     with pytest.raises(ValueError, match="images must be built with every_pair=True for periodic_encoding, not with"):

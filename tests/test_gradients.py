@@ -177,3 +177,15 @@ def test_forces_and_stress_of_the_model_are_differences_of_its_output():
                 leaf -= sign * step * along
         difference = (energies[0] - energies[1]) / (2 * step)
         torch.testing.assert_close((grad * along).sum(), difference, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own forward mode uses it
+def test_forward_mode_is_refused_not_dropped(backend):
+    x = problem(**TINY)
+    along = lambda p: x.attention(*x.inputs[:4], p, *x.inputs[5:], backend=backend)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+        torch.func.jvp(along, (x.positions,), (x.positions,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.positions, x.positions)
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            along(dual)

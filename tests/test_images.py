@@ -349,6 +349,11 @@ grid = torch.cartesian_prod(*[torch.arange(10.0, dtype=torch.float64)] * 3)
 positions = 2.5 * grid + 0.2 * torch.randn(1000, 3, dtype=torch.float64)
 geometry = positions, 25.0 * torch.eye(3, dtype=torch.float64)[None], torch.tensor([0, 1000])
 images = cf.build_images(*geometry)
+n = torch.randn(3, 1000, 8, 16, dtype=torch.float64)
+inputs = [*n, torch.full((1000, 8), 0.2).double(), *geometry[:2], torch.randn(8, 16, 64).double()]
+inputs = [x.requires_grad_() for x in inputs]
+y = cf.periodic_attention(*inputs[:6], images, inputs[6], cf.RadialBasis(), "reference")
+assert all(g.abs().max() > 0 for g in torch.autograd.grad(y.square().sum(), inputs))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(images.num_images, peak // (1024 if sys.platform == "darwin" else 1))
 """

@@ -8,9 +8,10 @@ from crystals import KINDS, pack, random_crystal
 
 import crystalformer as cf
 
-CELLS = {kind: random_crystal(kind, seed=3, num_atoms=3) for kind in KINDS if kind not in ("needle", "plate")}
-# Reciprocal heads clamp pairs with less than 1e-6 of the mean density, and the clamp sees the cell: needles and plates
-# have such pairs, these cells have none.
+CELLS = {kind: random_crystal(kind, seed=3, num_atoms=3) for kind in KINDS}
+# Reciprocal heads clamp pairs with less than 1e-6 of the mean density, and the clamp sees the cell: thin cells have
+# such pairs, the others have none.
+THIN = ("needle", "plate")
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 
 
@@ -87,11 +88,13 @@ CHANGES = (
 def test_output_is_invariant(domain, change, backend):
     net = model(domain, backend)
     outputs = {}
-    for kind, (positions, lattice) in CELLS.items():
+    kinds = [kind for kind in KINDS if domain == "real" or kind not in THIN]
+    for kind in kinds:
+        positions, lattice = CELLS[kind]
         before = outputs[kind] = net(batch(positions, lattice))
         after = net(batch(*changed(change, positions, lattice)))
         assert abs(after - before) < 1e-9 * abs(before), kind
-    assert len({round(float(y), 6) for y in outputs.values()}) == len(CELLS), "different crystals must differ"
+    assert len({round(float(y), 6) for y in outputs.values()}) == len(kinds), "different crystals must differ"
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """The model: sizes, initialisation, calibration, files, and what it refuses."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -198,3 +200,32 @@ def test_config_of_the_paper():
     assert config.decay_min == pytest.approx(0.5 / (2 * 2.8**2))
     assert [config.num_real_heads(block) for block in range(4)] == [8, 0, 8, 0]
     assert cf.CrystalformerConfig.from_dict(json.loads(config.to_json())) == config
+
+
+def test_validation_in_inference_mode_leaves_training_possible(backend):
+    model, x = cf.Crystalformer(SMALL, backend), batch()
+    with torch.inference_mode():
+        x.images = model.build_images(x)
+        model(x)
+    model.encode(x).sum().backward()
+    assert model.embedding.weight.grad.abs().max() > 0
+
+
+def test_a_copy_of_a_list_starts_without_layouts(backend):
+    model, x = cf.Crystalformer(SMALL, backend), batch()
+    x.images = model.build_images(x)
+    expected = model(x)
+    for other in (copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        assert other.images.layouts == {}
+        assert torch.equal(model(other), expected)
+
+
+@torch.no_grad()
+def test_autocast_keeps_the_sums_in_full_precision(backend):
+    torch.manual_seed(0)
+    model, x = cf.Crystalformer(SMALL, backend), batch()
+    expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.calibrate(x)
+        out = model(x)
+    assert 0 < float((out - expected).abs().max()) < 0.2 * float(expected.abs().max())

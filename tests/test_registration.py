@@ -37,6 +37,22 @@ def test_opcheck(op, name):
         torch.library.opcheck(backward, (*grads, *inputs, *settings, *outputs, geometry))
 
 
+@pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
+def test_opcheck_of_lists_and_layouts():
+    x = problem()
+    geometry = (x.positions, x.lattice)
+    for cutoff, every_pair in ((None, False), (None, True), (5.0, False)):
+        settings = (0.5, 1e-6, 4.0, 0.01, cutoff, every_pair)
+        torch.library.opcheck(torch.ops.crystalformer.cpu_images.default, (*geometry, x.ptr, *settings))
+    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+    for by_pair, merge in ((False, True), (False, False), (True, True)):
+        settings = (x.basis.num, x.basis.r_max, x.basis.width, 1e-6, by_pair, merge)
+        arguments = (*geometry, *lists, *settings)
+        # Some bytes of a layout are never written, so that two of them are not equal.
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.crystalformer.cpu_layout.default, arguments, test_utils=tests)
+
+
 def small_model(domain: str):
     torch.manual_seed(0)
     model = cf.Crystalformer(cf.CrystalformerConfig(domain=domain, num_blocks=2, model_dim=32, num_heads=4, ff_dim=32))

@@ -141,7 +141,7 @@ def shortest_cutoff(positions: Tensor, lattice: Tensor, decay: float, tol: float
 
 
 @pytest.mark.parametrize(
-    ("decay", "tol", "limit"), [(0.1276, 1e-6, 60), (0.05, 1e-3, 60), (0.3, 1e-10, 60), (1.0, 1e-6, 100)]
+    ("decay", "tol", "limit"), [(0.1276, 1e-6, 257), (0.05, 1e-3, 60), (0.3, 1e-10, 60), (1.0, 1e-6, 100)]
 )
 def test_the_cutoff_is_at_most_ten_percent_too_long(decay: float, tol: float, limit: int) -> None:
     structures = aflow_prototypes(limit=limit, max_atoms=24)
