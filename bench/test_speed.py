@@ -1,27 +1,17 @@
-"""Speed of the main functions on 32 crystals of the AFLOW prototypes: `make bench`.
-
-The problem is the first 32 ordered prototypes with at most 20 atoms; 8 heads of 16, 64 basis functions, tol 1e-6.
-Compare rows of one run: machines differ.
-"""
-
-import warnings
+"""Speed of the main functions on workload W32, of bench/w32.py: `make bench`. Compare rows of one run only."""
 
 import pytest
 import torch
 
 import crystalformer as cf
+from bench.w32 import w32
 
 BACKENDS = [name for name, there in cf.available_backends().items() if there is True and name != "triton"]
 
 
 @pytest.fixture(scope="module")
 def crystals() -> cf.CrystalBatch:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
-    structures = [entry["snl"].structure for entry in AFLOW_PROTOTYPE_LIBRARY]
-    structures = [s for s in structures if s.is_ordered and len(s) <= 20 and max(s.atomic_numbers) <= 98][:32]
-    return cf.CrystalBatch.from_structures(structures, dtype=torch.float64)
+    return w32()
 
 
 def test_build_images(benchmark, crystals):

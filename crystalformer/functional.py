@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, ops  # noqa: F401  ops defines the operators
+from . import checks
 from .backends import choose_backend
 from .basis import RadialBasis
 from .images import ImageList

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .images import ImageList
+from .ops import NAMESPACE
 
-NAMESPACE = "crystalformer"
 SCHEMA = (
     "(Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, "
     "int num, float r_max, float width, float tol, bool by_pair, bool merge) -> Tensor"

@@ -44,7 +44,9 @@ def test_model_on_the_gpu():
     torch.testing.assert_close(model.cuda()(batch.to("cuda")).cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-needs_triton = pytest.mark.skipif(cf.available_backends()["triton"] is not True, reason="needs an NVIDIA GPU, and triton")
+needs_triton = pytest.mark.skipif(
+    cf.available_backends()["triton"] is not True, reason="needs an NVIDIA GPU, and triton"
+)
 
 
 def on_gpu():
