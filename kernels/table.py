@@ -58,9 +58,12 @@ def forward_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int]) -> di
 
 def row_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int], geometry: bool) -> dict[str, int]:
     """Compile-time arguments of `attention_bwd_rows`."""
-    basis = padded(num) if num <= BASIS else BASIS_BLOCK
-    s = _sizes(q, v, shape) | {"K": num, "BU": basis, "GEOMETRY": geometry}
+    s = _sizes(q, v, shape)
     images = s["G"] * s["BG"]
+    # The derivative of the basis doubles what is held; tiles of few images have the most of everything else.
+    whole = BASIS if not geometry or images > 16 else BASIS_BLOCK
+    basis = padded(num) if num <= whole else BASIS_BLOCK
+    s |= {"K": num, "BU": basis, "GEOMETRY": geometry}
     gathered = (s["BG"] * ((2 + geometry) * s["BD"] + s["BV"]) + s["BD"] + s["BV"]) * s["BH"]
     return s | _launch(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * images)
 
