@@ -74,8 +74,8 @@ def library_attention(batch: cf.CrystalBatch, backend: str) -> Callable[..., Ten
     return attend
 
 
-def official_model(batch: cf.CrystalBatch, folder: str) -> Callable[[], Tensor]:
-    """The paper's model on the PyTorch path of its code."""
+def official_model(batch: cf.CrystalBatch, folder: str) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+    """The paper's model on the PyTorch path of its code, and its forward."""
     sys.path.insert(0, folder)
     params = json.loads((Path(folder) / "params/latticeformer/default.json").read_text())
     params |= {"use_cuda_code": False, "targets": "energy"}

@@ -72,6 +72,9 @@ def _basis(num: int, r_max: float, width: float) -> RadialBasis | None:
     return RadialBasis(num, r_max, width) if num else None
 
 
+# The six functions below take exactly what their schemas say, positionally: annotations would say it a second time.
+
+
 def _attention_shapes(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, layout, num, r_max, width, tol):  # type: ignore[no-untyped-def]
     return v.shape, decay.shape, (*decay.shape, num)
 
