@@ -94,13 +94,12 @@ def periodic_attention(
     checks.check_tensor("v", v, "N H Dv", known, like=q)
     _check_atoms("decay", decay, positions, lattice, known, like=q)
     _check_images(images, decay, known)
-    numbers = _check_value_encoding(edge_weight, basis, known, q)
+    weight, numbers = _check_value_encoding(edge_weight, basis, known, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
     _refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
-    run, lists, tol = _op("attention", backend, images, positions, lattice, numbers)
-    o, lse, c = run(q, k, v, decay, positions, lattice, *lists, *numbers, tol)
-    y = o if edge_weight is None else o + torch.einsum("hdk,nhk->nhd", edge_weight, c)
+    run, lists, tol = _op("attention", backend, images, positions, lattice, weight.shape[2], numbers)
+    y, lse, _ = run(q, k, v, decay, weight, positions, lattice, *lists, numbers, tol)
     return (y, lse) if return_lse else y
 
 
@@ -142,11 +141,10 @@ def periodic_encoding(
     _check_images(images, decay, known)
     if not images.every_pair:
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
-    numbers = _check_value_encoding(edge_weight, basis, known, decay)
+    weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
     _refuse_forward_mode(decay, positions, lattice, edge_weight)
-    run, lists, tol = _op("encoding", backend, images, positions, lattice, numbers)
-    weight = decay.new_empty(decay.shape[1], 0, 0) if edge_weight is None else edge_weight
-    alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, *numbers, tol)
+    run, lists, tol = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers)
+    alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, numbers, tol)
     return alpha, None if edge_weight is None else beta
 
 
@@ -197,6 +195,7 @@ def reciprocal_attention(
     _check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, known, like=q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
+    checks.check_geometry(positions, lattice)
     tol = checks.check_number("tol", tol, high=1.0)
     if decay_min is None:
         decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
@@ -207,14 +206,20 @@ def reciprocal_attention(
 
 
 def _op(
-    name: str, backend: str, images: ImageList, positions: Tensor, lattice: Tensor, basis: tuple[int, float, float]
+    name: str,
+    backend: str,
+    images: ImageList,
+    positions: Tensor,
+    lattice: Tensor,
+    num: int,
+    basis: tuple[float, ...],
 ) -> tuple[Any, tuple[Tensor, ...], float]:
     """The backend's op, the list as the op takes it, and how much of the weight the op may leave out."""
     backend = choose_backend(backend, positions.device, name, positions.dtype)
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
     tol = 0.0 if moving else images.tol or 0.0
-    layout = make_layout(backend, images, positions, lattice, basis, tol, by_pair=name == "encoding", merge=not moving)
+    layout = make_layout(backend, images, positions, lattice, num, basis, tol, name == "encoding", merge=not moving)
     run = getattr(torch.ops.crystalformer, f"{backend}_{name}")
     return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), tol
 
@@ -234,8 +239,6 @@ def _check_atoms(
     checks.check_tensor("positions", positions, "N 3", known, like=like)
     checks.check_tensor("lattice", lattice, "C 3 3", known, like=like)
     checks.check_positive(name, decay)
-    checks.check_finite("positions", positions)
-    checks.check_lattice("lattice", lattice)
 
 
 def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> None:
@@ -259,13 +262,13 @@ def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> No
 
 def _check_value_encoding(
     edge_weight: Tensor | None, basis: RadialBasis | None, known: dict[str, int], like: Tensor
-) -> tuple[int, float, float]:
-    """The basis as numbers for the op: none of it without an edge_weight."""
+) -> tuple[Tensor, tuple[float, ...]]:
+    """The weight and the basis as the op takes them: of no functions and no numbers without an edge_weight."""
     if edge_weight is None:
-        return 0, 1.0, 1.0
+        return like.new_empty(known["H"], known.get("Dv", 0), 0), ()
     if not isinstance(basis, RadialBasis):
         raise TypeError(f"basis must be a RadialBasis when edge_weight is given, not {type(basis).__name__}")
     known["K"] = basis.num
     checks.check_tensor("edge_weight", edge_weight, "H Dv K", known, like=like)
     checks.check_finite("edge_weight", edge_weight)
-    return basis.num, float(basis.r_max), float(basis.width)
+    return edge_weight, (float(basis.r_max), float(basis.width))

@@ -338,6 +338,5 @@ def _check_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Te
     checks.check_tensor("lattice", lattice, "C 3 3", known, like=positions)
     if ptr.device != positions.device:
         raise ValueError(f"ptr must be on {positions.device}, as positions, not on {ptr.device}")
-    checks.check_finite("positions", positions)
-    checks.check_lattice("lattice", lattice)
+    checks.check_geometry(positions, lattice)
     return positions.detach().double(), lattice.detach().double()

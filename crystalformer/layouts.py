@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .images import ImageList
 from .ops import NAMESPACE
 
 SCHEMA = (
     "(Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, "
-    "int num, float r_max, float width, float tol, bool by_pair, bool merge) -> Tensor"
+    "int num, float[] basis, float tol, bool by_pair, bool merge) -> Tensor"
 )
 
 torch.library.define(f"{NAMESPACE}::cpu_layout", SCHEMA)  # implemented in csrc/bindings.cpp
@@ -37,25 +38,30 @@ def layout(
     images: ImageList,
     positions: Tensor,
     lattice: Tensor,
-    basis: tuple[int, float, float],
+    num: int,
+    basis: tuple[float, ...],
     tol: float,
     by_pair: bool,
     merge: bool,
 ) -> Tensor:
     """The layout of a list that a backend's ops want; empty for backends that want none.
 
+    Checks the values of positions and lattice, of those that a layout is there for no more than once.
+
     Args:
-        basis: num, r_max and width of the radial basis; num = 0 for none.
+        num: number of radial basis functions, 0 for none.
+        basis: their r_max and width.
         tol: largest fraction of the weight that the op may leave out.
         by_pair: for the encoding, where the sums are over the images of a pair, not of a row.
         merge: make one entry of the images at one distance; not for gradients of positions and lattice.
     """
     if backend == "reference":
+        checks.check_geometry(positions, lattice)
         return positions.new_empty(0, dtype=torch.uint8)
     geometry = (positions.detach(), lattice.detach())
     if backend == "triton":  # one layout serves every tol, moving atoms too
         tol, merge = 0.0, False
-    settings = (*basis, tol, by_pair, merge)
+    settings = (num, basis, tol, by_pair, merge)
 
     def make() -> Tensor:
         lists = (images.ptr, images.row_ptr, images.col, images.shift)
@@ -66,6 +72,7 @@ def layout(
     key = (backend, positions.dtype, settings)
     made_for, kept = images.layouts.get(key, (None, None))
     if made_for is None or not made_for.still(geometry):
+        checks.check_geometry(positions, lattice)
         with torch.inference_mode(False):  # the layout outlives this call, and may be saved for a backward
             kept = make()
         images.layouts[key] = (_Geometry(geometry), kept)

@@ -6,8 +6,8 @@ backward is one op too. Second and higher derivatives go through the reference, 
 
 Two conventions keep this file free of copies. The differentiable inputs of an op come first and the geometry
 (positions, lattice) last among them. A backward takes the gradients of the outputs, then everything the forward took,
-then the forward's outputs, then `geometry`: whether the gradients of positions and lattice are wanted at all, because
-they cost extra. Without them it returns empty tensors in their place.
+then all that the forward returned, then `geometry`: whether the gradients of positions and lattice are wanted at all,
+because they cost extra. Without them it returns empty tensors in their place.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,8 @@ class Op:
         inputs: names of the differentiable inputs, geometry last.
         settings: schema of the other arguments.
         outputs: names of the outputs.
-        shapes: shapes of the outputs, from all arguments.
+        saved: names of further results, that only the backward reads.
+        shapes: shapes of all results, from all arguments.
         parts: the reference, cut into parts, from all arguments.
         part_backward: the backward of one part.
     """
@@ -41,18 +42,23 @@ class Op:
     inputs: tuple[str, ...]
     settings: str
     outputs: tuple[str, ...]
+    saved: tuple[str, ...]
     shapes: Callable[..., Sequence[tuple[int, ...]]]
     parts: Callable[..., Iterator[reference.Part]]
     part_backward: Callable[..., None]
 
     @property
+    def results(self) -> tuple[str, ...]:
+        return (*self.outputs, *self.saved)
+
+    @property
     def forward_schema(self) -> str:
-        return f"({_tensors(self.inputs)}, {self.settings}) -> {_results(len(self.outputs))}"
+        return f"({_tensors(self.inputs)}, {self.settings}) -> {_results(len(self.results))}"
 
     @property
     def backward_schema(self) -> str:
         grads = _tensors(f"grad_{name}" for name in self.outputs)
-        arguments = f"{_tensors(self.inputs)}, {self.settings}, {_tensors(self.outputs)}, bool geometry"
+        arguments = f"{_tensors(self.inputs)}, {self.settings}, {_tensors(self.results)}, bool geometry"
         return f"({grads}, {arguments}) -> {_results(len(self.inputs))}"
 
 
@@ -68,31 +74,36 @@ def _images(ptr: Tensor, row_ptr: Tensor, col: Tensor, shift: Tensor, num_pairs:
     return ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
 
 
-def _basis(num: int, r_max: float, width: float) -> RadialBasis | None:
-    return RadialBasis(num, r_max, width) if num else None
+def _basis(edge_weight: Tensor, basis: Sequence[float]) -> RadialBasis | None:
+    num = edge_weight.shape[2]
+    return RadialBasis(num, *basis) if num else None
 
 
 # The six functions below take exactly what their schemas say, positionally: annotations would say it a second time.
 
 
-def _attention_shapes(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, layout, num, r_max, width, tol):  # type: ignore[no-untyped-def]
-    return v.shape, decay.shape, (*decay.shape, num)
+def _attention_shapes(  # type: ignore[no-untyped-def]
+    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol
+):
+    return v.shape, decay.shape, (*decay.shape, edge_weight.shape[2])
 
 
-def _attention_parts(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, layout, num, r_max, width, tol):  # type: ignore[no-untyped-def]
-    return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(num, r_max, width))
+def _attention_parts(  # type: ignore[no-untyped-def]
+    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol
+):
+    return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(edge_weight, basis))
 
 
 def _encoding_shapes(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, num, r_max, width, tol
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol
 ):
     return (num_pairs, decay.shape[1]), (num_pairs, decay.shape[1], edge_weight.shape[1])
 
 
 def _encoding_parts(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, num, r_max, width, tol
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol
 ):
-    return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(num, r_max, width))
+    return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(edge_weight, basis))
 
 
 def _reciprocal_shapes(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol):  # type: ignore[no-untyped-def]
@@ -104,12 +115,15 @@ def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_
 
 
 LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
-BASIS = "int num, float r_max, float width, float tol"
+# Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. Few arguments, because
+# torch.library takes a time that grows with their square.
+BASIS = "float[] basis, float tol"
 ATTENTION = Op(
     name="attention",
-    inputs=("q", "k", "v", "decay", "positions", "lattice"),
+    inputs=("q", "k", "v", "decay", "edge_weight", "positions", "lattice"),
     settings=f"{LIST}, {BASIS}",
-    outputs=("o", "lse", "c"),
+    outputs=("y", "lse"),
+    saved=("c",),
     shapes=_attention_shapes,
     parts=_attention_parts,
     part_backward=reference_backward.attention_rows_backward,
@@ -119,6 +133,7 @@ ENCODING = Op(
     inputs=("decay", "edge_weight", "positions", "lattice"),
     settings=f"{LIST}, int num_pairs, {BASIS}",
     outputs=("alpha", "beta"),
+    saved=(),
     shapes=_encoding_shapes,
     parts=_encoding_parts,
     part_backward=reference_backward.encoding_pairs_backward,
@@ -128,6 +143,7 @@ RECIPROCAL = Op(
     inputs=("q", "k", "v", "decay_reciprocal", "positions", "lattice"),
     settings="Tensor ptr, float decay_min, float tol",
     outputs=("y",),
+    saved=(),
     shapes=_reciprocal_shapes,
     parts=_reciprocal_parts,
     part_backward=reference_backward.reciprocal_rows_backward,
@@ -140,12 +156,12 @@ def register(op: Op, backend: str) -> None:
     forward, backward = f"{NAMESPACE}::{backend}_{op.name}", f"{NAMESPACE}::{backend}_{op.name}_backward"
     torch.library.define(forward, op.forward_schema)
     torch.library.define(backward, op.backward_schema)
-    num_inputs, num_outputs = len(op.inputs), len(op.outputs)
+    num_inputs, num_outputs, num_results = len(op.inputs), len(op.outputs), len(op.results)
 
     @torch.library.register_fake(forward)
     def _(*args: Any) -> Any:
-        outputs = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
-        return outputs if num_outputs > 1 else outputs[0]
+        results = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
+        return results if num_results > 1 else results[0]
 
     @torch.library.register_fake(backward)
     def _(*args: Any) -> Any:
@@ -153,20 +169,22 @@ def register(op: Op, backend: str) -> None:
         return tuple(x.new_empty(_grad_shape(x, i, num_inputs, geometry)) for i, x in enumerate(inputs))
 
     def save(ctx: Any, inputs: tuple, output: Any) -> None:
-        outputs = output if num_outputs > 1 else (output,)
+        results = output if num_results > 1 else (output,)
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         ctx.settings = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.save_for_backward(*tensors, *outputs)
+        ctx.save_for_backward(*tensors, *results)
+        ctx.mark_non_differentiable(*results[num_outputs:])
+        ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: Tensor) -> Any:
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if x is None else x for x in ctx.settings]
-        outputs = list(saved)
-        grads = tuple(_or_zeros(g, x) for g, x in zip(grads, outputs, strict=True))
+        results = list(saved)
+        grads = tuple(_or_zeros(g, x) for g, x in zip(grads, results[:num_outputs], strict=False))
         geometry = any(ctx.needs_input_grad[num_inputs - 2 : num_inputs])
         run = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_{op.name}_backward")
-        results = run(*grads, *args, *outputs, geometry)
-        needed = [r if need else None for r, need in zip(results, ctx.needs_input_grad, strict=False)]
+        totals = run(*grads, *args, *results, geometry)
+        needed = [x if need else None for x, need in zip(totals, ctx.needs_input_grad, strict=False)]
         return (*needed, *[None] * (len(args) - num_inputs))
 
     def save_backward(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -177,9 +195,9 @@ def register(op: Op, backend: str) -> None:
     def differentiate_backward(ctx: Any, *grads: Tensor) -> Any:
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if x is None else x for x in ctx.settings]
-        cotangents, arguments = args[:num_outputs], args[num_outputs : len(args) - num_outputs - 1]
+        cotangents, arguments = args[:num_outputs], args[num_outputs : len(args) - num_results - 1]
         results = _differentiate_twice(op, cotangents, arguments, grads, geometry=args[-1])
-        # The derivatives with respect to the inputs are total ones, so none are left for the saved outputs.
+        # The derivatives with respect to the inputs are total ones, so none are left for the forward's results.
         return (*results, *[None] * (len(args) - len(results)))
 
     torch.library.register_autograd(forward, differentiate, setup_context=save)
@@ -196,21 +214,21 @@ def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
 
 def implement_reference(op: Op) -> None:
     """Implements the reference backend of an op, on every device, part by part."""
-    num_inputs, num_outputs = len(op.inputs), len(op.outputs)
+    num_inputs, num_outputs, num_results = len(op.inputs), len(op.outputs), len(op.results)
 
     def forward(*args: Any) -> Any:
-        outputs = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
+        results = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
         for part in op.parts(*args):
-            for output, value in zip(outputs, part.forward(*args[:num_inputs]), strict=True):
-                output[part.span] = value
-        return outputs if num_outputs > 1 else outputs[0]
+            for result, value in zip(results, part.forward(*args[:num_inputs]), strict=True):
+                result[part.span] = value
+        return results if num_results > 1 else results[0]
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
-        grads, arguments, geometry = args[:num_outputs], args[num_outputs : -num_outputs - 1], args[-1]
-        inputs, outputs = arguments[:num_inputs], args[-num_outputs - 1 : -1]
+        grads, arguments, geometry = args[:num_outputs], args[num_outputs : -num_results - 1], args[-1]
+        inputs, results = arguments[:num_inputs], args[-num_results - 1 : -1]
         totals = tuple(x.new_zeros(_grad_shape(x, i, num_inputs, geometry)) for i, x in enumerate(inputs))
         for part in op.parts(*arguments):
-            here = [[x[part.span] for x in tensors] for tensors in (grads, outputs)]
+            here = [[x[part.span] for x in tensors] for tensors in (grads, results)]
             op.part_backward(here[0], inputs, here[1], totals, geometry, **part.settings)
         return totals
 
@@ -229,7 +247,7 @@ def _differentiate_twice(
 
     def whole(*x: Tensor) -> tuple[Tensor, ...]:
         pieces = [part.forward(*x, *arguments[wanted:num_inputs]) for part in op.parts(*arguments)]
-        return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
+        return tuple(torch.cat(piece) for piece in list(zip(*pieces, strict=True))[:num_outputs])
 
     def backward(*g_and_x: Tensor) -> tuple[Tensor, ...]:
         transpose = torch.func.vjp(whole, *g_and_x[num_outputs:])[1]

@@ -145,6 +145,7 @@ def attention_rows(
     k: Tensor,
     v: Tensor,
     decay: Tensor,
+    edge_weight: Tensor,
     positions: Tensor,
     lattice: Tensor,
     images: ImageList,
@@ -154,22 +155,24 @@ def attention_rows(
     """Infinitely connected attention of some rows.  Equations (3) to (5).
 
         p_e = exp(s_e) / sum_e' exp(s_e')      lse_i = log sum_e exp(s_e)
-        o_i = sum_e p_e v_j                    c_i = sum_e p_e b(d_e)
+        y_i = sum_e p_e v_j + W c_i            c_i = sum_e p_e b(d_e)
 
     Returns:
-        o (n,H,Dv), lse (n,H), c (n,H,K).
+        y (n,H,Dv), lse (n,H), c (n,H,K); K = 0 without a basis.
     """
     x = row_images(positions, lattice, images, rows)
     s = attention_scores(q, k, decay, x, rows)
     lse = torch.logsumexp(s, -1)
     p = torch.exp(s - lse[..., None])
-    o = torch.einsum("nhp,nphd->nhd", x.sum_by_partner(p), v[x.partner])
-    c = p @ basis(root(x.d2)) if basis else p[..., :0]
-    return o, lse, c
+    y = torch.einsum("nhp,nphd->nhd", x.sum_by_partner(p), v[x.partner])
+    if basis is None:
+        return y, lse, p[..., :0]
+    c = p @ basis(root(x.d2))
+    return y + torch.einsum("hdk,nhk->nhd", edge_weight, c), lse, c
 
 
 def attention_parts(q: Tensor, v: Tensor, images: ImageList, basis: RadialBasis | None) -> Iterator[Part]:
-    """`attention_rows` cut into rows: functions of q, k, v, decay, positions, lattice."""
+    """`attention_rows` cut into rows: functions of q, k, v, decay, edge_weight, positions, lattice."""
     largest = int(images.ptr.diff().max()) if images.num_crystals else 0
     gathered = largest * q.shape[1] * (q.shape[2] + v.shape[2])
     for rows in chunks(images.row_ptr, gathered):

@@ -1,6 +1,6 @@
 """The derivatives of `reference`, written out.  Equations (B2) to (B12) of docs/math.md.
 
-Each function takes the gradients of the outputs, the inputs, the outputs and the settings of one part, and adds the
+Each function takes the gradients of the outputs, the inputs, the results and the settings of one part, and adds the
 part's share to `totals`: the gradients of all inputs, the last two of them, of positions and lattice, empty when
 `geometry` is false. Higher derivatives don't come this way: they differentiate the reference twice.
 """
@@ -62,7 +62,7 @@ def along_r(u: Tensor, d2: Tensor, basis: RadialBasis | None, p: Tensor, a_ds: T
 def attention_rows_backward(
     grads: Tensors,
     inputs: Tensors,
-    outputs: Tensors,
+    results: Tensors,
     totals: Tensors,
     geometry: bool,
     images: ImageList,
@@ -70,11 +70,12 @@ def attention_rows_backward(
     rows: Segments,
 ) -> None:
     """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B2) to (B9)."""
-    (g, g_lse, u), (q, k, v, decay, positions, lattice), (o, lse, c) = grads, inputs, outputs
-    dq, dk, dv, d_decay, d_positions, d_lattice = totals
+    (g, g_lse), (q, k, v, decay, edge_weight, positions, lattice), (y, lse, c) = grads, inputs, results
+    dq, dk, dv, d_decay, d_edge_weight, d_positions, d_lattice = totals
     x = row_images(positions, lattice, images, rows)
     p = torch.exp(attention_scores(q, k, decay, x, rows) - lse[..., None])
-    delta = (g * o).sum(-1) + (u * c).sum(-1) - g_lse
+    delta = (g * y).sum(-1) - g_lse
+    u = torch.einsum("hdk,nhd->nhk", edge_weight, g)
     g_v = x.by_image(torch.einsum("nhd,nphd->nhp", g, v[x.partner]))
     ds = p * (g_v + times_basis(u, x.d2, basis) - delta[..., None])
 
@@ -84,6 +85,7 @@ def attention_rows_backward(
     partner = x.partner.flatten()
     dk.index_add_(0, partner, torch.einsum("nhp,nhd->nphd", pair_ds, q[x.i]).flatten(0, 1))
     dv.index_add_(0, partner, torch.einsum("nhp,nhd->nphd", x.sum_by_partner(p), g).flatten(0, 1))
+    d_edge_weight += torch.einsum("nhd,nhk->hdk", g, c)
     if geometry:
         f = along_r(u, x.d2, basis, p, (decay[x.i][..., None] * ds).sum(1))
         i, crystal = (y[:, None].expand_as(x.j) for y in (x.i, x.crystal))

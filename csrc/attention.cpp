@@ -4,29 +4,27 @@
 
 #include "crystals.h"
 #include "kernels.h"
-#include "memory.h"
 
 namespace crystalformer {
 
 namespace {
 
-constexpr int64_t ROWS = 4;                // rows that a thread takes at once
 constexpr int64_t BLOCK_PAIRS = 1 << 14;  // pairs whose sums the backward keeps: 512 KiB of each in fp32
 
-// q, k, v and, for the backward, grad_o with the heads last.
+// q, k, v and, for the backward, grad_y with the heads last.
 template <class T>
 struct Grouped {
-    Buffer<T> q, k, v, grad_o;
+    Buffer<T> q, k, v, grad_y;
 
     Grouped(const AttentionInputs<T>& in, const T* grad, const Threads& threads)
-        : q(size(in, in.dim)), k(size(in, in.dim)), v(size(in, in.value_dim)), grad_o(grad ? size(in, in.value_dim) : 0) {
+        : q(size(in, in.dim)), k(size(in, in.dim)), v(size(in, in.value_dim)), grad_y(grad ? size(in, in.value_dim) : 0) {
         threads.for_chunks(in.atoms, 32, [&] {
             return [&](int64_t first, int64_t last) {
                 const auto group = kernels<T>().group_heads;
                 group(in.q, first, last, in.heads, in.dim, q.data());
                 group(in.k, first, last, in.heads, in.dim, k.data());
                 group(in.v, first, last, in.heads, in.value_dim, v.data());
-                if (grad) group(grad, first, last, in.heads, in.value_dim, grad_o.data());
+                if (grad) group(grad, first, last, in.heads, in.value_dim, grad_y.data());
             };
         });
     }
@@ -36,7 +34,7 @@ struct Grouped {
 // Runs a kernel over some rows, each thread with scratch memory of its own.
 template <class T, class Kernel>
 void for_rows(const AttentionRows<T>& rows, int64_t begin, int64_t end, Kernel kernel, const Threads& threads) {
-    threads.for_chunks(end - begin, ROWS, [&] {
+    threads.for_chunks(end - begin, AttentionRows<T>::TOGETHER, [&] {
         return [&, scratch = Buffer<T>(rows.scratch)](int64_t first, int64_t last) mutable {
             kernel(rows, begin + first, begin + last, scratch.data());
         };
@@ -50,7 +48,9 @@ int64_t scratch_size(const AttentionInputs<T>& in) {
         slots = std::max(slots, in.layout.pair_ptr[i + 1] - in.layout.pair_ptr[i]);
         images = std::max(images, in.layout.entry_ptr[i + 1] - in.layout.entry_ptr[i]);
     }
-    return 32 * in.window.size + 8 * in.window.padded() + 17 * slots + images + 8 * std::max(in.dim, in.value_dim);
+    const int products = AttentionRows<T>::TOGETHER * std::max(tiled(in.value_dim), in.heads * tiled(in.window.num));
+    return 32 * in.window.size + 8 * in.window.padded() + 17 * slots + images + 8 * std::max(in.dim, in.value_dim) +
+           products;
 }
 
 // Where blocks of rows with about BLOCK_PAIRS pairs start, and the end.
@@ -68,11 +68,13 @@ std::vector<int64_t> row_blocks(const AttentionInputs<T>& in) {
 template <class T>
 void attention(const AttentionInputs<T>& in, const AttentionOutputs<T>& out, const Threads& threads) {
     const Grouped<T> grouped(in, nullptr, threads);
+    const auto weight = weight_by_basis(in.edge_weight, in.heads, in.value_dim, in.window.num);
     const AttentionRows<T> rows{.in = in,
                                 .out = out,
                                 .q = grouped.q.data(),
                                 .k = grouped.k.data(),
                                 .v = grouped.v.data(),
+                                .weight = weight.data(),
                                 .scratch = scratch_size(in)};
     for_rows(rows, 0, in.atoms, kernels<T>().attention_rows, threads);
 }
@@ -80,7 +82,8 @@ void attention(const AttentionInputs<T>& in, const AttentionOutputs<T>& out, con
 template <class T>
 void attention_backward(const AttentionOutputs<const T>& grad, const AttentionInputs<T>& in,
                         const AttentionOutputs<const T>& out, const AttentionGrads<T>& result, const Threads& threads) {
-    const Grouped<T> grouped(in, grad.o, threads);
+    const Grouped<T> grouped(in, grad.y, threads);
+    const auto weight = weight_by_value(in.edge_weight, in.heads, in.value_dim, in.window.num);
     const int64_t pairs = in.layout.pair_ptr[in.atoms], groups = groups_of(in.heads);
     const bool geometry = result.positions;
     const std::vector<int64_t> blocks = row_blocks(in);
@@ -100,7 +103,8 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
         .q = grouped.q.data(),
         .k = grouped.k.data(),
         .v = grouped.v.data(),
-        .grad_o = grouped.grad_o.data(),
+        .grad_y = grouped.grad_y.data(),
+        .weight = weight.data(),
         .block_pairs = most_pairs,
         .pair_p = pair_p.data(),
         .pair_ds = pair_ds.data(),
@@ -122,6 +126,12 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
                  kernels<T>().attention_backward_columns, threads);
     }
     for_rows(rows, 0, in.atoms, kernels<T>().attention_backward_finish, threads);
+    threads.for_chunks(in.heads, 1, [&] {
+        return [&](int64_t first, int64_t last) {
+            kernels<T>().sum_outer_products(grad.y, out.c, in.atoms, in.heads, in.value_dim, in.window.num, first, last,
+                                            result.edge_weight);
+        };
+    });
     if (!geometry) return;
     kernels<T>().gather_force_rows(in.layout, pair_force.data(), 0, in.atoms, result.positions);
     sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);

@@ -10,6 +10,7 @@ struct AttentionInputs {
     int64_t atoms, crystals;
     int heads, dim, value_dim;
     const T *q, *k, *v, *decay;            // (N,H,D) (N,H,D) (N,H,Dv) (N,H)
+    const T* edge_weight;                  // (H,Dv,K)
     const T *positions, *lattice;          // (N,3) (C,3,3), read for the gradients of the geometry only
     const int64_t* ptr;                    // (C+1)
     const int32_t* shift;                  // (M,3)
@@ -20,13 +21,13 @@ struct AttentionInputs {
 
 template <class T>
 struct AttentionOutputs {
-    T *o, *lse, *c;  // (N,H,Dv) (N,H) (N,H,K)
+    T *y, *lse, *c;  // (N,H,Dv) (N,H) (N,H,K); c = sum p b(d) has no gradient, it is there for the backward
 };
 
 // Gradients of the inputs; the last two are null when nobody wants them.
 template <class T>
 struct AttentionGrads {
-    T *q, *k, *v, *decay, *positions, *lattice;
+    T *q, *k, *v, *decay, *edge_weight, *positions, *lattice;
 };
 
 template <class T>

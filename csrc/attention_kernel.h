@@ -4,6 +4,7 @@
 #include "forces.h"
 #include "heads.h"
 #include "kernels.h"
+#include "products.h"
 #include "shells.h"
 
 namespace crystalformer::LEVEL {
@@ -39,6 +40,21 @@ INLINE int64_t near_slots(const T* near2, int64_t n, T reach2, int32_t* slots) {
         count += near2[s] <= Weights<T>::slot_reach2(reach2);
     }
     return count;
+}
+
+// y += W c of some rows. Equation (5).
+template <class T>
+INLINE void add_values(const AttentionRows<T>& x, int64_t first, int rows, T* scratch) {
+    const AttentionInputs<T>& in = x.in;
+    const int num = in.window.num, width = tiled(in.value_dim);
+    for (int64_t h = 0; h < in.heads; ++h) {
+        multiply(x.out.c + (first * in.heads + h) * num, int64_t(in.heads) * num, rows, num, x.weight + h * num * width,
+                 width, scratch);
+        for (int r = 0; r < rows; ++r) {
+            T* y = x.out.y + ((first + r) * in.heads + h) * in.value_dim;
+            for (int d = 0; d < in.value_dim; ++d) y[d] += scratch[r * width + d];
+        }
+    }
 }
 
 // Equations (2) to (5).
@@ -82,7 +98,7 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
             const Heads<T> inverse = Heads<T>::all(1) / whole;
             weighted_sum(near, count, atom, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim,
                          false, grouped);
-            ungroup_heads(grouped, inverse, in.heads, g, in.value_dim, x.out.o + i * in.heads * in.value_dim);
+            ungroup_heads(grouped, inverse, in.heads, g, in.value_dim, x.out.y + i * in.heads * in.value_dim);
             store_heads((log2(whole) + norm) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
             T scales[HEADS];
             inverse.store(scales);
@@ -92,6 +108,8 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
                 for (int m = 0; m < in.window.num; ++m) to[m] = from[m] * scales[h];
             }
         }
+        const int64_t together = (i - first) % x.TOGETHER + 1;
+        if (in.window.num && (together == x.TOGETHER || i + 1 == last)) add_values(x, i + 1 - together, int(together), scratch);
     }
 }
 
@@ -100,15 +118,23 @@ template <class T>
 void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
     const AttentionInputs<T>& in = x.in;
     const Layout<T>& layout = in.layout;
-    const int groups = groups_of(in.heads), padded = in.window.padded(), half = in.window.half, num = in.window.num;
+    const int groups = groups_of(in.heads), padded = in.window.padded(), half = in.window.half;
+    const int columns = tiled(in.window.num);
     T* basis = scratch;
     T* u = basis + BLOCK * in.window.size;
     T* grouped = u + HEADS * padded;
-    T* slots = grouped + HEADS * in.dim;
+    T* grad_c = grouped + HEADS * in.dim;  // (H, TOGETHER, columns)
+    T* slots = grad_c + int64_t(in.heads) * x.TOGETHER * columns;
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
     for (int m = 0; m < BLOCK * in.window.size; ++m) basis[m] = 0;  // dot_products reads past the last shell
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
+        const int64_t together = (i - first) % x.TOGETHER;
+        if (!together)
+            for (int64_t h = 0; h < in.heads; ++h)
+                multiply(x.grad.y + (i * in.heads + h) * in.value_dim, int64_t(in.heads) * in.value_dim,
+                         int(last - i < x.TOGETHER ? last - i : x.TOGETHER), in.value_dim,
+                         x.weight + h * in.value_dim * columns, columns, grad_c + h * x.TOGETHER * columns);
         const int64_t pair = layout.pair_ptr[i], n = layout.pair_ptr[i + 1] - pair;
         const int64_t members = layout.entry_ptr[i + 1] - layout.entry_ptr[i];
         const int32_t* atom = layout.pair_col + pair;
@@ -121,14 +147,14 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
             const int real = in.heads - HEADS * g < HEADS ? in.heads - HEADS * g : HEADS;
             const int64_t head = i * in.heads + HEADS * g;
             const T* q = x.q + (i * groups + g) * in.dim * HEADS;
-            const T* grad_o = x.grad_o + (i * groups + g) * in.value_dim * HEADS;
+            const T* grad_y = x.grad_y + (i * groups + g) * in.value_dim * HEADS;
             T lanes[HEADS] = {};
             for (int h = 0; h < real; ++h) {
-                const T* grad_c = x.grad.c + (head + h) * num;
-                lanes[h] = dot_flat(x.grad.o + (head + h) * in.value_dim, x.saved.o + (head + h) * in.value_dim, in.value_dim) +
-                           dot_flat(grad_c, x.saved.c + (head + h) * num, num) - x.grad.lse[head + h];
+                const int64_t row = (head + h) * in.value_dim;
+                lanes[h] = dot_flat(x.grad.y + row, x.saved.y + row, in.value_dim) - x.grad.lse[head + h];
             }
-            heads_last(x.grad.c + head * num, real, num, u + HEADS * (half + 1));
+            heads_last(grad_c + (HEADS * g * x.TOGETHER + together) * columns, x.TOGETHER * columns, real, in.window.num,
+                       u + HEADS * (half + 1));
             const Heads<T> delta = Heads<T>::load(lanes);
 
             Transposed<T> t;
@@ -154,7 +180,7 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
             for (int64_t k = 0; k < count; ++k) {
                 const int64_t s = HEADS * int64_t(near[k]), j = atom[near[k]] * int64_t(groups) + g;
                 w.slot_factor(Heads<T>::load(slots + s)).store(slots + s);
-                (dot(grad_o, x.v + j * in.value_dim * HEADS, in.value_dim) - delta).store(content + s);
+                (dot(grad_y, x.v + j * in.value_dim * HEADS, in.value_dim) - delta).store(content + s);
                 Heads<T>::all(0).store(t.slot_p + s);
                 Heads<T>::all(0).store(t.slot_ds + s);
             }
@@ -201,7 +227,7 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
             }
             const int64_t row = (i * groups + g) * HEADS;
             weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, add, x.grad_k + row * in.dim);
-            weighted_sum(near, count, atom, at(x.pair_p), x.grad_o, groups, g, in.value_dim, add,
+            weighted_sum(near, count, atom, at(x.pair_p), x.grad_y, groups, g, in.value_dim, add,
                          x.grad_v + row * in.value_dim);
         }
     }

@@ -66,12 +66,19 @@ Layout<T> layout_of(const Tensor& block) {
     return place_layout<T>(sizes, memory);
 }
 
+// The radial basis of `num` functions, of which r_max and width are `basis`; none of it when num = 0.
+Window window_of(int64_t num, at::ArrayRef<double> basis, double smallest) {
+    if (!num) return Window::make(0, 1, 1, smallest);
+    TORCH_CHECK(basis.size() == 2, "basis must be r_max and width, not ", basis);
+    return Window::make(num, basis[0], basis[1], smallest);
+}
+
 Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
-                  const Tensor& col, const Tensor& shift, int64_t num, double r_max, double width, double tol,
+                  const Tensor& col, const Tensor& shift, int64_t num, at::ArrayRef<double> basis, double tol,
                   bool by_pair, bool merge) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     tol = at_least_rounding(tol, positions);
-    const Window window = Window::make(num, r_max, width, tol);
+    const Window window = window_of(num, basis, tol);
     Tensor block;
     AT_DISPATCH_FLOATING_TYPES(positions.scalar_type(), "cpu_layout", [&] {
         const Images<scalar_t> images{positions.size(0),     ptr.size(0) - 1,         col.size(0),
@@ -99,10 +106,10 @@ void check_members(bool geometry, const int64_t* entry) {
 
 // All arguments of the attention operators that the core reads, contiguous and alive.
 struct AttentionArguments {
-    Tensor q, k, v, decay, positions, lattice;
+    Tensor q, k, v, decay, edge_weight, positions, lattice;
     const Tensor &ptr, &shift, &layout;
-    int64_t num;
-    double r_max, width, tol;
+    at::ArrayRef<double> basis;
+    double tol;
 
     template <class T>
     AttentionInputs<T> inputs() const {
@@ -117,69 +124,71 @@ struct AttentionArguments {
             .k = pointer<T>(k),
             .v = pointer<T>(v),
             .decay = pointer<T>(decay),
+            .edge_weight = pointer<T>(edge_weight),
             .positions = pointer<T>(positions),
             .lattice = pointer<T>(lattice),
             .ptr = pointer<int64_t>(ptr),
             .shift = pointer<int32_t>(shift),
             .tol = bound,
             .layout = layout_of<T>(layout),
-            .window = Window::make(num, r_max, width, bound),
+            .window = window_of(edge_weight.size(2), basis, bound),
         };
     }
 };
 
 std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay,
-                                                 const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
-                                                 const Tensor& row_ptr, const Tensor& col, const Tensor& shift,
-                                                 const Tensor& layout, int64_t num, double r_max, double width,
-                                                 double tol) {
-    const AttentionArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                               positions.contiguous(), lattice.contiguous(), ptr,            shift,
-                               layout,                 num,                  r_max,          width,
-                               tol};
-    const Tensor o = at::empty(v.sizes(), v.options()), lse = at::empty(decay.sizes(), v.options());
-    const Tensor c = at::empty({v.size(0), v.size(1), num}, v.options());
+                                                 const Tensor& edge_weight, const Tensor& positions,
+                                                 const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
+                                                 const Tensor& col, const Tensor& shift, const Tensor& layout,
+                                                 at::ArrayRef<double> basis, double tol) {
+    const AttentionArguments x{q.contiguous(),           k.contiguous(),         v.contiguous(),       decay.contiguous(),
+                               edge_weight.contiguous(), positions.contiguous(), lattice.contiguous(), ptr,
+                               shift,                    layout,                 basis,                tol};
+    const Tensor y = at::empty(v.sizes(), v.options()), lse = at::empty(decay.sizes(), v.options());
+    const Tensor c = at::empty({v.size(0), v.size(1), edge_weight.size(2)}, v.options());
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention", [&] {
-        const AttentionOutputs<scalar_t> out{output<scalar_t>(o), output<scalar_t>(lse), output<scalar_t>(c)};
+        const AttentionOutputs<scalar_t> out{output<scalar_t>(y), output<scalar_t>(lse), output<scalar_t>(c)};
         const auto inputs = x.inputs<scalar_t>();
         const ReleaseGil release;
         attention(inputs, out, torch_threads());
     });
-    return {o, lse, c};
+    return {y, lse, c};
 }
 
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-SixTensors cpu_attention_backward(const Tensor& grad_o, const Tensor& grad_lse, const Tensor& grad_c, const Tensor& q,
-                                  const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& positions,
-                                  const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr, const Tensor& col,
-                                  const Tensor& shift, const Tensor& layout, int64_t num, double r_max, double width,
-                                  double tol, const Tensor& o, const Tensor& lse, const Tensor& c, bool geometry) {
-    const AttentionArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                               positions.contiguous(), lattice.contiguous(), ptr,            shift,
-                               layout,                 num,                  r_max,          width,
-                               tol};
-    const Tensor grads[] = {grad_o.contiguous(), grad_lse.contiguous(), grad_c.contiguous()};
-    const Tensor outputs[] = {o.contiguous(), lse.contiguous(), c.contiguous()};
-    const SixTensors result{like(q),     like(k), like(v), like(decay), like_if(geometry, positions),
-                            like_if(geometry, lattice)};
+SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
+                                    const Tensor& v, const Tensor& decay, const Tensor& edge_weight,
+                                    const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
+                                    const Tensor& row_ptr, const Tensor& col, const Tensor& shift, const Tensor& layout,
+                                    at::ArrayRef<double> basis, double tol, const Tensor& y, const Tensor& lse,
+                                    const Tensor& c, bool geometry) {
+    const AttentionArguments x{q.contiguous(),           k.contiguous(),         v.contiguous(),       decay.contiguous(),
+                               edge_weight.contiguous(), positions.contiguous(), lattice.contiguous(), ptr,
+                               shift,                    layout,                 basis,                tol};
+    const Tensor grads[] = {grad_y.contiguous(), grad_lse.contiguous()};
+    const Tensor outputs[] = {y.contiguous(), lse.contiguous(), c.contiguous()};
+    const SevenTensors result{like(q),           like(k),
+                              like(v),           like(decay),
+                              like(edge_weight), like_if(geometry, positions),
+                              like_if(geometry, lattice)};
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention_backward", [&] {
-        const auto all = [](const Tensor* t) {
-            return AttentionOutputs<const scalar_t>{pointer<scalar_t>(t[0]), pointer<scalar_t>(t[1]),
-                                                    pointer<scalar_t>(t[2])};
-        };
+        const AttentionOutputs<const scalar_t> grad{pointer<scalar_t>(grads[0]), pointer<scalar_t>(grads[1]), nullptr};
+        const AttentionOutputs<const scalar_t> saved{pointer<scalar_t>(outputs[0]), pointer<scalar_t>(outputs[1]),
+                                                     pointer<scalar_t>(outputs[2])};
         const AttentionGrads<scalar_t> to{
             output<scalar_t>(std::get<0>(result)),
             output<scalar_t>(std::get<1>(result)),
             output<scalar_t>(std::get<2>(result)),
             output<scalar_t>(std::get<3>(result)),
-            geometry ? output<scalar_t>(std::get<4>(result)) : nullptr,
+            output<scalar_t>(std::get<4>(result)),
             geometry ? output<scalar_t>(std::get<5>(result)) : nullptr,
+            geometry ? output<scalar_t>(std::get<6>(result)) : nullptr,
         };
         const auto inputs = x.inputs<scalar_t>();
         check_members(geometry, inputs.layout.entry);
         const ReleaseGil release;
-        attention_backward(all(grads), inputs, all(outputs), to, torch_threads());
+        attention_backward(grad, inputs, saved, to, torch_threads());
     });
     return result;
 }
@@ -187,7 +196,7 @@ SixTensors cpu_attention_backward(const Tensor& grad_o, const Tensor& grad_lse, 
 template <class T>
 EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
                                   const Tensor& lattice, const Tensor& ptr, const Tensor& shift, const Tensor& layout,
-                                  int64_t num, double r_max, double width, double tol) {
+                                  at::ArrayRef<double> basis, double tol) {
     const double bound = at_least_rounding(tol, decay);
     return {
         .atoms = decay.size(0),
@@ -202,20 +211,20 @@ EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight
         .shift = pointer<int32_t>(shift),
         .tol = bound,
         .layout = layout_of<T>(layout),
-        .window = Window::make(num, r_max, width, bound),
+        .window = window_of(edge_weight.size(2), basis, bound),
     };
 }
 
 std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
                                         const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
                                         const Tensor& col, const Tensor& shift, const Tensor& layout, int64_t num_pairs,
-                                        int64_t num, double r_max, double width, double tol) {
+                                        at::ArrayRef<double> basis, double tol) {
     const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const Tensor alpha = at::empty({num_pairs, decay.size(1)}, decay.options());
     const Tensor beta = at::empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding", [&] {
-        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, num, r_max, width, tol);
+        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, basis, tol);
         const EncodingOutputs<scalar_t> out{output<scalar_t>(alpha), output<scalar_t>(beta)};
         const ReleaseGil release;
         encoding(in, out, torch_threads());
@@ -226,14 +235,14 @@ std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor& grad_alpha, const Tensor& grad_beta, const Tensor& decay, const Tensor& edge_weight,
     const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr, const Tensor& col,
-    const Tensor& shift, const Tensor& layout, int64_t num_pairs, int64_t num, double r_max, double width, double tol,
+    const Tensor& shift, const Tensor& layout, int64_t num_pairs, at::ArrayRef<double> basis, double tol,
     const Tensor& alpha, const Tensor& beta, bool geometry) {
     const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};
     const auto result = std::make_tuple(like(a), like(w), like_if(geometry, p), like_if(geometry, l));
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding_backward", [&] {
-        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, num, r_max, width, tol);
+        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, basis, tol);
         check_members(geometry, in.layout.entry);
         const EncodingOutputs<const scalar_t> grad{pointer<scalar_t>(tensors[0]), pointer<scalar_t>(tensors[1])};
         const EncodingOutputs<const scalar_t> out{pointer<scalar_t>(tensors[2]), pointer<scalar_t>(tensors[3])};

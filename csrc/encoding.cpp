@@ -2,7 +2,7 @@
 
 #include "crystals.h"
 #include "kernels.h"
-#include "memory.h"
+#include "weight.h"
 
 namespace crystalformer {
 
@@ -17,26 +17,12 @@ int64_t scratch_size(const EncodingInputs<T>& in) {
     return 32 * in.window.size + 16 * in.window.padded() + tiles + images;
 }
 
-// (H,rows,columns) from a weight that holds element (h, row, column) at `at(h, row, column)`; the columns padded to
-// whole tiles of zeros.
-template <class T, class At>
-Buffer<T> in_tiles(int heads, int rows, int columns, const T* weight, At at) {
-    const int64_t width = tiled(columns);
-    Buffer<T> result(heads * rows * width);
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < width; ++c)
-                result.data()[(h * rows + r) * width + c] = c < columns ? weight[at(h, r, c)] : T(0);
-    return result;
-}
-
 }  // namespace
 
 template <class T>
 void encoding(const EncodingInputs<T>& in, const EncodingOutputs<T>& out, const Threads& threads) {
     const int64_t values = in.value_dim, num = in.window.num;
-    const auto weight = in_tiles(in.heads, int(num), int(values), in.edge_weight,
-                                 [&](int64_t h, int64_t m, int64_t d) { return (h * values + d) * num + m; });
+    const auto weight = weight_by_basis(in.edge_weight, in.heads, values, num);
     const EncodingRows<T> rows{
         .in = in, .out = out, .weight_by_basis = weight.data(), .scratch = scratch_size(in)};
     threads.for_chunks(in.atoms, 1, [&] {
@@ -50,8 +36,7 @@ template <class T>
 void encoding_backward(const EncodingOutputs<const T>& grad, const EncodingInputs<T>& in,
                        const EncodingOutputs<const T>& out, const EncodingGrads<T>& result, const Threads& threads) {
     const int64_t values = in.value_dim, num = in.window.num, columns = tiled(in.window.num);
-    const auto weight = in_tiles(in.heads, int(values), int(num), in.edge_weight,
-                                 [&](int64_t h, int64_t d, int64_t m) { return (h * values + d) * num + m; });
+    const auto weight = weight_by_value(in.edge_weight, in.heads, values, num);
     const bool geometry = result.positions;
     Buffer<T> pair_force(geometry ? 3 * in.layout.segments : 0), row_lattice(geometry ? 9 * in.atoms : 0);
     const std::vector<int64_t> crystal = crystal_of_atom(in.ptr, in.crystals);

@@ -8,22 +8,6 @@
 
 namespace crystalformer::LEVEL {
 
-// result (n) += sum_s x[s] row_s, rows of n numbers, n a multiple of TILE.
-template <class T>
-INLINE void add_rows(const T* rows, int count, int n, const T* x, T* result) {
-    for (int tile = 0; tile < n; tile += TILE) {
-        using P = Pack<T, TILE>;
-        P even = P::load(result + tile), odd = P::all(0);
-        int s = 0;
-        for (; s + 1 < count; s += 2) {
-            even += P::load(rows + int64_t(s) * n + tile) * x[s];
-            odd += P::load(rows + int64_t(s + 1) * n + tile) * x[s + 1];
-        }
-        if (s < count) even += P::load(rows + int64_t(s) * n + tile) * x[s];
-        (even + odd).store(result + tile);
-    }
-}
-
 // Equations (6) and (7).
 template <class T>
 void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scratch) {
@@ -49,7 +33,8 @@ void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scr
                 for (int h = 0; h < HEADS && HEADS * g + h < in.heads && values; ++h) {
                     const int64_t head = HEADS * g + h;
                     for (int d = 0; d < values; ++d) beta[d] = 0;
-                    add_rows(x.weight_by_basis + head * num * values, num, values, c + h * padded + in.window.half + 1, beta);
+                    add_rows<1>(x.weight_by_basis + head * num * values, num, values, c + h * padded + in.window.half + 1, 0,
+                                1, beta, 0);
                     T* to = x.out.beta + (pair * in.heads + head) * in.value_dim;
                     for (int d = 0; d < in.value_dim; ++d) to[d] = slot_sum[h] > 0 ? beta[d] / slot_sum[h] : T(0);
                 }
@@ -87,8 +72,8 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
                     for (int m = 0; m < columns; ++m) u_head[m] = 0;
                     if (h < real) {
                         const T* grad_beta = x.grad.beta + (head + h) * in.value_dim;
-                        add_rows(x.weight + int64_t(HEADS * g + h) * in.value_dim * columns, in.value_dim, columns, grad_beta,
-                                 u_head);
+                        add_rows<1>(x.weight + int64_t(HEADS * g + h) * in.value_dim * columns, in.value_dim, columns,
+                                    grad_beta, 0, 1, u_head, 0);
                         content[h] = x.grad.alpha[head + h] -
                                      dot_flat(grad_beta, x.saved.beta + (head + h) * in.value_dim, in.value_dim);
                     }
@@ -116,8 +101,8 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
                 store_heads(t.grad_decay, in.heads, g, x.result.decay + i * in.heads);
                 for (int h = 0; h < real; ++h)
                     for (int d = 0; d < in.value_dim; ++d)
-                        add_rows(c + h * padded + begin, 1, columns, x.grad.beta + (head + h) * in.value_dim + d,
-                                 grad_weight + (int64_t(HEADS * g + h) * in.value_dim + d) * columns);
+                        add_rows<1>(c + h * padded + begin, 1, columns, x.grad.beta + (head + h) * in.value_dim + d, 0, 1,
+                                    grad_weight + (int64_t(HEADS * g + h) * in.value_dim + d) * columns, 0);
             }
             if (slope)
                 add_forces(layout, in.positions, in.lattice + 9 * x.crystal[i], in.shift, pair, 1, layout.pair_col + pair,

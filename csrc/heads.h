@@ -9,18 +9,18 @@ namespace crystalformer::LEVEL {
 // Decay of the heads that pad a group: they see nothing but the atom itself.
 constexpr double PADDING_DECAY = 1e10;
 
-// Rows of n numbers, one for each of `real` heads -> (n,8), zeros where there is no head.
+// Rows of n numbers, `stride` apart, one for each of `real` heads -> (n,8), zeros where there is no head.
 template <class T>
-INLINE void heads_last(const T* rows, int real, int n, T* result) {
+INLINE void heads_last(const T* rows, int64_t stride, int real, int n, T* result) {
     int m = 0;
     for (; m + HEADS <= n; m += HEADS) {
         Heads<T> x[HEADS];
-        for (int h = 0; h < HEADS; ++h) x[h] = h < real ? Heads<T>::load(rows + h * n + m) : Heads<T>::all(0);
+        for (int h = 0; h < HEADS; ++h) x[h] = h < real ? Heads<T>::load(rows + h * stride + m) : Heads<T>::all(0);
         transpose(x);
         for (int i = 0; i < HEADS; ++i) x[i].store(result + HEADS * (m + i));
     }
     for (; m < n; ++m)
-        for (int h = 0; h < HEADS; ++h) result[HEADS * m + h] = h < real ? rows[h * n + m] : T(0);
+        for (int h = 0; h < HEADS; ++h) result[HEADS * m + h] = h < real ? rows[h * stride + m] : T(0);
 }
 
 // (N,H,D) -> (N,G,D,8).
@@ -29,7 +29,7 @@ void group_heads(const T* x, int64_t first, int64_t last, int heads, int dim, T*
     const int groups = groups_of(heads);
     for (int64_t row = first * groups; row < last * groups; ++row) {
         const int head = int(row % groups) * HEADS, real = heads - head < HEADS ? heads - head : HEADS;
-        heads_last(x + (row / groups * heads + head) * dim, real, dim, grouped + row * dim * HEADS);
+        heads_last(x + (row / groups * heads + head) * dim, dim, real, dim, grouped + row * dim * HEADS);
     }
 }
 

@@ -7,19 +7,21 @@
 
 #include "attention.h"
 #include "encoding.h"
+#include "weight.h"
 
 namespace crystalformer {
 
 inline int groups_of(int heads) { return (heads + 7) / 8; }
-inline int tiled(int n) { return (n + Window::TILE - 1) / Window::TILE * Window::TILE; }
 
 template <class T>
 struct AttentionRows {
+    static constexpr int TOGETHER = 4;  // rows that a thread takes, and multiplies with the weight, at once
     const AttentionInputs<T>& in;
     AttentionOutputs<T> out = {};              // forward only
     AttentionOutputs<const T> saved = {}, grad = {};  // backward only: the outputs and their gradients
     AttentionGrads<T> result = {};
-    const T *q, *k, *v, *grad_o = nullptr;     // (N,G,D,8) (N,G,D,8) (N,G,Dv,8) (N,G,Dv,8)
+    const T *q, *k, *v, *grad_y = nullptr;     // (N,G,D,8) (N,G,D,8) (N,G,Dv,8) (N,G,Dv,8)
+    const T* weight;                           // (H,K,tiled Dv) forward, (H,Dv,tiled K) backward
     // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.
     int64_t first_row = 0, last_row = 0, first_pair = 0, block_pairs = 0;
     T *pair_p = nullptr, *pair_ds = nullptr;   // (G,block_pairs,8) sums over the images of a pair
@@ -52,6 +54,8 @@ struct Kernels {
     void (*attention_backward_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_columns)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_finish)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*sum_outer_products)(const T* g, const T* c, int64_t atoms, int heads, int values, int num, int64_t first,
+                               int64_t last, T* result);
     void (*encoding_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*encoding_backward_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* grad_weight, T* scratch);
     void (*gather_force_rows)(const Layout<T>&, const T* pair_force, int64_t first, int64_t last, T* positions);

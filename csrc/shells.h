@@ -6,14 +6,12 @@
 // T, p is evaluated member by member (WIDE).
 #pragma once
 
-#include "layout.h"
-#include "simd.h"
+#include "products.h"
 
 namespace crystalformer::LEVEL {
 
 constexpr int HEADS = 8;   // heads of one pack: heads come in groups of so many, the last one padded
 constexpr int BLOCK = 32;  // shells worked on at once
-constexpr int TILE = Window::TILE;
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
 template <class T>
@@ -85,25 +83,7 @@ INLINE void basis_window(const Window& window, T offset, T* b) {
 template <class T>
 INLINE void add_products(const Window& window, int n, const T* weight, const T* basis, T* c) {
     const int64_t stride = window.padded();
-    for (int h = 0; h < HEADS; h += 4)
-        for (int tile = 0; tile < window.size; tile += TILE) {
-            T* place = c + h * stride + tile;
-            using P = Pack<T, TILE>;
-            P c0 = P::load(place), c1 = P::load(place + stride), c2 = P::load(place + 2 * stride),
-              c3 = P::load(place + 3 * stride);
-            for (int e = 0; e < n; ++e) {
-                const P b = P::load(basis + e * window.size + tile);
-                const T* p = weight + HEADS * e + h;
-                c0 += b * p[0];
-                c1 += b * p[1];
-                c2 += b * p[2];
-                c3 += b * p[3];
-            }
-            c0.store(place);
-            c1.store(place + stride);
-            c2.store(place + 2 * stride);
-            c3.store(place + 3 * stride);
-        }
+    for (int h = 0; h < HEADS; h += 4) add_rows<4>(basis, n, window.size, weight + h, 1, HEADS, c + h * stride, stride);
 }
 
 // One block: shells of one bin, with their exponents.

@@ -24,10 +24,9 @@ def attention_bwd_rows(
     k_p,
     v_p,
     decay_p,
-    o_p,
+    y_p,
     lse_p,
-    c_p,
-    grad_o_p,
+    grad_y_p,
     grad_lse_p,
     grad_c_p,
     tile_p,
@@ -61,15 +60,14 @@ def attention_bwd_rows(
     q = load_heads(q_p, i, h, H, D, BD) * q_scale  # [BH, BD]
     a = tl.load(decay_p + i * H + h, mask=h < H, other=0.0) * decay_scale  # [BH], negative
     lse = tl.load(lse_p + i * H + h, mask=h < H, other=0.0) * LOG2E
-    grad_o = load_heads(grad_o_p, i, h, H, DV, BV)  # [BH, BV]
-    delta = tl.sum(grad_o * load_heads(o_p, i, h, H, DV, BV), 1)
+    grad_y = load_heads(grad_y_p, i, h, H, DV, BV)  # [BH, BV]
+    delta = tl.sum(grad_y * load_heads(y_p, i, h, H, DV, BV), 1)
     delta -= tl.load(grad_lse_p + i * H + h, mask=h < H, other=0.0)
     if K > 0:
         for o_k in tl.static_range(0, K, BU):
             k = o_k + tl.arange(0, BU)
             mu = tl.load(mu_p + k)
             u = load_columns(grad_c_p, i, h, k, H, K)  # [BU, BH]
-            delta += tl.sum(u * load_columns(c_p, i, h, k, H, K), 0)
     dq = tl.zeros((BG, BH, BD), tl.float32)
     d_decay = tl.zeros((BG, BH), tl.float32)
     first = tl.load(first_p + i).to(tl.int64)
@@ -80,7 +78,7 @@ def attention_bwd_rows(
         k_j = gather_heads(k_p, j, h, H, D, BD)
         s = tl.sum(k_j * q[None, :, :], 2) - lse[None, :]  # [BG, BH]
         # gamma - delta of (B4): what p is multiplied with
-        weight = tl.sum(gather_heads(v_p, j, h, H, DV, BV) * grad_o[None, :, :], 2) - delta[None, :]  # [BG, BH]
+        weight = tl.sum(gather_heads(v_p, j, h, H, DV, BV) * grad_y[None, :, :], 2) - delta[None, :]  # [BG, BH]
         x2 = x * x
         p = tl.exp2(s[None, :, :] + a[None, None, :] * x2[:, :, None])  # [G, BG, BH]
         weight = tl.broadcast_to(weight[None, :, :], (G, BG, BH))
@@ -119,7 +117,7 @@ def attention_bwd_rows(
 @triton.jit
 def attention_bwd_columns(
     q_p,
-    grad_o_p,
+    grad_y_p,
     p_group_p,
     ds_group_p,
     tile_p,
@@ -151,19 +149,19 @@ def attention_bwd_columns(
         ds = tl.load(ds_group_p + o_group, mask=m_group, other=0.0)  # [BG, BH]
         p = tl.load(p_group_p + o_group, mask=m_group, other=0.0)
         dk += ds[:, :, None] * gather_heads(q_p, i, h, H, D, BD)
-        dv += p[:, :, None] * gather_heads(grad_o_p, i, h, H, DV, BV)
+        dv += p[:, :, None] * gather_heads(grad_y_p, i, h, H, DV, BV)
     store_heads(dk_p, j, h, tl.sum(dk, 0) * q_scale, H, D, BD)
     store_heads(dv_p, j, h, tl.sum(dv, 0), H, DV, BV)
 
 
 def attention_backward(
-    grad_o: Tensor,
+    grad_y: Tensor,
     grad_lse: Tensor,
-    grad_c: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     decay: Tensor,
+    edge_weight: Tensor,
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
@@ -171,35 +169,36 @@ def attention_backward(
     col: Tensor,
     shift: Tensor,
     layout: Tensor,
-    num: int,
-    r_max: float,
-    width: float,
+    basis: list[float],
     tol: float,
-    o: Tensor,
+    y: Tensor,
     lse: Tensor,
     c: Tensor,
     geometry: bool,
 ) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v, decay, positions and lattice: the operator `triton_attention_backward`."""
-    q, k, v, decay, grad_o, grad_lse, grad_c = (x.contiguous() for x in (q, k, v, decay, grad_o, grad_lse, grad_c))
+    """The gradients of q, k, v, decay, edge_weight, positions and lattice: the operator `triton_attention_backward`."""
+    num = edge_weight.shape[2]
+    q, k, v, decay, grad_y, grad_lse = (x.contiguous() for x in (q, k, v, decay, grad_y, grad_lse))
     tiles = unpack(layout, len(q), len(col), num)
     group, groups = tiles.shape
     grid = (len(q), head_blocks(q.shape[1]))
     dq, dk, dv, d_decay = (torch.empty_like(x) for x in (q, k, v, decay))
     p_group, ds_group = decay.new_empty(2, len(tiles.records) * groups, q.shape[1])
     force = decay.new_empty(len(tiles.records) * group * groups if geometry else 0, grid[1])
-    x_scale, log2e = scale(num, r_max, width), math.log2(math.e)
+    x_scale, log2e = scale(num, basis), math.log2(math.e)
     q_scale = 1 / math.sqrt(q.shape[2])
-    inputs = (q, k, v, decay, o, lse, c, grad_o, grad_lse, grad_c, tiles.records, tiles.first, tiles.mu)
     results = (dq, d_decay, p_group, ds_group, force)
     scales = (q_scale * log2e, -log2e / x_scale**2, 2 * x_scale**2 / log2e)
     with torch.cuda.device_of(q):
+        grad_c = torch.einsum("hdk,nhd->nhk", edge_weight, grad_y).contiguous()
+        d_edge_weight = torch.einsum("nhd,nhk->hdk", grad_y, c)
+        inputs = (q, k, v, decay, y, lse, grad_y, grad_lse, grad_c, tiles.records, tiles.first, tiles.mu)
         attention_bwd_rows[grid](*inputs, *results, *scales, **row_blocks(q, v, num, tiles.shape, geometry))
         attention_bwd_columns[grid](
-            *(q, grad_o, p_group, ds_group, tiles.records, tiles.first, dk, dv),
+            *(q, grad_y, p_group, ds_group, tiles.records, tiles.first, dk, dv),
             q_scale,
             **column_blocks(q, v, tiles.shape),
         )
         if not geometry:
-            return dq, dk, dv, d_decay, positions.new_empty(0), lattice.new_empty(0)
-        return dq, dk, dv, d_decay, *spread(force, positions, lattice, ptr, row_ptr, col, shift, tiles)
+            return dq, dk, dv, d_decay, d_edge_weight, positions.new_empty(0), lattice.new_empty(0)
+        return dq, dk, dv, d_decay, d_edge_weight, *spread(force, positions, lattice, ptr, row_ptr, col, shift, tiles)

@@ -1,7 +1,7 @@
 """Forward of infinitely connected attention: one program per atom, one pass over its tiles, online softmax.
 
 Equations (2) to (5) of docs/math.md. Nothing of the images leaves the registers: k_j and v_j are gathered once a group,
-and the sum c = sum_e p_e b(d_e) is a matrix product of b [BK, BE] and p [BE, BH].
+and the sum c = sum_e p_e b(d_e) is a matrix product of b [BK, BE] and p [BE, BH]. W c is a library product.
 """
 
 import math
@@ -88,6 +88,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     decay: Tensor,
+    edge_weight: Tensor,
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
@@ -95,20 +96,21 @@ def attention(
     col: Tensor,
     shift: Tensor,
     layout: Tensor,
-    num: int,
-    r_max: float,
-    width: float,
+    basis: list[float],
     tol: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o (N,H,Dv), lse (N,H), c (N,H,K): the operator `triton_attention`."""
+    """y (N,H,Dv), lse (N,H), c (N,H,K): the operator `triton_attention`."""
+    num = edge_weight.shape[2]
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
     tiles = unpack(layout, len(q), len(col), num)
-    o, lse, c = torch.empty_like(v), torch.empty_like(decay), decay.new_empty(*decay.shape, num)
+    y, lse, c = torch.empty_like(v), torch.empty_like(decay), decay.new_empty(*decay.shape, num)
     q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
-    decay_scale = -math.log2(math.e) / scale(num, r_max, width) ** 2
-    tensors = (q, k, v, decay, tiles.records, tiles.first, tiles.mu, o, lse, c)
+    decay_scale = -math.log2(math.e) / scale(num, basis) ** 2
+    tensors = (q, k, v, decay, tiles.records, tiles.first, tiles.mu, y, lse, c)
     with torch.cuda.device_of(q):
         attention_fwd[len(q), head_blocks(q.shape[1])](
             *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape)
         )
-    return o, lse, c
+        if num:
+            y.transpose(0, 1).baddbmm_(c.transpose(0, 1), edge_weight.mT)
+    return y, lse, c

@@ -143,18 +143,17 @@ def encoding(
     shift: Tensor,
     layout: Tensor,
     num_pairs: int,
-    num: int,
-    r_max: float,
-    width: float,
+    basis: list[float],
     tol: float,
 ) -> tuple[Tensor, Tensor]:
     """alpha (P,H) and beta (P,H,Dv): the operator `triton_encoding`."""
+    num = edge_weight.shape[2]
     decay, pairs = decay.contiguous(), unpack(layout, num_pairs, len(col), num)
     alpha = decay.new_empty(num_pairs, decay.shape[1])
     beta = decay.new_empty(*alpha.shape, edge_weight.shape[1])
     with torch.cuda.device_of(decay):
         for some in _chunks(alpha, num):
-            c = _coefficients(decay, pairs, some, alpha[some], num, r_max, width)
+            c = _coefficients(decay, pairs, some, alpha[some], num, basis)
             if num:
                 beta[some] = torch.einsum("hdk,nhk->nhd", edge_weight, c)
     return alpha, beta
@@ -173,27 +172,26 @@ def encoding_backward(
     shift: Tensor,
     layout: Tensor,
     num_pairs: int,
-    num: int,
-    r_max: float,
-    width: float,
+    basis: list[float],
     tol: float,
     alpha: Tensor,
     beta: Tensor,
     geometry: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of decay, edge_weight, positions and lattice: the operator `triton_encoding_backward`."""
+    num = edge_weight.shape[2]
     decay, grad_alpha, grad_beta = (x.contiguous() for x in (decay, grad_alpha, grad_beta))
     pairs = unpack(layout, num_pairs, len(col), num)
     d_pair, d_edge_weight = torch.empty_like(alpha), torch.zeros_like(edge_weight)
     blocks = head_blocks(decay.shape[1])
     force = decay.new_empty(len(col) if geometry else 0, blocks)
-    x_scale, log2e = scale(num, r_max, width), math.log2(math.e)
+    x_scale, log2e = scale(num, basis), math.log2(math.e)
     sizes = encoding_backward_blocks(decay, beta, num)
     with torch.cuda.device_of(decay):
         for some in _chunks(alpha, num):
             g, u = grad_beta[some], alpha.new_empty(0)
             if num:
-                c = _coefficients(decay, pairs, some, torch.empty_like(alpha[some]), num, r_max, width)
+                c = _coefficients(decay, pairs, some, torch.empty_like(alpha[some]), num, basis)
                 d_edge_weight += torch.einsum("nhd,nhk->hdk", g, c)
                 u = torch.einsum("hdk,nhd->nhk", edge_weight, g).contiguous()
             encoding_bwd[len(g), blocks](
@@ -216,14 +214,12 @@ def _chunks(alpha: Tensor, num: int) -> list[slice]:
     return [slice(first, min(first + step, len(alpha))) for first in range(0, len(alpha), step)]
 
 
-def _coefficients(
-    decay: Tensor, pairs: Layout, some: slice, alpha: Tensor, num: int, r_max: float, width: float
-) -> Tensor:
+def _coefficients(decay: Tensor, pairs: Layout, some: slice, alpha: Tensor, num: int, basis: list[float]) -> Tensor:
     """c (n,H,K) of some pairs, whose alpha is written to `alpha`."""
     c = alpha.new_empty(*alpha.shape, num)
     encoding_fwd[len(alpha), head_blocks(alpha.shape[1])](
         *(decay, pairs.records.view(torch.float32), pairs.first[some.start :], pairs.atom[some], pairs.mu, alpha, c),
-        *(-math.log2(math.e) / scale(num, r_max, width) ** 2,),
+        *(-math.log2(math.e) / scale(num, basis) ** 2,),
         **encoding_blocks(decay, num), FAR=FAR,
     )  # fmt: skip
     return c

@@ -11,6 +11,7 @@ encoding reads plain rows of one distance each, sorted by pair, then distance.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +64,12 @@ def padded(num: int) -> int:
     return max(16, triton.next_power_of_2(num)) if num else 0
 
 
-def scale(num: int, r_max: float, width: float) -> float:
-    """x / d, Å^-1."""
-    return math.sqrt(0.5 * math.log2(math.e)) * num / (width * r_max) if num else 1.0
+def scale(num: int, basis: Sequence[float]) -> float:
+    """x / d, Å^-1, for K = num basis functions of (r_max, width)."""
+    if not num:
+        return 1.0
+    r_max, width = basis
+    return math.sqrt(0.5 * math.log2(math.e)) * num / (width * r_max)
 
 
 def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
@@ -85,7 +89,8 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _join(records: Tensor, num: int, width: float, *tables: Tensor) -> Tensor:
+def _join(records: Tensor, num: int, basis: Sequence[float], *tables: Tensor) -> Tensor:
+    width = basis[1] if num else 1.0
     centers = torch.arange(1, padded(num) + 1, device=records.device)
     mu = torch.where(centers <= num, centers * (math.sqrt(0.5 * math.log2(math.e)) / width), -FAR)
     parts = [records.flatten(), mu.float().view(torch.int32), *(x.int() for x in tables)]
@@ -142,8 +147,7 @@ def pack(
     col: Tensor,
     shift: Tensor,
     num: int,
-    r_max: float,
-    width: float,
+    basis: Sequence[float],
     tol: float,
     by_pair: bool,
     merge: bool,
@@ -154,9 +158,9 @@ def pack(
     place, so that a layout serves with and without the gradients of the geometry.
     """
     images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=0)
-    e = _sort(images, positions, lattice, scale(num, r_max, width))
+    e = _sort(images, positions, lattice, scale(num, basis))
     if by_pair:
-        return _pack_pairs(e, images, num, width)
+        return _pack_pairs(e, images, num, basis)
 
     def tiles(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(M) the group of each image, counted without gaps, and (N+1) the first tile of each atom."""
@@ -182,10 +186,10 @@ def pack(
     records[tile, 2 * groups + slot + lane] = e.x.view(torch.int32)
     place = tile * (group * groups) + slot + lane
     mirror_place = mirror // groups * (group * groups) + slot + mirror % groups
-    return _join(records, num, width, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
+    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
 
 
-def _pack_pairs(e: _Sorted, images: ImageList, num: int, width: float) -> Tensor:
+def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float]) -> Tensor:
     """The encoding's layout. One host synchronisation, for the number of pairs."""
     n, size = images.num_atoms, images.ptr.diff()
     number = int(size.square().sum())
@@ -197,4 +201,4 @@ def _pack_pairs(e: _Sorted, images: ImageList, num: int, width: float) -> Tensor
     atom = torch.repeat_interleave(partners, output_size=number)
     place, mirror = torch.arange(len(e.x), device=e.i.device), e.first_mirror + e.rank
     records = e.x.view(torch.int32)[:, None]
-    return _join(records, num, width, first, _back(e.order, place), _back(e.order, mirror), atom)
+    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror), atom)

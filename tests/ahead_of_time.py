@@ -46,17 +46,16 @@ def launches():
         )
         geometry = (x.positions, x.lattice, x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
         c = x.decay.new_zeros(*x.decay.shape, num)
-        o = torch.zeros_like(x.v)
-        settings = (num, 6.0, 1.0)
-        layout = images.pack(*geometry, *settings, 0.0, by_pair=False, merge=False)
-        inputs = (x.q, x.k, x.v, x.decay, *geometry, layout, *settings, 0.0)
+        y, weight, settings = torch.zeros_like(x.v), x.edge_weight[..., :num], ((6.0, 1.0), 0.0)
+        layout = images.pack(*geometry, num, *settings, by_pair=False, merge=False)
+        inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
         kernels.OPERATORS["attention"](*inputs)
         for moving in (False, True):
-            kernels.OPERATORS["attention_backward"](o, x.decay, c, *inputs, o, x.decay, c, moving)
+            kernels.OPERATORS["attention_backward"](y, x.decay, *inputs, y, x.decay, c, moving)
         if tile != CASES[0][1]:
             continue
-        layout = images.pack(*geometry, *settings, 0.0, by_pair=True, merge=False)
-        inputs = (x.decay, x.edge_weight[..., :num], *geometry, layout, x.images.num_pairs, *settings, 0.0)
+        layout = images.pack(*geometry, num, *settings, by_pair=True, merge=False)
+        inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)

@@ -205,13 +205,13 @@ def test_operators_refuse_what_they_cannot_read():
     """Called directly, past the checks of the public functions."""
     x = exact(make(MIXED, (3, 4, 4, 8)))
     lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    basis = (x.basis.num, x.basis.r_max, x.basis.width)
+    basis = (x.basis.r_max, x.basis.width)
     run, backward = torch.ops.crystalformer.cpu_attention, torch.ops.crystalformer.cpu_attention_backward
     with pytest.raises(RuntimeError, match="need the layout that cpu_layout makes"):
-        run(*x.inputs[:6], *lists, torch.empty(0, dtype=torch.uint8), *basis, 1e-6)
-    merged = torch.ops.crystalformer.cpu_layout(*x.inputs[4:6], *lists, *basis, 1e-6, False, True)
-    outputs = run(*x.inputs[:6], *lists, merged, *basis, 1e-6)
+        run(*x.op_inputs, *lists, torch.empty(0, dtype=torch.uint8), basis, 1e-6)
+    merged = torch.ops.crystalformer.cpu_layout(*x.inputs[4:6], *lists, x.basis.num, basis, 1e-6, False, True)
+    outputs = run(*x.op_inputs, *lists, merged, basis, 1e-6)
     with pytest.raises(RuntimeError, match="need a layout made with merge=False"):
-        backward(*outputs, *x.inputs[:6], *lists, merged, *basis, 1e-6, *outputs, True)
+        backward(*outputs[:2], *x.op_inputs, *lists, merged, basis, 1e-6, *outputs, True)
     with pytest.raises(RuntimeError, match="needs contiguous CPU tensors"):
-        run(*x.inputs[:6], *lists[:3], x.images.shift.T.contiguous().T, merged, *basis, 1e-6)
+        run(*x.op_inputs, *lists[:3], x.images.shift.T.contiguous().T, merged, basis, 1e-6)

@@ -13,7 +13,9 @@ def arguments(op: ops.Op, backend: str):
     lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.basis_and_tol
     if op is ops.ENCODING:
         return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
-    return x.inputs[:6], (*lists, *basis) if op is ops.ATTENTION else (x.ptr, 0.5, 1e-6)
+    if op is ops.ATTENTION:
+        return x.op_inputs, (*lists, *basis)
+    return x.inputs[:6], (x.ptr, 0.5, 1e-6)
 
 
 CASES = [(op, name) for name in ("reference", "cpu") for op in ops.OPS if (op, name) != (ops.RECIPROCAL, "cpu")]
@@ -33,7 +35,7 @@ def test_opcheck(op, name):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     backward = getattr(torch.ops.crystalformer, f"{name}_{op.name}_backward").default
     for geometry in (True, False):
-        grads = [torch.randn_like(y) for y in outputs]
+        grads = [torch.randn_like(y) for y in outputs[: len(op.outputs)]]
         torch.library.opcheck(backward, (*grads, *inputs, *settings, *outputs, geometry))
 
 
@@ -46,7 +48,7 @@ def test_opcheck_of_lists_and_layouts():
         torch.library.opcheck(torch.ops.crystalformer.cpu_images.default, (*geometry, x.ptr, *settings))
     lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
     for by_pair, merge in ((False, True), (False, False), (True, True)):
-        settings = (x.basis.num, x.basis.r_max, x.basis.width, 1e-6, by_pair, merge)
+        settings = (x.basis.num, (x.basis.r_max, x.basis.width), 1e-6, by_pair, merge)
         arguments = (*geometry, *lists, *settings)
         # Some bytes of a layout are never written, so that two of them are not equal.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -146,7 +146,7 @@ def test_layout_holds_every_image_once():
     for kinds in ((("cubic", 1),), (("skewed", 3),), (("cubic", 12),)):
         x = on_device(problem(kinds=kinds))
         lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-        packed = module.pack(x.positions, x.lattice, *lists, 5, 6.0, 1.1, 0.0, by_pair=False, merge=False)
+        packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), 0.0, by_pair=False, merge=False)
         layout = module.unpack(packed, len(x.q), x.images.num_images, 5)
         group, groups = layout.shape
         distances = layout.records[:, 2 * groups :].contiguous().view(torch.float32).flatten()
@@ -175,17 +175,12 @@ def test_takes_fp32_alone():
 
 def attention_arguments(x):
     """Inputs and settings of the operators `triton_attention` and `reference_attention`."""
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    settings = (x.basis.num, x.basis.r_max, x.basis.width, 0.0)
-    layout = torch.ops.crystalformer.triton_layout(x.positions, x.lattice, *lists, *settings, False, False)
-    return x.inputs[:6], (*lists, layout, *settings)
+    return x.op_inputs, (*x.lists("triton"), *x.basis_and_tol)
 
 
 def encoding_arguments(x):
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    settings = (x.basis.num, x.basis.r_max, x.basis.width, 0.0)
-    layout = torch.ops.crystalformer.triton_layout(x.positions, x.lattice, *lists, *settings, True, False)
-    return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, layout, x.images.num_pairs, *settings)
+    settings = (*x.lists("triton", by_pair=True), x.images.num_pairs, *x.basis_and_tol)
+    return (x.decay, x.edge_weight, x.positions, x.lattice), settings
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("attention", attention_arguments), ("encoding", encoding_arguments)])
@@ -196,7 +191,7 @@ def test_opcheck(name, arguments):
     outputs = forward(*inputs, *settings)
     backward = getattr(torch.ops.crystalformer, f"triton_{name}_backward").default
     for geometry in (True, False):
-        torch.library.opcheck(backward, (*map(torch.randn_like, outputs), *inputs, *settings, *outputs, geometry))
+        torch.library.opcheck(backward, (*map(torch.randn_like, outputs[:2]), *inputs, *settings, *outputs, geometry))
 
 
 def test_second_derivatives():
