@@ -83,6 +83,45 @@ void add_points(const Cell& cell, const Vector& center, double radius2, int32_t 
     }
 }
 
+// Sorts out pairs of atoms that are too far apart: no image of j is nearer to i than the nearest of the lattice planes
+// through its images, for each of the three families of planes that bound the cell.
+class NearPairs {
+  public:
+    NearPairs(const Cell& cell, const Vector* rotated, int64_t atoms) : atoms_(atoms) {
+        const auto& t = cell.t;
+        // The columns of T^-1: their products with a position are its fractional coordinates.
+        const Vector normals[3] = {{1 / t[0][0], 0, 0},
+                                   {-t[0][1] / (t[0][0] * t[1][1]), 1 / t[1][1], 0},
+                                   {(t[0][1] * t[1][2] / t[1][1] - t[0][2]) / (t[0][0] * t[2][2]),
+                                    -t[1][2] / (t[1][1] * t[2][2]), 1 / t[2][2]}};
+        for (int axis = 0; axis < 3; ++axis) {
+            spacing_[axis] = 1 / std::sqrt(dot(normals[axis], normals[axis]));
+            for (int64_t i = 0; i < atoms; ++i) fraction_[axis].push_back(dot(rotated[i], normals[axis]));
+        }
+    }
+    // The atoms, in order, that may have images within `radius` of atom i.
+    void of(int64_t i, double radius, std::vector<int32_t>& near) const {
+        constexpr double SHIFTER = 0x1.8p52;  // added and subtracted, it rounds to an integer
+        near.resize(size_t(atoms_));
+        int64_t count = 0;
+        for (int64_t j = 0; j < atoms_; ++j) {
+            double distance = 0;
+            for (int axis = 0; axis < 3; ++axis) {
+                const double x = fraction_[axis][j] - fraction_[axis][i];
+                distance = std::max(distance, std::abs(x - ((x + SHIFTER) - SHIFTER)) * spacing_[axis]);
+            }
+            near[count] = int32_t(j);
+            count += distance <= radius * (1 + 1e-9) + 1e-9;  // fractions are rounded
+        }
+        near.resize(size_t(count));
+    }
+
+  private:
+    int64_t atoms_;
+    double spacing_[3];
+    std::vector<double> fraction_[3];
+};
+
 // Squared distance of an image near to the nearest one (Babai's nearest plane).
 double near_image2(const Cell& cell, Vector x) {
     for (int axis = 0; axis < 3; ++axis) {
@@ -150,6 +189,9 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     }
     std::vector<Vector> rotated(size_t(in.atoms));
     for (size_t i = 0; i < rotated.size(); ++i) rotated[i] = cells[crystal[i]].rotate(in.positions + 3 * i);
+    std::vector<NearPairs> pairs_of;
+    for (int64_t c = 0; c < in.crystals; ++c)
+        pairs_of.emplace_back(cells[c], rotated.data() + in.ptr[c], in.ptr[c + 1] - in.ptr[c]);
 
     const double slack = std::log(in.tol * in.beyond), a = in.decay_min;
     std::vector<double> log_beyond(size_t(in.crystals)), outer2(size_t(in.crystals));
@@ -166,10 +208,13 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     std::vector<double> pair_cutoff2(in.every_pair ? size_t(first_pair[in.atoms]) : 0);
 
     const auto search_row = [&](int64_t i, Row& row) {
-        const int64_t c = crystal[i], begin = in.ptr[c], end = in.ptr[c + 1];
+        const int64_t c = crystal[i], begin = in.ptr[c], atoms = in.ptr[c + 1] - begin;
         const Cell& cell = cells[c];
+        std::vector<int32_t> near;
         std::vector<double> pair_outer2, pair_beyond;  // with every_pair
-        for (int64_t j = begin; j < end; ++j) {
+        pairs_of[c].of(i - begin, in.every_pair ? INFINITY : std::sqrt(outer2[c]), near);
+        for (const int32_t in_crystal : near) {
+            const int64_t j = begin + in_crystal;
             const Vector r = {rotated[j][0] - rotated[i][0], rotated[j][1] - rotated[i][1], rotated[j][2] - rotated[i][2]};
             const double near2 = in.every_pair ? near_image2(cell, r) : 0;
             const double radius2 = in.every_pair ? tails[c].squared(slack - a * near2) : outer2[c];
@@ -188,7 +233,7 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
         }
         row.first.push_back(row.images.size());
         if (in.cutoff) return;
-        const size_t pairs = size_t(end - begin);
+        const size_t pairs = near.size();
         if (in.every_pair) {
             for (size_t p = 0; p < pairs; ++p) {
                 const double allowed = in.tol * row.whole(p);
@@ -203,7 +248,7 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
         for (size_t p = 0; p < pairs; ++p) whole.push_back(row.whole(p));
         const auto holds = [&](int k) {
             const double cutoff2 = grid_value(outer2[c], k);
-            double sum = 0;
+            double sum = double(atoms - int64_t(pairs)) * beyond * spread;  // pairs too far apart for any image
             for (size_t p = 0; p < pairs; ++p) {
                 const double excess = row.beyond(p, cutoff2) + beyond - in.tol * whole[p];
                 sum += excess > 0 ? excess * spread : excess;
