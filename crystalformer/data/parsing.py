@@ -97,14 +97,14 @@ def parse_all(
     try:
         for i, key in enumerate(keys):
             if key in found:
-                yield [_restored(found[key])]
+                result = [_restored(found[key])]
             else:
                 result = next(results)
                 if key and (item := _item(result)) is not None:
                     fresh[key] = item
-                yield result
             if progress is not None and (i % CHUNK == CHUNK - 1 or i == len(keys) - 1):
                 progress(i + 1, len(keys))
+            yield result
     finally:
         results.close()
         # What was parsed is kept, even if the work ends early.
@@ -147,7 +147,8 @@ def _cif(text: str) -> list[Parsed]:
             (structure,) = parser.parse_structures(primitive=False, on_error="raise")
             result.append(Parsed(structure, note=one_line(parser.check(structure) or "")))
         except Exception as error:
-            result.append(Parsed(None, one_line(error)))
+            reason = one_line(error).removeprefix("No structure parsed for section 1 in CIF. ")
+            result.append(Parsed(None, f"the CIF cannot be parsed: {reason}"))
     return result
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,10 @@ def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | st
         if missing(value):
             return f"{name} is missing"
         try:
-            if isinstance(value, bool):
-                raise TypeError
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+            if isinstance(value, bool) or not isinstance(value, str | Real):
+                raise ValueError
+            number = float(value)
+        except ValueError:
             return f"{name} must be a number, not {str(value)[:60]!r}"
         if number in (float("inf"), -float("inf")):
             return f"{name} must be finite, not {value}"

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def read_table(path: str | Path, targets: Sequence[str], id_column: str | None) 
 
 def missing(value: Any) -> bool:
     """Whether a table says that it has no value here."""
-    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in MISSING)
+    if isinstance(value, str):
+        return value.strip().lower() in MISSING
+    return value is None or (isinstance(value, Real) and value != value)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -138,8 +141,9 @@ def _kind(path: Path) -> str | None:
 
 
 def _stem(path: Path) -> str:
-    name = _bare(path.name)
-    return Path(name).stem if Path(name).suffix.lower() in KINDS else name
+    name = Path(_bare(path.name))
+    # The rest of POSCAR-mp-1.5 is no ending.
+    return name.name if _kind(name) == "poscar" and name.suffix.lower() not in KINDS else name.stem
 
 
 def _sniff(text: str) -> str | None:
