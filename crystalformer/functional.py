@@ -11,6 +11,7 @@ from .backends import choose_backend
 from .basis import RadialBasis
 from .images import ImageList
 from .layouts import layout as make_layout
+from .wave_vectors import WaveVectors, build_wave_vectors
 
 
 @overload
@@ -161,6 +162,7 @@ def reciprocal_attention(
     tol: float = 1e-6,
     backend: str = "auto",
     decay_min: float | None = None,
+    wave_vectors: WaveVectors | None = None,
 ) -> Tensor:
     """Attention whose weight decays with the wave vector, not with the distance: it sees the long range.
 
@@ -168,7 +170,8 @@ def reciprocal_attention(
         y_i      = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j
 
     G runs over the reciprocal lattice, V = |det L|. Equation (13) of docs/math.md (Taniai et al., ICLR 2024, appendix).
-    The clamp is the paper's; the gradient of a clamped pair is zero.
+    The clamp is the paper's; the gradient of a clamped pair is zero. No transcendental is computed for a pair of
+    atoms, and nothing of the size of the pairs times the vectors is stored. Differentiable as `periodic_attention`.
 
     Args:
         q, k: (N,H,D).  v: (N,H,Dv).
@@ -176,9 +179,11 @@ def reciprocal_attention(
         positions: (N,3), Cartesian, Å.  lattice: (C,3,3), Å, either handedness.
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
         tol: how much of the sum over G may be left out, absolutely; its G = 0 term is 1.
-        backend: "auto" or "reference".
+        backend: "auto", "cpu" or "reference".
         decay_min: smallest c that the choice of G must serve, Å². Default: the smallest in decay_reciprocal, which
             costs a GPU synchronisation and lets the choice vary with the data.
+        wave_vectors: the G, from `build_wave_vectors` for these crystals, made once for many calls; tol and decay_min
+            are then those that it was made for.
 
     Returns:
         y (N,H,Dv).
@@ -198,12 +203,21 @@ def reciprocal_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
     tol = checks.check_number("tol", tol, high=1.0)
-    if decay_min is None:
-        decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
-    decay_min = checks.check_number("decay_min", decay_min)
+    if decay_min is not None:
+        decay_min = checks.check_number("decay_min", decay_min)
     _refuse_forward_mode(q, k, v, decay_reciprocal, positions, lattice)
-    run = getattr(torch.ops.crystalformer, f"{choose_backend(backend, q.device, 'reciprocal')}_reciprocal")
-    return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)
+    backend = choose_backend(backend, q.device, "reciprocal", q.dtype)
+    if wave_vectors is None:
+        if torch.compiler.is_compiling():
+            raise ValueError("wave_vectors must be built before compiling: build_wave_vectors(lattice, ptr)")
+        if decay_min is None:
+            decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
+        wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
+    else:
+        _check_wave_vectors(wave_vectors, ptr, decay_reciprocal)
+    lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
+    run = getattr(torch.ops.crystalformer, f"{backend}_reciprocal")
+    return run(q, k, v, decay_reciprocal, positions, lattice, *lists)
 
 
 def _op(
@@ -248,13 +262,31 @@ def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> No
         )
     if images.device != decay.device:
         raise ValueError(f"images must be on {decay.device}, as the other arguments, not on {images.device}")
-    if images.decay_min is not None and checks.values_visible(decay) and decay.numel():
-        smallest = float(decay.detach().min())
-        if smallest < images.decay_min * (1 - 1e-6):  # a model's decay at its bound, in fp32
-            raise ValueError(
-                f"decay must be at least {images.decay_min:g}, the decay_min that images were built for, "
-                f"but its smallest value is {smallest:g}"
-            )
+    if images.decay_min is not None:
+        _check_smallest("decay", decay, images.decay_min, "images")
+
+
+def _check_wave_vectors(waves: WaveVectors, ptr: Tensor, decay: Tensor) -> None:
+    if not isinstance(waves, WaveVectors):
+        raise TypeError(f"wave_vectors must be WaveVectors, from build_wave_vectors, not {type(waves).__name__}")
+    if waves.device != decay.device:
+        raise ValueError(f"wave_vectors must be on {decay.device}, as the other arguments, not on {waves.device}")
+    same = waves.ptr.shape == ptr.shape
+    if not same or (checks.values_visible(ptr) and not torch.equal(waves.ptr, ptr)):
+        raise ValueError(f"wave_vectors must be of the crystals of ptr, {ptr.tolist()}, not of {waves.ptr.tolist()}")
+    _check_smallest("decay_reciprocal", decay, waves.decay_min, "wave_vectors")
+
+
+def _check_smallest(name: str, decay: Tensor, decay_min: float, built: str) -> None:
+    """Decays below those that a list is certified for would be summed too short."""
+    if not checks.values_visible(decay) or not decay.numel():
+        return
+    smallest = float(decay.detach().min())
+    if smallest < decay_min * (1 - 1e-6):  # a model's decay at its bound, in fp32
+        raise ValueError(
+            f"{name} must be at least {decay_min:g}, the decay_min that {built} were built for, "
+            f"but its smallest value is {smallest:g}"
+        )
 
 
 def _check_value_encoding(

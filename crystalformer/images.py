@@ -1,7 +1,8 @@
 """The periodic images that each atom attends to, packed in one list with a certificate of what it leaves out."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import checks
 from .extension import LOADED
 from .lattice import points_in_spheres, triangular
+from .packed import Packed, cat_ptr, check_parts, weakest
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
@@ -39,7 +41,7 @@ def _(positions: Tensor, lattice: Tensor, ptr: Tensor, *_: Any) -> tuple[Tensor,
 
 
 @dataclass(frozen=True, eq=False)
-class ImageList:
+class ImageList(Packed):
     """The images e = (i, j, n) of all atoms: atom j of the same crystal, moved by n lattice vectors, seen from atom i.
 
     Row i holds the images of atom i, sorted by (j, n). The list is symmetric: with (i, j, n) it holds (j, i, -n). It
@@ -91,19 +93,6 @@ class ImageList:
     def device(self) -> torch.device:
         return self.col.device
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "ImageList":
-        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: function(x) for name, x in tensors.items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageList":
-        """The list on another device."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "ImageList":
-        """The list in page-locked memory, for copies to a GPU that do not wait."""
-        return self._map(lambda x: x.pin_memory())
-
     @staticmethod
     def cat(lists: "list[ImageList]") -> "ImageList":
         """Joins lists of separate crystals into the list of their batch, in order.
@@ -114,31 +103,18 @@ class ImageList:
             ValueError: for no lists, or lists on several devices.
         """
         lists = list(lists)
-        if not lists:
-            raise ValueError("lists must hold at least one ImageList, not none")
-        if len({x.device for x in lists}) > 1:
-            raise ValueError(f"lists must be on one device, not on {sorted({str(x.device) for x in lists})}")
-        atoms = [0]
-        images = [0]
-        for x in lists:
-            atoms.append(atoms[-1] + x.num_atoms)
-            images.append(images[-1] + x.num_images)
-
-        def weakest(name: str, choose: Callable[[list[float]], float]) -> float | None:
-            values = [getattr(x, name) for x in lists]
-            return None if None in values else choose(values)
-
-        zero = lists[0].ptr[:1]
+        check_parts(lists, "lists", ImageList)
+        first = [0, *itertools.accumulate(x.num_atoms for x in lists)]
         return ImageList(
-            row_ptr=torch.cat([zero] + [x.row_ptr[1:] + m for x, m in zip(lists, images, strict=False)]),
-            col=torch.cat([x.col + n for x, n in zip(lists, atoms, strict=False)]),
+            row_ptr=cat_ptr([x.row_ptr for x in lists]),
+            col=torch.cat([x.col + n for x, n in zip(lists, first, strict=False)]),
             shift=torch.cat([x.shift for x in lists]),
-            ptr=torch.cat([zero] + [x.ptr[1:] + n for x, n in zip(lists, atoms, strict=False)]),
+            ptr=cat_ptr([x.ptr for x in lists]),
             cutoff=torch.cat([x.cutoff for x in lists]),
             num_pairs=sum(x.num_pairs for x in lists),
-            decay_min=weakest("decay_min", max),
-            tol=weakest("tol", max),
-            logit_range=weakest("logit_range", min),
+            decay_min=weakest(lists, "decay_min", max),
+            tol=weakest(lists, "tol", max),
+            logit_range=weakest(lists, "logit_range", min),
             every_pair=all(x.every_pair for x in lists),
         )
 

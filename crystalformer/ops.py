@@ -20,6 +20,7 @@ from torch import Tensor
 from . import reference, reference_backward
 from .basis import RadialBasis
 from .images import ImageList
+from .wave_vectors import WaveVectors
 
 NAMESPACE = "crystalformer"
 
@@ -95,12 +96,12 @@ def _encoding_parts(  # type: ignore[no-untyped-def]
     return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(num, r_max, width))
 
 
-def _reciprocal_shapes(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol):  # type: ignore[no-untyped-def]
+def _reciprocal_shapes(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors):  # type: ignore[no-untyped-def]
     return (v.shape,)
 
 
-def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol):  # type: ignore[no-untyped-def]
-    return reference.reciprocal_parts(q, lattice, ptr, decay_min, tol)
+def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors):  # type: ignore[no-untyped-def]
+    return reference.reciprocal_parts(q, WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0))
 
 
 LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
@@ -126,7 +127,7 @@ ENCODING = Op(
 RECIPROCAL = Op(
     name="reciprocal",
     inputs=("q", "k", "v", "decay_reciprocal", "positions", "lattice"),
-    settings="Tensor ptr, float decay_min, float tol",
+    settings="Tensor ptr, Tensor g_ptr, Tensor g, int max_atoms, int max_vectors",
     outputs=("y",),
     shapes=_reciprocal_shapes,
     parts=_reciprocal_parts,

@@ -22,12 +22,12 @@ SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
 BISECTIONS = 12
 
 
-def tail_radius2(t: Tensor, a: float, slack: Tensor, lattice: Tensor | None = None) -> Tensor:
+def tail_radius2(t: Tensor, a: float | Tensor, slack: Tensor, lattice: Tensor | None = None) -> Tensor:
     """Squared radius R² (S) with sum_{|r + n·L| > R} exp(-a |r + n·L|²) <= exp(slack) for every r, equation (10).
 
     Args:
         t: (C,3,3) triangular lattices.
-        a: exponent, Å^-2.
+        a: exponent, Å^-2 (Å² for a reciprocal lattice), or one each (S) without `lattice`.
         slack: (S) logarithms of the bounds to reach.
         lattice: (S) which of the lattices each is for; one each by default.
     """

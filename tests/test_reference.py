@@ -113,8 +113,9 @@ def test_poisson_summation_joins_the_two_spaces():
 def test_clamped_pairs_have_the_weight_of_the_clamp():
     """In a needle, far pairs have less than 1e-6 of the mean density: the paper's code clamps them."""
     x = problem(kinds=(("needle", 4),), decay_min=2.0, tol=1e-14)
-    terms = next(reference.reciprocal_parts(x.q, x.lattice, x.ptr, 2.0, 1e-14)).settings
-    total = reference.reciprocal_terms(x.q, x.k, x.decay, x.positions, x.lattice, **terms).total
+    waves = cf.build_wave_vectors(x.lattice, x.ptr, 2.0, 1e-14)
+    _, crystal = next(reference.padded_crystals(len(x.q), x.q.shape[1], waves))
+    total = reference.reciprocal_sums(x.decay, x.positions, x.lattice, crystal).total
     assert (total < 1e-6).any()
     assert (total > 1e-6).any()
     assert torch.isfinite(x.reciprocal()).all()
@@ -126,6 +127,11 @@ def test_chunks_do_not_change_the_result(monkeypatch, name):
     whole = (x.attention(), *x.encoding(), x.reciprocal())
     monkeypatch.setattr(reference, name, 1)
     assert len(list(reference.attention_parts(x.q, x.v, x.images, x.basis))) == len(x.q)
+    if name == "CHUNK_ELEMENTS":
+        waves = cf.build_wave_vectors(x.lattice, x.ptr, 0.5)
+        assert len(list(reference.reciprocal_parts(x.q, waves))) == len(x.q)
+        monkeypatch.setattr(reference, name, 2 * 3 * 2 * waves.max_vectors)  # two of the crystals at once
+        assert 1 < len(list(reference.reciprocal_parts(x.q, waves))) < len(x.q)
     for one, many in zip(whole, (x.attention(), *x.encoding(), x.reciprocal()), strict=True):
         assert relative_error(many, one) < 1e-14
 

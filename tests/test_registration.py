@@ -13,7 +13,7 @@ def arguments(op: ops.Op, backend: str):
     lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.basis_and_tol
     if op is ops.ENCODING:
         return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
-    return x.inputs[:6], (*lists, *basis) if op is ops.ATTENTION else (x.ptr, 0.5, 1e-6)
+    return x.inputs[:6], (*lists, *basis) if op is ops.ATTENTION else x.wave_vectors()
 
 
 CASES = [(op, name) for name in ("reference", "cpu") for op in ops.OPS if (op, name) != (ops.RECIPROCAL, "cpu")]
@@ -58,7 +58,7 @@ def small_model(domain: str):
     model = cf.Crystalformer(cf.CrystalformerConfig(domain=domain, num_blocks=2, model_dim=32, num_heads=4, ff_dim=32))
     x = problem()
     batch = cf.CrystalBatch(torch.arange(1, 1 + len(x.positions)), x.positions, x.lattice, x.ptr).to(torch.float32)
-    batch.images = model.build_images(batch)
+    batch = model.prepare(batch)
     model.calibrate(batch)
     return model, batch
 
