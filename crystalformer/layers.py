@@ -64,7 +64,7 @@ class PeriodicAttention(nn.Module):
         self.r0, self.r0_reciprocal = config.block_r0(block), config.block_r0_reciprocal(block)
         self.bound, self.bound_reciprocal = config.decay_bound, config.decay_bound_reciprocal
         # Triton has no reciprocal attention: PyTorch's matrix products serve it on a GPU.
-        self.backend, self.reciprocal_backend = backend, "auto" if backend in ("triton", "cpu") else backend
+        self.backend, self.reciprocal_backend = backend, "auto" if backend == "triton" else backend
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.decay = Decay(heads, head_dim)
         self.basis: RadialBasis | None = None

@@ -244,6 +244,7 @@ def _differentiate_twice(
 for _op in OPS:
     register(_op, "reference")
     implement_reference(_op)
-for _op in (ATTENTION, ENCODING):
+for _op in OPS:
     register(_op, "cpu")  # implemented in csrc/bindings.cpp
+for _op in (ATTENTION, ENCODING):
     register(_op, "triton")  # implemented in kernels/
