@@ -5,8 +5,8 @@ import torch
 from .extension import LOADED
 
 NAMES = ("triton", "cpu", "reference")
-# The reference's matrix products serve reciprocal attention on a GPU.
-NOT_IN_TRITON = ("reciprocal",)
+# On a GPU the reference's matrix products serve these.
+NOT_IN_TRITON = ("reciprocal", "reciprocal_sum")
 
 
 def _load_triton() -> bool | str:

@@ -1,5 +1,6 @@
 """The public functions: checked arguments, then one op of the chosen backend."""
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -9,8 +10,9 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import choose_backend
 from .basis import RadialBasis
-from .images import ImageList
+from .images import ImageList, crystal_of_atom
 from .layouts import layout as make_layout
+from .reference import pair_atoms
 from .wave_vectors import WaveVectors, build_wave_vectors
 
 
@@ -126,7 +128,8 @@ def periodic_encoding(
     Args:
         decay: (N,H), Å^-2, at least the `decay_min` that images were built for.
         positions, lattice, edge_weight, basis, backend: as for `periodic_attention`.
-        images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`.
+        images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`. With
+            reciprocal=True too, alpha without edge_weight is summed in the cheaper of the two spaces.
 
     Returns:
         alpha (P,H) and beta (P,H,Dv), or None in its place without edge_weight. P = sum_c n_c² pairs, crystal by
@@ -140,15 +143,47 @@ def periodic_encoding(
     checks.check_tensor("decay", decay, "N H", known)
     checks.check_dtype("decay", decay, torch.float32, torch.float64)
     _check_atoms("decay", decay, positions, lattice, known, like=decay)
-    _check_images(images, decay, known)
+    _check_images(images, decay, known, reciprocal=edge_weight is None)
     if not images.every_pair:
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
     numbers = _check_value_encoding(edge_weight, basis, known, decay)
     _refuse_forward_mode(decay, positions, lattice, edge_weight)
-    run, lists, tol = _op("encoding", backend, images, positions, lattice, numbers)
     weight = decay.new_empty(decay.shape[1], 0, 0) if edge_weight is None else edge_weight
-    alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, *numbers, tol)
-    return alpha, None if edge_weight is None else beta
+
+    def real(decay: Tensor) -> tuple[Tensor, Tensor]:
+        run, lists, tol = _op("encoding", backend, images, positions, lattice, numbers)
+        return run(decay, weight, positions, lattice, *lists, images.num_pairs, *numbers, tol)
+
+    if edge_weight is not None or images.crossover is None:
+        alpha, beta = real(decay)
+        return alpha, None if edge_weight is None else beta
+
+    # Each atom and head takes one of the two sums. Where that can be seen, nobody makes a sum that nobody takes.
+    limit = images.crossover.to(decay.dtype)[crystal_of_atom(images.ptr, images.num_atoms), None]
+    slow = decay < limit
+    visible = checks.values_visible(decay)
+    if visible and not slow.any():
+        return real(decay)[0], None
+    spectral = backend if backend != "triton" else "reference"
+    if visible and slow.all():
+        return _reciprocal_alpha(decay, positions, lattice, images, spectral), None
+    served = torch.where(limit > 0, limit, 1.0)
+    alpha = _reciprocal_alpha(torch.where(slow, decay, served), positions, lattice, images, spectral)
+    pair_slow = slow[pair_atoms(images)[0]]
+    return torch.where(pair_slow, alpha, real(torch.where(slow, served, decay))[0]), None
+
+
+def _reciprocal_alpha(decay: Tensor, positions: Tensor, lattice: Tensor, images: ImageList, backend: str) -> Tensor:
+    """alpha (P,H) summed over the wave vectors of the list, in fp64.  Equation (15) of docs/math.md."""
+    waves = images.wave_vectors
+    assert waves is not None
+    a, p, cell = decay.double(), positions.double(), lattice.double()
+    backend = choose_backend(backend, decay.device, "reciprocal_sum", a.dtype)
+    lists = (waves.ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors, images.num_pairs)
+    total = getattr(torch.ops.crystalformer, f"{backend}_reciprocal_sum")(1 / (4 * a), p, cell, *lists)
+    volume = (torch.linalg.cross(cell[:, 0], cell[:, 1]) * cell[:, 2]).sum(-1).abs()
+    row = 1.5 * (math.pi / a).log() - volume.log()[crystal_of_atom(images.ptr, images.num_atoms), None]
+    return (total.log() + row[pair_atoms(images)[0]]).to(decay.dtype)
 
 
 def reciprocal_attention(
@@ -252,7 +287,8 @@ def _check_atoms(
     checks.check_lattice("lattice", lattice)
 
 
-def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> None:
+def _check_images(images: ImageList, decay: Tensor, known: dict[str, int], reciprocal: bool = False) -> None:
+    """Checks the list; `reciprocal`: its wave vectors serve, too."""
     if not isinstance(images, ImageList):
         raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
     if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
@@ -262,8 +298,10 @@ def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> No
         )
     if images.device != decay.device:
         raise ValueError(f"images must be on {decay.device}, as the other arguments, not on {images.device}")
-    if images.decay_min is not None:
-        _check_smallest("decay", decay, images.decay_min, "images")
+    if images.decay_min is not None and checks.values_visible(decay):
+        decay_min = images.decay_min if reciprocal else images.real_decay_min
+        assert decay_min is not None
+        _check_smallest("decay", decay, decay_min, "images")
 
 
 def _check_wave_vectors(waves: WaveVectors, ptr: Tensor, decay: Tensor) -> None:

@@ -12,7 +12,9 @@ from . import checks
 from .extension import LOADED
 from .lattice import points_in_spheres, triangular
 from .packed import Packed, cat_ptr, check_parts, weakest
+from .poisson import crossover, slow_wave_vectors
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
+from .wave_vectors import WaveVectors
 
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
 PAIRS_AT_ONCE = 1 << 18
@@ -22,7 +24,7 @@ CUTOFF_SLACK = 1e-4
 
 torch.library.define(
     "crystalformer::cpu_images",
-    "(Tensor positions, Tensor lattice, Tensor ptr, float decay_min, float tol, float logit_range, "
+    "(Tensor positions, Tensor lattice, Tensor ptr, Tensor decay_min, float tol, float logit_range, "
     "float beyond, float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff)",
 )
 
@@ -59,6 +61,9 @@ class ImageList(Packed):
         decay_min, tol, logit_range: what the list is certified for (see `build_images`), or None for a cutoff that the
             caller chose.
         every_pair: whether every pair of atoms has the images its own sum needs.
+        crossover: (C), Å^-2, with `reciprocal`: alpha is summed over the wave vectors where the decay is smaller; the
+            images serve the decays from there on. 0 where they serve all from decay_min on.
+        wave_vectors: those of these sums.
         layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
     """
 
@@ -72,10 +77,19 @@ class ImageList(Packed):
     tol: float | None = None
     logit_range: float | None = None
     every_pair: bool = False
+    crossover: Tensor | None = None
+    wave_vectors: WaveVectors | None = None
     layouts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"layouts": {}}
+
+    @property
+    def real_decay_min(self) -> float | None:
+        """The smallest decay that the images alone serve: with `reciprocal`, a larger one than decay_min."""
+        if self.decay_min is None or self.crossover is None or not len(self.crossover):
+            return self.decay_min
+        return max(self.decay_min, float(self.crossover.max()))
 
     @property
     def num_images(self) -> int:
@@ -100,10 +114,14 @@ class ImageList(Packed):
         The certificate of the result is the weakest of its parts.
 
         Raises:
-            ValueError: for no lists, or lists on several devices.
+            ValueError: for no lists, lists on several devices, or some built with reciprocal=True and some without.
         """
         lists = list(lists)
         check_parts(lists, "lists", ImageList)
+        crossovers = [x.crossover for x in lists if x.crossover is not None]
+        if crossovers and len(crossovers) < len(lists):
+            raise ValueError("lists must be built all with reciprocal=True or all without")
+        waves = [x.wave_vectors for x in lists if x.wave_vectors is not None]
         first = [0, *itertools.accumulate(x.num_atoms for x in lists)]
         return ImageList(
             row_ptr=cat_ptr([x.row_ptr for x in lists]),
@@ -116,6 +134,8 @@ class ImageList(Packed):
             tol=weakest(lists, "tol", max),
             logit_range=weakest(lists, "logit_range", min),
             every_pair=all(x.every_pair for x in lists),
+            crossover=torch.cat(crossovers) if crossovers else None,
+            wave_vectors=WaveVectors.cat(waves) if waves else None,
         )
 
 
@@ -135,6 +155,7 @@ def build_images(
     logit_range: float = 4.0,
     cutoff: float | None = None,
     every_pair: bool = False,
+    reciprocal: bool = False,
 ) -> ImageList:
     """The images that each atom attends to, with a certified cutoff for each crystal.
 
@@ -156,6 +177,10 @@ def build_images(
         every_pair: keep, for every pair of atoms, what the pair's own sum needs: the part of
             sum_n exp(-a d_ijn²) left out is at most `tol` of it, for every a >= decay_min. `periodic_encoding` needs
             it. Pairs have cutoffs of their own, and far pairs are there. Not with `cutoff`.
+        reciprocal: with every_pair: leave the alpha of slow decays to sums over wave vectors, where these are cheaper,
+            within the same `tol` (Poisson summation, docs/math.md, section 6). Such a list is short however small
+            decay_min is. It serves `periodic_encoding` without edge_weight from decay_min on, and everything else from
+            the larger `real_decay_min` on.
 
     Returns:
         ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit.
@@ -172,18 +197,27 @@ def build_images(
         if every_pair:
             raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
 
+    if reciprocal and not every_pair:
+        raise ValueError("every_pair must be True with reciprocal=True: it is about the sums of pairs")
+
+    smallest = torch.full_like(lattice[:, 0, 0], a)
+    slow = crossover(lattice, a, tol) if reciprocal else None
     build = _build_compiled if LOADED is True and positions.device.type == "cpu" else _build
-    images = build(positions, lattice, ptr, a, tol, logit_range, cutoff, every_pair)
+    served = smallest if slow is None else torch.maximum(smallest, slow)
+    images = build(positions, lattice, ptr, served, tol, logit_range, cutoff, every_pair)
     if cutoff is not None:
         return images
-    return replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+    images = replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+    if slow is None:
+        return images
+    return replace(images, crossover=slow, wave_vectors=slow_wave_vectors(lattice, ptr, slow, tol))
 
 
 def _build_compiled(
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
-    a: float,
+    a: Tensor,
     tol: float,
     logit_range: float,
     cutoff: float | None,
@@ -201,7 +235,7 @@ def _build(
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
-    a: float,
+    a: Tensor,
     tol: float,
     logit_range: float,
     cutoff: float | None,
@@ -223,13 +257,15 @@ def _build(
     everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
         crystal, near2 = pairs.crystal(everyone), pairs.map(pairs.near_image2)
-        outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a * near2[p], crystal[p]))
+        outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a[crystal[p]] * near2[p], crystal[p]))
         pair, n, d2 = pairs.images(lambda p: outer2[p])
         # A pair's weights are relative to that of its nearest image: far pairs would underflow, and relative to the
         # image at near2, which a skewed cell has far from the nearest, they would overflow.
         nearest2 = torch.full_like(near2, torch.inf).scatter_reduce_(0, pair, d2, "amin")
-        beyond = torch.exp(slack[crystal] - a * (near2 - nearest2))
-        chosen = pair_cutoff2(torch.exp(a * (nearest2[pair] - d2)), d2, pair, outer2, beyond, tol)
+        decay = a[crystal]
+        beyond = torch.exp(slack[crystal] - decay * (near2 - nearest2))
+        weight = torch.exp(decay[pair] * (nearest2[pair] - d2))
+        chosen = pair_cutoff2(weight, d2, pair, outer2, beyond, tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
         longest = torch.zeros_like(size).scatter_reduce_(0, crystal, chosen, "amax").sqrt()
@@ -239,7 +275,8 @@ def _build(
         outer2 = tail_radius2(t, a, log_beyond)
         pair, n, d2 = pairs.images(lambda p: outer2[pairs.crystal(p)])
         row = pairs.atoms(everyone)[0]
-        chosen = row_cutoff2(torch.exp(-a * d2), d2, pair, row, row_crystal, outer2, log_beyond.exp(), tol, logit_range)
+        weight = torch.exp(-a[pairs.crystal(pair)] * d2)
+        chosen = row_cutoff2(weight, d2, pair, row, row_crystal, outer2, log_beyond.exp(), tol, logit_range)
         longest = chosen.sqrt()
         keep = d2 <= chosen[pairs.crystal(pair)]
     return pairs.pack(pair[keep], n[keep], longest)

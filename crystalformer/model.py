@@ -105,7 +105,7 @@ class Crystalformer(nn.Module):
                 _check_not_compiling("images")
                 images = self.build_images(batch)
             elif images.decay_min is not None:
-                _check_built("images.decay_min", images.decay_min, config.decay_min)
+                _check_built("images.decay_min", images.real_decay_min, config.decay_min)
                 _check_built("images.tol", images.tol, config.tol)
                 _check_built("images.logit_range", images.logit_range, config.logit_range, least=True)
         if config.needs_wave_vectors:

@@ -73,7 +73,7 @@ def _basis(num: int, r_max: float, width: float) -> RadialBasis | None:
     return RadialBasis(num, r_max, width) if num else None
 
 
-# The six functions below take exactly what their schemas say, positionally: annotations would say it a second time.
+# The functions below take exactly what their schemas say, positionally: annotations would say it a second time.
 
 
 def _attention_shapes(q, k, v, decay, positions, lattice, ptr, row_ptr, col, shift, layout, num, r_max, width, tol):  # type: ignore[no-untyped-def]
@@ -104,7 +104,21 @@ def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr,
     return reference.reciprocal_parts(q, WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0))
 
 
+def _reciprocal_sum_shapes(  # type: ignore[no-untyped-def]
+    decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors, num_pairs
+):
+    return ((num_pairs, decay_reciprocal.shape[1]),)
+
+
+def _reciprocal_sum_parts(  # type: ignore[no-untyped-def]
+    decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors, num_pairs
+):
+    waves = WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0)
+    return reference.reciprocal_pairs_parts(decay_reciprocal, waves, num_pairs)
+
+
 LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
+WAVES = "Tensor ptr, Tensor g_ptr, Tensor g, int max_atoms, int max_vectors"
 BASIS = "int num, float r_max, float width, float tol"
 ATTENTION = Op(
     name="attention",
@@ -127,13 +141,22 @@ ENCODING = Op(
 RECIPROCAL = Op(
     name="reciprocal",
     inputs=("q", "k", "v", "decay_reciprocal", "positions", "lattice"),
-    settings="Tensor ptr, Tensor g_ptr, Tensor g, int max_atoms, int max_vectors",
+    settings=WAVES,
     outputs=("y",),
     shapes=_reciprocal_shapes,
     parts=_reciprocal_parts,
     part_backward=reference_backward.reciprocal_rows_backward,
 )
-OPS = (ATTENTION, ENCODING, RECIPROCAL)
+RECIPROCAL_SUM = Op(
+    name="reciprocal_sum",
+    inputs=("decay_reciprocal", "positions", "lattice"),
+    settings=f"{WAVES}, int num_pairs",
+    outputs=("total",),
+    shapes=_reciprocal_sum_shapes,
+    parts=_reciprocal_sum_parts,
+    part_backward=reference_backward.reciprocal_pairs_backward,
+)
+OPS = (ATTENTION, ENCODING, RECIPROCAL, RECIPROCAL_SUM)
 
 
 def register(op: Op, backend: str) -> None:

@@ -257,6 +257,21 @@ class PaddedCrystals:
         zeros = x.new_zeros(self.row.numel(), *x.shape[1:])
         return zeros.index_copy(0, self.place, x).unflatten(0, self.row.shape)
 
+    def _pairs(self, number: int) -> tuple[Tensor, Tensor]:
+        """(pairs) where in (c,r) the row of each pair is, and in n its column; of the rows, with all their atoms."""
+        count = self.real.sum(1)[self.place // self.row.shape[1]]
+        row = torch.repeat_interleave(count, output_size=number)
+        return self.place[row], torch.arange(number, device=row.device) - (count.cumsum(0) - count)[row]
+
+    def pairs(self, x: Tensor, number: int) -> Tensor:
+        """(pairs,H) of (c,r,H,n), so many pairs."""
+        return x.transpose(2, 3).flatten(0, 1)[self._pairs(number)]
+
+    def pad_pairs(self, x: Tensor) -> Tensor:
+        """(c,r,H,n) of (pairs,H), zero in the padding."""
+        zeros = x.new_zeros(self.row.numel(), self.atom.shape[1], x.shape[1])
+        return zeros.index_put(self._pairs(len(x)), x).unflatten(0, self.row.shape).transpose(2, 3)
+
 
 def pad_segments(ptr: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """(s,longest) the entries of s segments, the last one repeated, and whether it is an entry, not padding."""
@@ -352,3 +367,21 @@ def reciprocal_parts(q: Tensor, waves: WaveVectors) -> Iterator[Part]:
     """`reciprocal_rows` cut into rows: functions of q, k, v, decay_reciprocal, positions, lattice."""
     for rows, x in padded_crystals(len(q), q.shape[1], waves):
         yield part(rows, reciprocal_rows, x=x)
+
+
+def reciprocal_pairs(
+    decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor, x: PaddedCrystals, num_pairs: int
+) -> tuple[Tensor]:
+    """S of the pairs of some rows, (pairs,H).  Equation (13)."""
+    return (x.pairs(reciprocal_sums(decay_reciprocal, positions, lattice, x).total, num_pairs),)
+
+
+def reciprocal_pairs_parts(decay_reciprocal: Tensor, waves: WaveVectors, num_pairs: int) -> Iterator[Part]:
+    """`reciprocal_pairs` cut into rows: functions of decay_reciprocal, positions, lattice."""
+    num_atoms, heads = decay_reciprocal.shape
+    for rows, x in padded_crystals(num_atoms, heads, waves):
+        pairs = slice(0, num_pairs)
+        if rows != slice(0, num_atoms):
+            size = waves.ptr.diff()[crystal_of_atom(waves.ptr, num_atoms)]
+            pairs = slice(int(size[: rows.start].sum()), int(size[: rows.stop].sum()))
+        yield part(pairs, reciprocal_pairs, x=x, num_pairs=pairs.stop - pairs.start)

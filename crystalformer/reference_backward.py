@@ -17,6 +17,7 @@ from .lattice import reciprocal
 from .reference import (
     RECIPROCAL_CLAMP,
     PaddedCrystals,
+    ReciprocalSums,
     Segments,
     attention_scores,
     displacement,
@@ -142,8 +143,33 @@ def reciprocal_rows_backward(
     dv.index_add_(0, atom, torch.einsum("crhn,crhd->cnhd", p, grad).flatten(0, 1))
 
     d_total = torch.where(t.total > RECIPROCAL_CLAMP, ds / t.total, 0.0)
+    add_sums(t, d_total, inputs[3:], (d_decay, d_positions, d_lattice), geometry, x)
+
+
+def reciprocal_pairs_backward(
+    grads: Tensors,
+    inputs: Tensors,
+    outputs: Tensors,
+    totals: Tensors,
+    geometry: bool,
+    x: PaddedCrystals,
+    num_pairs: int,
+) -> None:
+    """The sums S alone."""
+    decay_reciprocal, positions, lattice = inputs
+    t = reciprocal_sums(decay_reciprocal, positions, lattice, x)
+    add_sums(t, x.pad_pairs(grads[0]), inputs, totals, geometry, x)
+
+
+def add_sums(
+    t: ReciprocalSums, d_total: Tensor, inputs: Tensors, totals: Tensors, geometry: bool, x: PaddedCrystals
+) -> None:
+    """From dS (c,r,H,n) to the gradients of decay_reciprocal, positions and lattice.  Equation (B12)."""
+    decay_reciprocal, positions, lattice = inputs
+    d_decay, d_positions, d_lattice = totals
+    atom, row = x.atom.flatten(), x.row.flatten()
     cos_i, sin_i, cos_j, sin_j = t.phase_i.cos(), t.phase_i.sin(), t.phase_j.cos(), t.phase_j.sin()
-    by_cos, by_sin = ((d_total.flatten(1, 2) @ y).unflatten(1, ds.shape[1:3]) for y in (cos_j, sin_j))  # (c,r,H,G)
+    by_cos, by_sin = ((d_total.flatten(1, 2) @ y).unflatten(1, d_total.shape[1:3]) for y in (cos_j, sin_j))  # (c,r,H,G)
     d_exponent = t.weight * (by_cos * cos_i[:, :, None] + by_sin * sin_i[:, :, None])
     length2 = t.vectors.square().sum(-1)
     d_decay.index_add_(0, row, -torch.einsum("crhg,cg->crh", d_exponent, length2).flatten(0, 1))

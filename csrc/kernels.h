@@ -65,6 +65,7 @@ struct ReciprocalRows {
     const ReciprocalInputs<T>& in;
     const ReciprocalCrystal<T>* crystals;
     const int64_t* crystal;                   // (N)
+    const int64_t* first_pair = nullptr;      // (N), of the sums alone: where a row's pairs begin
     T* y = nullptr;                           // forward only
     const T *grad = nullptr, *saved = nullptr;  // backward only: of y, and y
     ReciprocalGrads<T> result = {};
@@ -90,6 +91,9 @@ struct Kernels {
     void (*reciprocal_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*reciprocal_backward_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*reciprocal_backward_columns)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_sum_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_sum_backward_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_sum_backward_columns)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*gather_force_rows)(const Layout<T>&, const T* pair_force, int64_t first, int64_t last, T* positions);
 };
 

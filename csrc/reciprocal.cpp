@@ -117,6 +117,68 @@ void for_rows(const ReciprocalRows<T>& rows, int64_t begin, int64_t end, Kernel 
     });
 }
 
+// (N) the first pair of each row, of pairs crystal by crystal, row-major.
+template <class T>
+std::vector<int64_t> first_pairs(const ReciprocalInputs<T>& in, const std::vector<int64_t>& crystal) {
+    std::vector<int64_t> first(size_t(in.atoms));
+    for (int64_t i = 1; i < in.atoms; ++i) first[i] = first[i - 1] + in.ptr[crystal[i - 1] + 1] - in.ptr[crystal[i - 1]];
+    return first;
+}
+
+// Runs the kernels of the rows and of the columns over one block of rows after another; `weights`: they keep p and ds.
+template <class T, class Kernel>
+void backward_in_blocks(ReciprocalRows<T>& rows, bool weights, Kernel rows_kernel, Kernel columns_kernel,
+                        const Threads& threads) {
+    const ReciprocalInputs<T>& in = rows.in;
+    const bool geometry = rows.result.positions;
+    const int64_t heads = weights ? in.heads : 0;
+    std::vector<int64_t> blocks = {0}, pair(size_t(in.atoms));
+    int64_t pairs = 0, most_pairs = 0;
+    for (int64_t i = 0; i < in.atoms; ++i) {
+        if (pairs * (2 * heads + 3 * geometry) >= BLOCK_NUMBERS) {
+            blocks.push_back(i);
+            pairs = 0;
+        }
+        pair[i] = pairs;
+        pairs += rows.crystals[rows.crystal[i]].columns();
+        most_pairs = std::max(most_pairs, pairs);
+    }
+    if (in.atoms) blocks.push_back(in.atoms);
+    Buffer<T> pair_p(most_pairs * heads), pair_ds(most_pairs * heads), pair_force(geometry ? 3 * most_pairs : 0);
+    Buffer<T> row_lattice(geometry ? 9 * in.atoms : 0);
+    rows.pair = pair.data();
+    rows.pair_p = pair_p.data();
+    rows.pair_ds = pair_ds.data();
+    rows.pair_force = geometry ? pair_force.data() : nullptr;
+    rows.row_lattice = row_lattice.data();
+    if (geometry) std::fill(rows.result.positions, rows.result.positions + 3 * in.atoms, T(0));
+    for (size_t b = 0; b + 1 < blocks.size(); ++b) {
+        rows.first_row = blocks[b];
+        rows.last_row = blocks[b + 1];
+        for_rows(rows, rows.first_row, rows.last_row, rows_kernel, threads);
+        if (!weights && !geometry) continue;
+        const int64_t begin = rows.crystals[rows.crystal[rows.first_row]].begin;
+        const int64_t end = rows.crystals[rows.crystal[rows.last_row - 1]].end;
+        for_rows(rows, begin, end, columns_kernel, threads);
+    }
+    if (!geometry) return;
+    // B = 2 pi L^-T, so dL = -B dB^T B / (2 pi).
+    sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, rows.result.lattice);
+    for (int64_t c = 0; c < in.crystals; ++c) {
+        const double* b = rows.crystals[c].basis;
+        T* to = rows.result.lattice + 9 * c;
+        double d_basis[9];
+        std::copy(to, to + 9, d_basis);
+        for (int k = 0; k < 3; ++k)
+            for (int a = 0; a < 3; ++a) {
+                double sum = 0;
+                for (int l = 0; l < 3; ++l)
+                    for (int z = 0; z < 3; ++z) sum += b[3 * k + z] * d_basis[3 * l + z] * b[3 * l + a];
+                to[3 * k + a] = T(-sum / (2 * M_PI));
+            }
+    }
+}
+
 }  // namespace
 
 template <class T>
@@ -133,26 +195,9 @@ void reciprocal(const ReciprocalInputs<T>& in, T* y, const Threads& threads) {
 template <class T>
 void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* y, const ReciprocalGrads<T>& result,
                          const Threads& threads) {
-    const bool geometry = result.positions;
-    const Crystals<T> crystals(in, true, geometry, threads);
-    // Rows by blocks, and where the pairs of each row are in its block.
-    std::vector<int64_t> blocks = {0}, pair(size_t(in.atoms));
-    int64_t pairs = 0, most_pairs = 0;
-    for (int64_t i = 0; i < in.atoms; ++i) {
-        if (pairs * in.heads * 2 >= BLOCK_NUMBERS) {
-            blocks.push_back(i);
-            pairs = 0;
-        }
-        pair[i] = pairs;
-        pairs += crystals.all[crystals.crystal[i]].columns();
-        most_pairs = std::max(most_pairs, pairs);
-    }
-    if (in.atoms) blocks.push_back(in.atoms);
-    Buffer<T> pair_p(most_pairs * in.heads), pair_ds(most_pairs * in.heads), pair_force(geometry ? 3 * most_pairs : 0);
-    Buffer<T> row_lattice(geometry ? 9 * in.atoms : 0);
+    const Crystals<T> crystals(in, true, result.positions, threads);
     std::fill(result.k, result.k + in.atoms * in.heads * in.dim, T(0));
     std::fill(result.v, result.v + in.atoms * in.heads * in.value_dim, T(0));
-    if (geometry) std::fill(result.positions, result.positions + 3 * in.atoms, T(0));
     ReciprocalRows<T> rows{
         .in = in,
         .crystals = crystals.all.data(),
@@ -160,43 +205,49 @@ void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* 
         .grad = grad,
         .saved = y,
         .result = result,
-        .pair = pair.data(),
-        .pair_p = pair_p.data(),
-        .pair_ds = pair_ds.data(),
-        .pair_force = geometry ? pair_force.data() : nullptr,
-        .row_lattice = row_lattice.data(),
         .scratch = crystals.scratch,
     };
-    for (size_t b = 0; b + 1 < blocks.size(); ++b) {
-        rows.first_row = blocks[b];
-        rows.last_row = blocks[b + 1];
-        for_rows(rows, rows.first_row, rows.last_row, kernels<T>().reciprocal_backward_rows, threads);
-        const int64_t begin = crystals.all[crystals.crystal[rows.first_row]].begin;
-        const int64_t end = crystals.all[crystals.crystal[rows.last_row - 1]].end;
-        for_rows(rows, begin, end, kernels<T>().reciprocal_backward_columns, threads);
-    }
-    if (!geometry) return;
-    // B = 2 pi L^-T, so dL = -B dB^T B / (2 pi).
-    sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);
-    for (int64_t c = 0; c < in.crystals; ++c) {
-        const double* b = crystals.all[c].basis;
-        T* to = result.lattice + 9 * c;
-        double d_basis[9];
-        std::copy(to, to + 9, d_basis);
-        for (int k = 0; k < 3; ++k)
-            for (int a = 0; a < 3; ++a) {
-                double sum = 0;
-                for (int l = 0; l < 3; ++l)
-                    for (int z = 0; z < 3; ++z) sum += b[3 * k + z] * d_basis[3 * l + z] * b[3 * l + a];
-                to[3 * k + a] = T(-sum / (2 * M_PI));
-            }
-    }
+    backward_in_blocks(rows, true, kernels<T>().reciprocal_backward_rows, kernels<T>().reciprocal_backward_columns, threads);
+}
+
+template <class T>
+void reciprocal_sum(const ReciprocalInputs<T>& in, T* total, const Threads& threads) {
+    const Crystals<T> crystals(in, false, false, threads);
+    const std::vector<int64_t> first_pair = first_pairs(in, crystals.crystal);
+    const ReciprocalRows<T> rows{.in = in,
+                                 .crystals = crystals.all.data(),
+                                 .crystal = crystals.crystal.data(),
+                                 .first_pair = first_pair.data(),
+                                 .y = total,
+                                 .scratch = crystals.scratch};
+    for_rows(rows, 0, in.atoms, kernels<T>().reciprocal_sum_rows, threads);
+}
+
+template <class T>
+void reciprocal_sum_backward(const T* grad, const ReciprocalInputs<T>& in, const ReciprocalGrads<T>& result,
+                             const Threads& threads) {
+    const Crystals<T> crystals(in, false, result.positions, threads);
+    const std::vector<int64_t> first_pair = first_pairs(in, crystals.crystal);
+    ReciprocalRows<T> rows{
+        .in = in,
+        .crystals = crystals.all.data(),
+        .crystal = crystals.crystal.data(),
+        .first_pair = first_pair.data(),
+        .grad = grad,
+        .result = result,
+        .scratch = crystals.scratch,
+    };
+    backward_in_blocks(rows, false, kernels<T>().reciprocal_sum_backward_rows,
+                       kernels<T>().reciprocal_sum_backward_columns, threads);
 }
 
 #define INSTANTIATE(T)                                                                                              \
     template void reciprocal(const ReciprocalInputs<T>&, T*, const Threads&);                                       \
     template void reciprocal_backward(const T*, const ReciprocalInputs<T>&, const T*, const ReciprocalGrads<T>&,    \
-                                      const Threads&);
+                                      const Threads&);                                                              \
+    template void reciprocal_sum(const ReciprocalInputs<T>&, T*, const Threads&);                                   \
+    template void reciprocal_sum_backward(const T*, const ReciprocalInputs<T>&, const ReciprocalGrads<T>&,          \
+                                          const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -29,4 +29,12 @@ template <class T>
 void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* y, const ReciprocalGrads<T>& result,
                          const Threads& threads);
 
+// The sums S alone, total (P,H), of decay, positions and lattice; q, k, v are null and have no dimensions.
+template <class T>
+void reciprocal_sum(const ReciprocalInputs<T>& in, T* total, const Threads& threads);
+
+template <class T>
+void reciprocal_sum_backward(const T* grad, const ReciprocalInputs<T>& in, const ReciprocalGrads<T>& result,
+                             const Threads& threads);
+
 }  // namespace crystalformer

@@ -224,6 +224,37 @@ INLINE void sum_geometry(const ReciprocalCrystal<T>& x, const T* own, const T* w
     }
 }
 
+// From what sum_geometry left in the row's force to dloss/dr of each pair, (3,columns), and the gradient of the reciprocal
+// basis B, through G = g B, of r with M sin, and of |G|².
+template <class T>
+INLINE void finish_geometry(const ReciprocalRows<T>& x, const ReciprocalCrystal<T>& crystal, int64_t i,
+                            const Atoms<T>* stress) {
+    const ReciprocalInputs<T>& in = x.in;
+    const int64_t columns = crystal.columns();
+    T* force = x.pair_force + 3 * x.pair[i];
+    const double* b = crystal.basis;
+    double d_basis[9] = {};
+    for (int64_t j = 0; j < crystal.atoms(); ++j) {
+        const T* p = in.positions + 3 * (crystal.begin + j);
+        T n[3], r[3];
+        for (int a = 0; a < 3; ++a) {
+            n[a] = force[a * columns + j];
+            r[a] = p[a] - in.positions[3 * i + a];
+        }
+        for (int a = 0; a < 3; ++a) {
+            force[a * columns + j] = T(-(n[0] * b[a] + n[1] * b[3 + a] + n[2] * b[6 + a]));
+            for (int k = 0; k < 3; ++k) d_basis[3 * k + a] -= double(n[k]) * r[a];
+        }
+    }
+    constexpr int at[3][3] = {{0, 1, 2}, {1, 3, 4}, {2, 4, 5}};
+    for (int k = 0; k < 3; ++k)
+        for (int l = 0; l < 3; ++l) {
+            const double twice = 2 * double(stress[at[k][l]].sum());
+            for (int a = 0; a < 3; ++a) d_basis[3 * k + a] -= twice * b[3 * l + a];
+        }
+    for (int m = 0; m < 9; ++m) x.row_lattice[9 * i + m] = T(d_basis[m]);
+}
+
 // Equation (B12), what belongs to the rows: gradients of q and decay, and of the pairs' weights and scores.
 template <class T>
 void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
@@ -275,29 +306,31 @@ void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t
             }
             if (force) sum_geometry(crystal, own, weight, sums, slope, force, stress);
         }
-        if (!force) continue;
-        // B, the reciprocal basis, turns integers into vectors; its gradient is that of G = g B, of r with M sin, of |G|².
-        const double* b = crystal.basis;
-        double d_basis[9] = {};
-        for (int64_t j = 0; j < atoms; ++j) {
-            const T* p = in.positions + 3 * (crystal.begin + j);
-            T n[3], r[3];
-            for (int a = 0; a < 3; ++a) {
-                n[a] = force[a * columns + j];
-                r[a] = p[a] - in.positions[3 * i + a];
-            }
-            for (int a = 0; a < 3; ++a) {
-                force[a * columns + j] = T(-(n[0] * b[a] + n[1] * b[3 + a] + n[2] * b[6 + a]));
-                for (int k = 0; k < 3; ++k) d_basis[3 * k + a] -= double(n[k]) * r[a];
-            }
-        }
-        constexpr int at[3][3] = {{0, 1, 2}, {1, 3, 4}, {2, 4, 5}};
-        for (int k = 0; k < 3; ++k)
-            for (int l = 0; l < 3; ++l) {
-                const double twice = 2 * double(stress[at[k][l]].sum());
-                for (int a = 0; a < 3; ++a) d_basis[3 * k + a] -= twice * b[3 * l + a];
-            }
-        for (int m = 0; m < 9; ++m) x.row_lattice[9 * i + m] = T(d_basis[m]);
+        if (force) finish_geometry(x, crystal, i, stress);
+    }
+}
+
+// A crystal's rows in the block.
+template <class T>
+INLINE int64_t block_begin(const ReciprocalRows<T>& x, const ReciprocalCrystal<T>& crystal) {
+    return crystal.begin > x.first_row ? crystal.begin : x.first_row;
+}
+template <class T>
+INLINE int64_t block_end(const ReciprocalRows<T>& x, const ReciprocalCrystal<T>& crystal) {
+    return crystal.end < x.last_row ? crystal.end : x.last_row;
+}
+
+// The gradient of an atom's position: pulled as j by the rows of the block, and as i by its own.
+template <class T>
+INLINE void add_column_force(const ReciprocalRows<T>& x, const ReciprocalCrystal<T>& crystal, int64_t j, int64_t begin,
+                             int64_t end) {
+    const int64_t columns = crystal.columns(), place = j - crystal.begin;
+    for (int a = 0; a < 3; ++a) {
+        T sum = 0;
+        for (int64_t i = begin; i < end; ++i) sum += x.pair_force[3 * x.pair[i] + a * columns + place];
+        if (j >= begin && j < end)
+            for (int64_t n = 0; n < crystal.atoms(); ++n) sum -= x.pair_force[3 * x.pair[j] + a * columns + n];
+        x.result.positions[3 * j + a] += sum;
     }
 }
 
@@ -308,9 +341,8 @@ void reciprocal_backward_columns(const ReciprocalRows<T>& x, int64_t first, int6
     for (int64_t j = first; j < last; ++j) {
         const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[j]];
         const int64_t columns = crystal.columns(), place = j - crystal.begin;
-        const int64_t begin = crystal.begin > x.first_row ? crystal.begin : x.first_row;
-        const int64_t end = crystal.end < x.last_row ? crystal.end : x.last_row;
-        for (int64_t i = begin; i < end; ++i) {
+        const int64_t begin = block_begin(x, crystal), end = block_end(x, crystal);
+        for (int64_t i = begin; i < end; ++i)
             for (int head = 0; head < in.heads; ++head) {
                 const int64_t at = x.pair[i] * in.heads + head * columns + place;
                 const int64_t row = i * in.heads + head, column = j * in.heads + head;
@@ -319,15 +351,76 @@ void reciprocal_backward_columns(const ReciprocalRows<T>& x, int64_t first, int6
                 for (int d = 0; d < in.value_dim; ++d)
                     x.result.v[column * in.value_dim + d] += p * x.grad[row * in.value_dim + d];
             }
-            if (x.pair_force)
-                for (int a = 0; a < 3; ++a) x.result.positions[3 * j + a] += x.pair_force[3 * x.pair[i] + a * columns + place];
+        if (x.pair_force) add_column_force(x, crystal, j, begin, end);
+    }
+}
+
+// S of some rows with all atoms of their crystals, (P,H).
+template <class T>
+void reciprocal_sum_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
+    const ReciprocalInputs<T>& in = x.in;
+    for (int64_t i = first; i < last; ++i) {
+        const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[i]];
+        T* own = scratch;
+        T* weight = own + 2 * crystal.vectors;
+        T* sums = weight + HEADS * crystal.shells;
+        own_phases(crystal, i, own);
+        for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
+            const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
+            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)), weight);
+            if (real > 4) sum_vectors<8, false>(crystal, own, weight, 0, sums, sums);
+            else sum_vectors<4, false>(crystal, own, weight, 0, sums, sums);
+            T* to = x.y + x.first_pair[i] * in.heads + first_head;
+            for (int64_t j = 0; j < crystal.atoms(); ++j)
+                for (int h = 0; h < real; ++h) to[j * in.heads + h] = sums[h * crystal.columns() + j];
         }
-        if (x.pair_force && j >= x.first_row && j < x.last_row)
-            for (int a = 0; a < 3; ++a) {
-                T sum = 0;
-                for (int64_t n = 0; n < crystal.atoms(); ++n) sum += x.pair_force[3 * x.pair[j] + a * columns + n];
-                x.result.positions[3 * j + a] -= sum;
+    }
+}
+
+// From the gradient of S to that of the decay, and what the geometry needs of the rows.
+template <class T>
+void reciprocal_sum_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
+    const ReciprocalInputs<T>& in = x.in;
+    for (int64_t i = first; i < last; ++i) {
+        const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[i]];
+        const int64_t columns = crystal.columns(), atoms = crystal.atoms();
+        T* own = scratch;
+        T* weight = own + 2 * crystal.vectors;
+        T* sums = weight + HEADS * crystal.shells;
+        T* slope = sums + HEADS * columns;
+        T* force = x.pair_force ? x.pair_force + 3 * x.pair[i] : nullptr;
+        Atoms<T> stress[6];
+        for (int m = 0; m < 6; ++m) stress[m] = Atoms<T>::all(0);
+        for (int64_t m = 0; force && m < 3 * columns; ++m) force[m] = 0;
+        own_phases(crystal, i, own);
+        for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
+            const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
+            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)), weight);
+            for (int h = 0; h < real; h += 4) sum_vectors<4, true>(crystal, own, weight, h, sums, slope);
+            for (int64_t m = 0; m < HEADS * columns; ++m) sums[m] = 0;
+            for (int64_t m = real * columns; m < HEADS * columns; ++m) slope[m] = 0;
+            const T* grad = x.grad + x.first_pair[i] * in.heads + first_head;
+            for (int h = 0; h < real; ++h) {
+                const int64_t head = i * in.heads + first_head + h;
+                T *sum = sums + h * columns, *along = slope + h * columns, d_decay = 0;
+                for (int64_t j = 0; j < atoms; ++j) {
+                    sum[j] = grad[j * in.heads + h];
+                    d_decay -= sum[j] * along[j];
+                }
+                x.result.decay[head] = d_decay;
+                for (int64_t j = 0; j < columns; ++j) along[j] = in.decay[head] * sum[j];
             }
+            if (force) sum_geometry(crystal, own, weight, sums, slope, force, stress);
+        }
+        if (force) finish_geometry(x, crystal, i, stress);
+    }
+}
+
+template <class T>
+void reciprocal_sum_backward_columns(const ReciprocalRows<T>& x, int64_t first, int64_t last, T*) {
+    for (int64_t j = first; j < last; ++j) {
+        const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[j]];
+        add_column_force(x, crystal, j, block_begin(x, crystal), block_end(x, crystal));
     }
 }
 

@@ -100,6 +100,7 @@ def test_written_out_backward_is_the_derivative_of_the_reference(geometry):
         (ops.ATTENTION, x.inputs[:6], (*lists, *basis)),
         (ops.ENCODING, (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)),
         (ops.RECIPROCAL, x.inputs[:6], x.wave_vectors()),
+        (ops.RECIPROCAL_SUM, x.inputs[3:6], (*x.wave_vectors(), x.images.num_pairs)),
     )
     for op, inputs, settings in cases:
         with torch.no_grad():

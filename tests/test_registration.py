@@ -13,6 +13,8 @@ def arguments(op: ops.Op, backend: str):
     lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.basis_and_tol
     if op is ops.ENCODING:
         return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
+    if op is ops.RECIPROCAL_SUM:
+        return (x.decay, x.positions, x.lattice), (*x.wave_vectors(), x.images.num_pairs)
     return x.inputs[:6], (*lists, *basis) if op is ops.ATTENTION else x.wave_vectors()
 
 
@@ -42,7 +44,7 @@ def test_opcheck_of_lists_and_layouts():
     x = problem()
     geometry = (x.positions, x.lattice)
     for cutoff, every_pair in ((None, False), (None, True), (5.0, False)):
-        settings = (0.5, 1e-6, 4.0, 0.01, cutoff, every_pair)
+        settings = (torch.full((3,), 0.5).double(), 1e-6, 4.0, 0.01, cutoff, every_pair)
         torch.library.opcheck(torch.ops.crystalformer.cpu_images.default, (*geometry, x.ptr, *settings))
     lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
     for by_pair, merge in ((False, True), (False, False), (True, True)):
