@@ -22,7 +22,7 @@ TRIALS = 60
 
 
 def smallest_sum(t: Tensor, a: Tensor) -> Tensor:
-    """Lower bound, for any r, on S(r) = sum_G exp(-|G|²/(4a)) cos(G·r), equation (15).
+    """Lower bound, for any r, on S(r) = sum_G exp(-|G|²/(4a)) cos(G·r), equation (16).
 
         S(r) >= prod_k sqrt(a/pi) T_kk sum_m exp(-a T_kk² (m + 1/2)²)
 
@@ -53,7 +53,7 @@ def crossover(lattice: Tensor, decay_min: float, tol: float) -> Tensor:
 
 
 def slow_wave_vectors(lattice: Tensor, ptr: Tensor, crossover: Tensor, tol: float) -> WaveVectors:
-    """Those that leave out at most `tol` of every sum with a decay up to `crossover`, relatively.  Equation (16)."""
+    """Those that leave out at most `tol` of every sum with a decay up to `crossover`, relatively.  Equation (17)."""
     t, _ = triangular(lattice)
     a = torch.where(crossover > 0, crossover, 1e-6)
     smallest = torch.where(crossover > 0, smallest_sum(t, a), 1.0)

@@ -49,7 +49,7 @@ def test_the_sum_over_wave_vectors_is_certified(kind, tol):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_sum_is_smaller_than_the_bound(kind):
-    """The bound of (15), against sums at the cell's own deep holes and at random places."""
+    """The bound of (16), against sums at the cell's own deep holes and at random places."""
     for seed in range(3):
         _, lattice = random_crystal(kind, seed, 2)
         t, _ = triangular(lattice[None])
