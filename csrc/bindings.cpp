@@ -250,6 +250,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     return result;
 }
 
+void check_wave_vectors(const Tensor& ptr, const Tensor& g_ptr) {
+    TORCH_CHECK(ptr.sizes() == g_ptr.sizes(), "ptr and g_ptr must be of the same crystals");
+}
+
 // All arguments of the reciprocal operators, contiguous and alive.
 struct ReciprocalArguments {
     Tensor q, k, v, decay, positions, lattice;
@@ -257,6 +261,7 @@ struct ReciprocalArguments {
 
     template <class T>
     ReciprocalInputs<T> inputs() const {
+        check_wave_vectors(ptr, g_ptr);
         return {
             .atoms = q.size(0),
             .crystals = ptr.size(0) - 1,
@@ -319,6 +324,7 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
 template <class T>
 ReciprocalInputs<T> reciprocal_sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice,
                                           const Tensor& ptr, const Tensor& g_ptr, const Tensor& g) {
+    check_wave_vectors(ptr, g_ptr);
     return {
         .atoms = decay.size(0),
         .crystals = ptr.size(0) - 1,

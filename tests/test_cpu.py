@@ -228,3 +228,8 @@ def test_operators_refuse_what_they_cannot_read():
         backward(*outputs, *x.inputs[:6], *lists, merged, *basis, 1e-6, *outputs, True)
     with pytest.raises(RuntimeError, match="needs contiguous CPU tensors"):
         run(*x.inputs[:6], *lists[:3], x.images.shift.T.contiguous().T, merged, *basis, 1e-6)
+    g_ptr, g, *sizes = x.wave_vectors()[1:]
+    with pytest.raises(RuntimeError, match="ptr and g_ptr must be of the same crystals"):
+        torch.ops.crystalformer.cpu_reciprocal(*x.inputs[:6], x.ptr, g_ptr[:-1], g, *sizes)
+    with pytest.raises(RuntimeError, match="ptr and g_ptr must be of the same crystals"):
+        torch.ops.crystalformer.cpu_reciprocal_sum(*x.inputs[3:6], x.ptr, g_ptr[:-1], g, *sizes, 14)
