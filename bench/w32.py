@@ -1,8 +1,9 @@
 """Workload W32: the compiled CPU kernels beside plain PyTorch and the paper's code.    python -m bench.w32
 
 The first 32 ordered AFLOW prototypes with at most 20 atoms; 8 heads of 16, 64 basis functions, r0 1.4 Å, tol 1e-6; four
-attention calls, forward and backward, images ready; and a whole training step of the paper's model (forward, backward,
-AdamW). Providers alternate in one process; medians. Correct first: a provider whose output is off is not timed.
+attention calls, forward and backward, images ready; four calls of reciprocal attention, wave vectors ready; and a whole
+training step (forward, backward, AdamW) of the paper's model and of the dual-space one. Providers alternate in one
+process; medians. Correct first: a provider whose output is off is not timed.
 
 OFFICIAL=folder adds the paper's PyTorch path, from a checkout of github.com/omron-sinicx/crystalformer.
 """
@@ -74,6 +75,43 @@ def library_attention(batch: cf.CrystalBatch, backend: str) -> Callable[..., Ten
     return attend
 
 
+def reciprocal_attention(batch: cf.CrystalBatch, backend: str) -> Callable[..., Tensor]:
+    waves = cf.build_wave_vectors(batch.lattice, batch.ptr)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        lists = (batch.positions, batch.lattice, batch.ptr)
+        return cf.reciprocal_attention(q, k, v, decay, *lists, backend=backend, wave_vectors=waves)
+
+    return attend
+
+
+def official_reciprocal(batch: cf.CrystalBatch, folder: str, box: int) -> Callable[..., Tensor]:
+    """The paper's PyTorch path, with a box of ±2 as published or larger: its alpha of the pairs, then a softmax.
+
+    Its cosines, made once a training step for all blocks, are made beforehand.
+    """
+    sys.path.insert(0, folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        from models.indexed_lattice_multi_head_attention import compute_reci_domain_attn
+        from models.indexed_latticeformer_encoder import compute_lattice_distances
+    sizes = batch.ptr.diff()
+    crystal = torch.repeat_interleave(sizes)
+    _, cos_kr, k2, volume, _, edges, _ = compute_lattice_distances(
+        batch.positions, crystal, batch.lattice, sizes, box, output_dis=False, output_rec=True, exclude_self=False
+    )
+    place = torch.arange(len(crystal)) - batch.ptr[crystal]
+    largest = int(sizes.max())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        alpha = compute_reci_domain_attn(-decay, cos_kr, k2, volume.abs(), edges[0], crystal)
+        score = alpha + (q[edges[0]] * k[edges[1]]).sum(-1) / DIM**0.5
+        padded = score.new_full((len(q), largest, HEADS), -torch.inf).index_put((edges[0], place[edges[1]]), score)
+        p = torch.softmax(padded, 1)[edges[0], place[edges[1]]]
+        return torch.zeros_like(v).index_add(0, edges[0], p[..., None] * v[edges[1]])
+
+    return attend
+
+
 def official_model(batch: cf.CrystalBatch, folder: str) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
     """The paper's model on the PyTorch path of its code, and its forward."""
     sys.path.insert(0, folder)
@@ -95,7 +133,7 @@ def measure(providers: dict[str, Callable[[], tuple[float, ...]]], rounds: int) 
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in providers}
     for turn in range(rounds + 1):
         for name, run in providers.items():
-            for _ in range(1 if turn == 0 or name in ("paper", "dense") else 5):
+            for _ in range(1 if turn == 0 or name.startswith(("paper", "dense")) else 5):
                 result = run()
                 if turn:
                     times[name].append(result)
@@ -129,10 +167,10 @@ def training_run(model: torch.nn.Module, forward: Callable[[], Tensor]) -> Calla
 
 
 def table(title: str, phases: tuple[str, ...], times: dict[str, list[float]], against: str) -> None:
-    print(f"\n{title}, ms\n  {'':11}" + "".join(f"{x:>10}" for x in (*phases, "sum")) + f"{'times ' + against:>18}")
+    print(f"\n{title}, ms\n  {'':14}" + "".join(f"{x:>10}" for x in (*phases, "sum")) + f"{'times ' + against:>18}")
     for name, phase in times.items():
         ratio = sum(times[against]) / sum(phase)
-        print(f"  {name:11}" + "".join(f"{x:10.2f}" for x in (*phase, sum(phase))) + f"{ratio:18.1f}")
+        print(f"  {name:14}" + "".join(f"{x:10.2f}" for x in (*phase, sum(phase))) + f"{ratio:18.1f}")
 
 
 def main() -> None:
@@ -167,13 +205,32 @@ def main() -> None:
     attention = measure(runs, options.rounds)
     table(f"{CALLS} attention calls", ("forward", "backward"), attention, "dense")
 
+    decay = (1.21 + 2 * torch.rand(n, HEADS)).requires_grad_()
+    inputs = [*inputs[:3], decay]
+    truth = reciprocal_attention(exact, "reference")(*(x.detach().double() for x in inputs))
+    attends = {name: (reciprocal_attention(batch, name), 1e-4) for name in attention if name != "dense"}
+    if "OFFICIAL" in os.environ:  # its box of ±2 is too small for the longer cells: its error is printed, not judged
+        for box in (2, 6):
+            attends[f"paper ±{box}"] = (official_reciprocal(batch, os.environ["OFFICIAL"], box), 1.0)
+    for name, (attend, bound) in attends.items():
+        error = float((attend(*inputs).detach() - truth).abs().max() / truth.abs().max())
+        print(f"reciprocal, {name}: relative error {error:.1e}")
+        assert error < bound, f"{name} is wrong: relative error {error:.1e}"
+    runs = {
+        name: lambda attend=attend: attention_run(attend, inputs, upstream) for name, (attend, _) in attends.items()
+    }
+    against = "paper ±2" if "paper ±2" in runs else "reference"
+    table(f"{CALLS} reciprocal attention calls", ("forward", "backward"), measure(runs, options.rounds), against)
+
     steps = {}
     for name in attention:
         if name != "dense":
-            model = cf.Crystalformer(backend=name)
-            batch.images = model.build_images(batch)
-            model.calibrate(batch)
-            steps[name] = training_run(model, lambda model=model: model(batch))
+            for domain in ("real", "multihead"):
+                model = cf.Crystalformer(cf.CrystalformerConfig(domain=domain), backend=name)
+                prepared = model.prepare(batch)
+                model.calibrate(prepared)
+                run = training_run(model, lambda model=model, prepared=prepared: model(prepared))
+                steps[name if domain == "real" else f"{name} dual"] = run
     if "OFFICIAL" in os.environ:
         steps["paper"] = training_run(*official_model(batch, os.environ["OFFICIAL"]))
     phases = ("forward", "backward", "AdamW")

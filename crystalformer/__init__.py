@@ -11,6 +11,7 @@ from .data import CrystalBatch
 from .functional import periodic_attention, periodic_encoding, reciprocal_attention
 from .images import ImageList, build_images
 from .model import Crystalformer
+from .wave_vectors import WaveVectors, build_wave_vectors
 
 __all__ = [
     "CrystalBatch",
@@ -18,8 +19,10 @@ __all__ = [
     "CrystalformerConfig",
     "ImageList",
     "RadialBasis",
+    "WaveVectors",
     "available_backends",
     "build_images",
+    "build_wave_vectors",
     "convert",
     "debug_checks",
     "periodic_attention",

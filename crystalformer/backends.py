@@ -5,8 +5,8 @@ import torch
 from .extension import LOADED
 
 NAMES = ("triton", "cpu", "reference")
-# The ops that are written for the reference alone.
-REFERENCE_ONLY = ("reciprocal",)
+# On a GPU the reference's matrix products serve these.
+NOT_IN_TRITON = ("reciprocal", "reciprocal_sum")
 
 
 def _load_triton() -> bool | str:
@@ -52,11 +52,11 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
     available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"
-        serves = available[fast] is True and op not in REFERENCE_ONLY and _device_type(fast) == device.type
+        serves = available[fast] is True and _device_type(fast) == device.type and _has(fast, op)
         return fast if serves and (fast == "cpu" or dtype == torch.float32) else "reference"
     if available[backend] is not True:
         raise RuntimeError(f"backend {backend!r} is not available: {available[backend]}")
-    if op in REFERENCE_ONLY and backend != "reference":
+    if not _has(backend, op):
         raise RuntimeError(f"backend {backend!r} has no {op} attention: use 'auto' or 'reference'")
     if backend != "reference" and _device_type(backend) != device.type:
         raise RuntimeError(
@@ -65,6 +65,10 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
     if backend == "triton" and dtype != torch.float32:
         raise TypeError(f"backend 'triton' takes torch.float32, not {dtype}: use 'auto' or 'reference'")
     return backend
+
+
+def _has(backend: str, op: str) -> bool:
+    return backend != "triton" or op not in NOT_IN_TRITON
 
 
 def _device_type(backend: str) -> str:

@@ -100,8 +100,12 @@ def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf")
 
 
 def check_geometry(positions: Tensor, lattice: Tensor) -> None:
-    """A lattice is singular when its volume is nothing beside the product of its edges."""
     check_finite("positions", positions)
+    check_lattice(lattice)
+
+
+def check_lattice(lattice: Tensor) -> None:
+    """A lattice is singular when its volume is nothing beside the product of its edges."""
     if not values_visible(lattice):
         return
     x = lattice.detach().double()
@@ -113,14 +117,15 @@ def check_geometry(positions: Tensor, lattice: Tensor) -> None:
         raise ValueError(f"lattice must have a volume, but lattice[{index}] is singular: {lattice[index].tolist()}")
 
 
-def check_ptr(name: str, ptr: Any, num_atoms: int) -> None:
-    """Offsets of the crystals in the packed rows: 0, ..., N, each crystal with at least one atom."""
+def check_ptr(name: str, ptr: Any, num_atoms: int | None = None) -> None:
+    """Offsets of the crystals in the packed rows: 0, ..., N, each crystal with at least one atom; N if it is known."""
     if not isinstance(ptr, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(ptr).__name__}")
     check_dtype(name, ptr, torch.int64)
     if ptr.dim() != 1 or len(ptr) < 1:
         raise ValueError(f"{name} must have shape (C+1), not {tuple(ptr.shape)}")
     if values_visible(ptr):
+        num_atoms = int(ptr[-1]) if num_atoms is None else num_atoms
         if int(ptr[0]) != 0 or int(ptr[-1]) != num_atoms:
             raise ValueError(
                 f"{name} must run from 0 to the number of atoms {num_atoms}, not from {int(ptr[0])} to {int(ptr[-1])}"

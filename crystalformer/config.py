@@ -93,6 +93,13 @@ class CrystalformerConfig:
         """The smallest real decay that any block can have, Å^-2: b / (2 r0²)."""
         return min(self.decay_bound / (2 * self.block_r0(block) ** 2) for block in range(self.num_blocks))
 
+    @property
+    def decay_reciprocal_min(self) -> float:
+        """The smallest reciprocal decay that any block can have, Å²: b r0² / 2."""
+        return min(
+            self.decay_bound_reciprocal * self.block_r0_reciprocal(block) ** 2 / 2 for block in range(self.num_blocks)
+        )
+
     def block_r0(self, block: int) -> float:
         return self.r0[block % len(self.r0)]
 
@@ -108,6 +115,10 @@ class CrystalformerConfig:
     @property
     def needs_images(self) -> bool:
         return any(self.num_real_heads(block) for block in range(self.num_blocks))
+
+    @property
+    def needs_wave_vectors(self) -> bool:
+        return any(self.num_real_heads(block) < self.num_heads for block in range(self.num_blocks))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -1,5 +1,6 @@
 """The public functions: checked arguments, then one op of the chosen backend."""
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -9,8 +10,10 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import choose_backend
 from .basis import RadialBasis
-from .images import ImageList
+from .images import ImageList, crystal_of_atom
 from .layouts import layout as make_layout
+from .reference import pair_atoms
+from .wave_vectors import WaveVectors, build_wave_vectors
 
 
 @overload
@@ -124,7 +127,9 @@ def periodic_encoding(
     Args:
         decay: (N,H), Å^-2, at least the `decay_min` that images were built for.
         positions, lattice, edge_weight, basis, backend: as for `periodic_attention`.
-        images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`.
+        images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`. With
+            reciprocal=True too, alpha without edge_weight is summed in the cheaper of the two spaces; the reciprocal
+            sum of "triton" is the reference's matrix products.
 
     Returns:
         alpha (P,H) and beta (P,H,Dv), or None in its place without edge_weight. P = sum_c n_c² pairs, crystal by
@@ -138,14 +143,47 @@ def periodic_encoding(
     checks.check_tensor("decay", decay, "N H", known)
     checks.check_dtype("decay", decay, torch.float32, torch.float64)
     _check_atoms("decay", decay, positions, lattice, known, like=decay)
-    _check_images(images, decay, known)
+    _check_images(images, decay, known, reciprocal=edge_weight is None)
     if not images.every_pair:
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
     weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
     _refuse_forward_mode(decay, positions, lattice, edge_weight)
-    run, lists, tol = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers)
-    alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, numbers, tol)
-    return alpha, None if edge_weight is None else beta
+
+    def real(decay: Tensor) -> tuple[Tensor, Tensor]:
+        run, lists, tol = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers)
+        return run(decay, weight, positions, lattice, *lists, images.num_pairs, numbers, tol)
+
+    if edge_weight is not None or images.crossover is None:
+        alpha, beta = real(decay)
+        return alpha, None if edge_weight is None else beta
+
+    checks.check_geometry(positions, lattice)
+    # Each atom and head takes one of the two sums. Where that can be seen, nobody makes a sum that nobody takes.
+    limit = images.crossover.to(decay.dtype)[crystal_of_atom(images.ptr, images.num_atoms), None]
+    slow = decay < limit
+    visible = checks.values_visible(decay)
+    if visible and not slow.any():
+        return real(decay)[0], None
+    spectral = backend if backend != "triton" else "reference"
+    if visible and slow.all():
+        return _reciprocal_alpha(decay, positions, lattice, images, spectral), None
+    served = torch.where(limit > 0, limit, 1.0)
+    alpha = _reciprocal_alpha(torch.where(slow, decay, served), positions, lattice, images, spectral)
+    pair_slow = slow[pair_atoms(images)[0]]
+    return torch.where(pair_slow, alpha, real(torch.where(slow, served, decay))[0]), None
+
+
+def _reciprocal_alpha(decay: Tensor, positions: Tensor, lattice: Tensor, images: ImageList, backend: str) -> Tensor:
+    """alpha (P,H) summed over the wave vectors of the list, in fp64.  Equation (15) of docs/math.md."""
+    waves = images.wave_vectors
+    assert waves is not None
+    a, p, cell = decay.double(), positions.double(), lattice.double()
+    backend = choose_backend(backend, decay.device, "reciprocal_sum", a.dtype)
+    lists = (waves.ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors, images.num_pairs)
+    total = getattr(torch.ops.crystalformer, f"{backend}_reciprocal_sum")(1 / (4 * a), p, cell, *lists)
+    volume = (torch.linalg.cross(cell[:, 0], cell[:, 1]) * cell[:, 2]).sum(-1).abs()
+    row = 1.5 * (math.pi / a).log() - volume.log()[crystal_of_atom(images.ptr, images.num_atoms), None]
+    return (total.log() + row[pair_atoms(images)[0]]).to(decay.dtype)
 
 
 def reciprocal_attention(
@@ -159,6 +197,7 @@ def reciprocal_attention(
     tol: float = 1e-6,
     backend: str = "auto",
     decay_min: float | None = None,
+    wave_vectors: WaveVectors | None = None,
 ) -> Tensor:
     """Attention whose weight decays with the wave vector, not with the distance: it sees the long range.
 
@@ -166,7 +205,8 @@ def reciprocal_attention(
         y_i      = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j
 
     G runs over the reciprocal lattice, V = |det L|. Equation (13) of docs/math.md (Taniai et al., ICLR 2024, appendix).
-    The clamp is the paper's; the gradient of a clamped pair is zero.
+    The clamp is the paper's; the gradient of a clamped pair is zero. No transcendental is computed for a pair of
+    atoms, and nothing of the size of the pairs times the vectors is stored. Differentiable as `periodic_attention`.
 
     Args:
         q, k: (N,H,D).  v: (N,H,Dv).
@@ -174,9 +214,11 @@ def reciprocal_attention(
         positions: (N,3), Cartesian, Å.  lattice: (C,3,3), Å, either handedness.
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
         tol: how much of the sum over G may be left out, absolutely; its G = 0 term is 1.
-        backend: "auto" or "reference".
+        backend: "auto", "cpu" or "reference".
         decay_min: smallest c that the choice of G must serve, Å². Default: the smallest in decay_reciprocal, which
             costs a GPU synchronisation and lets the choice vary with the data.
+        wave_vectors: the G, from `build_wave_vectors` for these crystals, made once for many calls; tol and decay_min
+            are then those that it was made for.
 
     Returns:
         y (N,H,Dv).
@@ -197,12 +239,21 @@ def reciprocal_attention(
         checks.check_finite(name, x)
     checks.check_geometry(positions, lattice)
     tol = checks.check_number("tol", tol, high=1.0)
-    if decay_min is None:
-        decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
-    decay_min = checks.check_number("decay_min", decay_min)
+    if decay_min is not None:
+        decay_min = checks.check_number("decay_min", decay_min)
     _refuse_forward_mode(q, k, v, decay_reciprocal, positions, lattice)
-    run = getattr(torch.ops.crystalformer, f"{choose_backend(backend, q.device, 'reciprocal')}_reciprocal")
-    return run(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol)
+    backend = choose_backend(backend, q.device, "reciprocal", q.dtype)
+    if wave_vectors is None:
+        if torch.compiler.is_compiling():
+            raise ValueError("wave_vectors must be built before compiling: build_wave_vectors(lattice, ptr)")
+        if decay_min is None:
+            decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
+        wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
+    else:
+        _check_wave_vectors(wave_vectors, ptr, decay_reciprocal)
+    lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
+    run = getattr(torch.ops.crystalformer, f"{backend}_reciprocal")
+    return run(q, k, v, decay_reciprocal, positions, lattice, *lists)
 
 
 def _op(
@@ -241,7 +292,8 @@ def _check_atoms(
     checks.check_positive(name, decay)
 
 
-def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> None:
+def _check_images(images: ImageList, decay: Tensor, known: dict[str, int], reciprocal: bool = False) -> None:
+    """Checks the list; `reciprocal`: its wave vectors serve, too."""
     if not isinstance(images, ImageList):
         raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
     if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
@@ -251,13 +303,33 @@ def _check_images(images: ImageList, decay: Tensor, known: dict[str, int]) -> No
         )
     if images.device != decay.device:
         raise ValueError(f"images must be on {decay.device}, as the other arguments, not on {images.device}")
-    if images.decay_min is not None and checks.values_visible(decay) and decay.numel():
-        smallest = float(decay.detach().min())
-        if smallest < images.decay_min * (1 - 1e-6):  # a model's decay at its bound, in fp32
-            raise ValueError(
-                f"decay must be at least {images.decay_min:g}, the decay_min that images were built for, "
-                f"but its smallest value is {smallest:g}"
-            )
+    if images.decay_min is not None and checks.values_visible(decay):
+        decay_min = images.decay_min if reciprocal else images.real_decay_min
+        assert decay_min is not None
+        _check_smallest("decay", decay, decay_min, "images")
+
+
+def _check_wave_vectors(waves: WaveVectors, ptr: Tensor, decay: Tensor) -> None:
+    if not isinstance(waves, WaveVectors):
+        raise TypeError(f"wave_vectors must be WaveVectors, from build_wave_vectors, not {type(waves).__name__}")
+    if waves.device != decay.device:
+        raise ValueError(f"wave_vectors must be on {decay.device}, as the other arguments, not on {waves.device}")
+    same = waves.ptr.shape == ptr.shape
+    if not same or (checks.values_visible(ptr) and not torch.equal(waves.ptr, ptr)):
+        raise ValueError(f"wave_vectors must be of the crystals of ptr, {ptr.tolist()}, not of {waves.ptr.tolist()}")
+    _check_smallest("decay_reciprocal", decay, waves.decay_min, "wave_vectors")
+
+
+def _check_smallest(name: str, decay: Tensor, decay_min: float, built: str) -> None:
+    """Decays below those that a list is certified for would be summed too short."""
+    if not checks.values_visible(decay) or not decay.numel():
+        return
+    smallest = float(decay.detach().min())
+    if smallest < decay_min * (1 - 1e-6):  # a model's decay at its bound, in fp32
+        raise ValueError(
+            f"{name} must be at least {decay_min:g}, the decay_min that {built} were built for, "
+            f"but its smallest value is {smallest:g}"
+        )
 
 
 def _check_value_encoding(

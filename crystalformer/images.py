@@ -1,7 +1,8 @@
 """The periodic images that each atom attends to, packed in one list with a certificate of what it leaves out."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from . import checks
 from .extension import LOADED
 from .lattice import points_in_spheres, triangular
+from .packed import Packed, cat_ptr, check_parts, weakest
+from .poisson import crossover, slow_wave_vectors
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
+from .wave_vectors import WaveVectors
 
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
 PAIRS_AT_ONCE = 1 << 18
@@ -20,7 +24,7 @@ CUTOFF_SLACK = 1e-4
 
 torch.library.define(
     "crystalformer::cpu_images",
-    "(Tensor positions, Tensor lattice, Tensor ptr, float decay_min, float tol, float logit_range, "
+    "(Tensor positions, Tensor lattice, Tensor ptr, Tensor decay_min, float tol, float logit_range, "
     "float beyond, float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff)",
 )
 
@@ -39,7 +43,7 @@ def _(positions: Tensor, lattice: Tensor, ptr: Tensor, *_: Any) -> tuple[Tensor,
 
 
 @dataclass(frozen=True, eq=False)
-class ImageList:
+class ImageList(Packed):
     """The images e = (i, j, n) of all atoms: atom j of the same crystal, moved by n lattice vectors, seen from atom i.
 
     Row i holds the images of atom i, sorted by (j, n). The list is symmetric: with (i, j, n) it holds (j, i, -n). It
@@ -57,6 +61,9 @@ class ImageList:
         decay_min, tol, logit_range: what the list is certified for (see `build_images`), or None for a cutoff that the
             caller chose.
         every_pair: whether every pair of atoms has the images its own sum needs.
+        crossover: (C), Å^-2, with `reciprocal`: alpha is summed over the wave vectors where the decay is smaller; the
+            images serve the decays from there on. 0 where they serve all from decay_min on.
+        wave_vectors: those of these sums.
         layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
     """
 
@@ -70,10 +77,19 @@ class ImageList:
     tol: float | None = None
     logit_range: float | None = None
     every_pair: bool = False
+    crossover: Tensor | None = None
+    wave_vectors: WaveVectors | None = None
     layouts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"layouts": {}}
+
+    @property
+    def real_decay_min(self) -> float | None:
+        """The smallest decay that the images alone serve: with `reciprocal`, a larger one than decay_min."""
+        if self.decay_min is None or self.crossover is None or not len(self.crossover):
+            return self.decay_min
+        return max(self.decay_min, float(self.crossover.max()))
 
     @property
     def num_images(self) -> int:
@@ -91,19 +107,6 @@ class ImageList:
     def device(self) -> torch.device:
         return self.col.device
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "ImageList":
-        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: function(x) for name, x in tensors.items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageList":
-        """The list on another device."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "ImageList":
-        """The list in page-locked memory, for copies to a GPU that do not wait."""
-        return self._map(lambda x: x.pin_memory())
-
     @staticmethod
     def cat(lists: "list[ImageList]") -> "ImageList":
         """Joins lists of separate crystals into the list of their batch, in order.
@@ -111,35 +114,28 @@ class ImageList:
         The certificate of the result is the weakest of its parts.
 
         Raises:
-            ValueError: for no lists, or lists on several devices.
+            ValueError: for no lists, lists on several devices, or some built with reciprocal=True and some without.
         """
         lists = list(lists)
-        if not lists:
-            raise ValueError("lists must hold at least one ImageList, not none")
-        if len({x.device for x in lists}) > 1:
-            raise ValueError(f"lists must be on one device, not on {sorted({str(x.device) for x in lists})}")
-        atoms = [0]
-        images = [0]
-        for x in lists:
-            atoms.append(atoms[-1] + x.num_atoms)
-            images.append(images[-1] + x.num_images)
-
-        def weakest(name: str, choose: Callable[[list[float]], float]) -> float | None:
-            values = [getattr(x, name) for x in lists]
-            return None if None in values else choose(values)
-
-        zero = lists[0].ptr[:1]
+        check_parts(lists, "lists", ImageList)
+        crossovers = [x.crossover for x in lists if x.crossover is not None]
+        if crossovers and len(crossovers) < len(lists):
+            raise ValueError("lists must be built all with reciprocal=True or all without")
+        waves = [x.wave_vectors for x in lists if x.wave_vectors is not None]
+        first = [0, *itertools.accumulate(x.num_atoms for x in lists)]
         return ImageList(
-            row_ptr=torch.cat([zero] + [x.row_ptr[1:] + m for x, m in zip(lists, images, strict=False)]),
-            col=torch.cat([x.col + n for x, n in zip(lists, atoms, strict=False)]),
+            row_ptr=cat_ptr([x.row_ptr for x in lists]),
+            col=torch.cat([x.col + n for x, n in zip(lists, first, strict=False)]),
             shift=torch.cat([x.shift for x in lists]),
-            ptr=torch.cat([zero] + [x.ptr[1:] + n for x, n in zip(lists, atoms, strict=False)]),
+            ptr=cat_ptr([x.ptr for x in lists]),
             cutoff=torch.cat([x.cutoff for x in lists]),
             num_pairs=sum(x.num_pairs for x in lists),
-            decay_min=weakest("decay_min", max),
-            tol=weakest("tol", max),
-            logit_range=weakest("logit_range", min),
+            decay_min=weakest(lists, "decay_min", max),
+            tol=weakest(lists, "tol", max),
+            logit_range=weakest(lists, "logit_range", min),
             every_pair=all(x.every_pair for x in lists),
+            crossover=torch.cat(crossovers) if crossovers else None,
+            wave_vectors=WaveVectors.cat(waves) if waves else None,
         )
 
 
@@ -159,6 +155,7 @@ def build_images(
     logit_range: float = 4.0,
     cutoff: float | None = None,
     every_pair: bool = False,
+    reciprocal: bool = False,
 ) -> ImageList:
     """The images that each atom attends to, with a certified cutoff for each crystal.
 
@@ -180,6 +177,10 @@ def build_images(
         every_pair: keep, for every pair of atoms, what the pair's own sum needs: the part of
             sum_n exp(-a d_ijn²) left out is at most `tol` of it, for every a >= decay_min. `periodic_encoding` needs
             it. Pairs have cutoffs of their own, and far pairs are there. Not with `cutoff`.
+        reciprocal: with every_pair: leave the alpha of slow decays to sums over wave vectors, where these are cheaper,
+            within the same `tol` (Poisson summation, docs/math.md, section 6). Such a list is short however small
+            decay_min is. It serves `periodic_encoding` without edge_weight from decay_min on, and everything else from
+            the larger `real_decay_min` on.
 
     Returns:
         ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit.
@@ -196,18 +197,27 @@ def build_images(
         if every_pair:
             raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
 
+    if reciprocal and not every_pair:
+        raise ValueError("every_pair must be True with reciprocal=True: it is about the sums of pairs")
+
+    smallest = torch.full_like(lattice[:, 0, 0], a)
+    slow = crossover(lattice, a, tol) if reciprocal else None
     build = _build_compiled if LOADED is True and positions.device.type == "cpu" else _build
-    images = build(positions, lattice, ptr, a, tol, logit_range, cutoff, every_pair)
+    served = smallest if slow is None else torch.maximum(smallest, slow)
+    images = build(positions, lattice, ptr, served, tol, logit_range, cutoff, every_pair)
     if cutoff is not None:
         return images
-    return replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+    images = replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
+    if slow is None:
+        return images
+    return replace(images, crossover=slow, wave_vectors=slow_wave_vectors(lattice, ptr, slow, tol))
 
 
 def _build_compiled(
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
-    a: float,
+    a: Tensor,
     tol: float,
     logit_range: float,
     cutoff: float | None,
@@ -225,7 +235,7 @@ def _build(
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
-    a: float,
+    a: Tensor,
     tol: float,
     logit_range: float,
     cutoff: float | None,
@@ -247,13 +257,15 @@ def _build(
     everyone = torch.arange(pairs.number, device=t.device)
     if every_pair:
         crystal, near2 = pairs.crystal(everyone), pairs.map(pairs.near_image2)
-        outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a * near2[p], crystal[p]))
+        outer2 = pairs.map(lambda p: tail_radius2(t, a, slack[crystal[p]] - a[crystal[p]] * near2[p], crystal[p]))
         pair, n, d2 = pairs.images(lambda p: outer2[p])
         # A pair's weights are relative to that of its nearest image: far pairs would underflow, and relative to the
         # image at near2, which a skewed cell has far from the nearest, they would overflow.
         nearest2 = torch.full_like(near2, torch.inf).scatter_reduce_(0, pair, d2, "amin")
-        beyond = torch.exp(slack[crystal] - a * (near2 - nearest2))
-        chosen = pair_cutoff2(torch.exp(a * (nearest2[pair] - d2)), d2, pair, outer2, beyond, tol)
+        decay = a[crystal]
+        beyond = torch.exp(slack[crystal] - decay * (near2 - nearest2))
+        weight = torch.exp(decay[pair] * (nearest2[pair] - d2))
+        chosen = pair_cutoff2(weight, d2, pair, outer2, beyond, tol)
         # The sums of (i,j) and (j,i) are equal up to rounding; the list must be symmetric.
         chosen = torch.maximum(chosen, chosen[pairs.transposed(everyone)])
         longest = torch.zeros_like(size).scatter_reduce_(0, crystal, chosen, "amax").sqrt()
@@ -263,7 +275,8 @@ def _build(
         outer2 = tail_radius2(t, a, log_beyond)
         pair, n, d2 = pairs.images(lambda p: outer2[pairs.crystal(p)])
         row = pairs.atoms(everyone)[0]
-        chosen = row_cutoff2(torch.exp(-a * d2), d2, pair, row, row_crystal, outer2, log_beyond.exp(), tol, logit_range)
+        weight = torch.exp(-a[pairs.crystal(pair)] * d2)
+        chosen = row_cutoff2(weight, d2, pair, row, row_crystal, outer2, log_beyond.exp(), tol, logit_range)
         longest = chosen.sqrt()
         keep = d2 <= chosen[pairs.crystal(pair)]
     return pairs.pack(pair[keep], n[keep], longest)

@@ -5,7 +5,7 @@ In the rotated frame the first coordinate of a lattice point n·L depends on n_0
 third on all three. So the points in a sphere are found axis by axis with no candidate outside it (Fincke and Pohst,
 1985), however skewed the cell, and a Gaussian sum over them is bounded by three one-dimensional sums.
 
-Everything here is fp64, batched, and runs on the device of its arguments.
+Everything here is batched and runs on the device of its arguments, the choice of points in fp64.
 """
 
 import math
@@ -20,6 +20,11 @@ def triangular(lattice: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(lattice.flip(-2).mT)
     sign = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(lattice.dtype)
     return (r * sign[..., None]).mT.flip(-2, -1), (q * sign[..., None, :]).mT.flip(-2)
+
+
+def reciprocal(lattice: Tensor) -> Tensor:
+    """Rows are the reciprocal lattice vectors, Å^-1, 2 pi included: lattice @ result.mT = 2 pi."""
+    return 2 * math.pi * torch.linalg.inv(lattice).mT
 
 
 def points_in_spheres(t: Tensor, cell: Tensor, center: Tensor, radius2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,7 +63,8 @@ class PeriodicAttention(nn.Module):
         self.num_heads, self.num_real = heads, config.num_real_heads(block)
         self.r0, self.r0_reciprocal = config.block_r0(block), config.block_r0_reciprocal(block)
         self.bound, self.bound_reciprocal = config.decay_bound, config.decay_bound_reciprocal
-        self.tol, self.backend = config.tol, backend
+        # Triton has no reciprocal attention: PyTorch's matrix products serve it on a GPU.
+        self.backend, self.reciprocal_backend = backend, "auto" if backend == "triton" else backend
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.decay = Decay(heads, head_dim)
         self.basis: RadialBasis | None = None
@@ -97,13 +98,11 @@ class PeriodicAttention(nn.Module):
             geometry = (batch.positions, batch.lattice, batch.images)
             outputs.append(periodic_attention(*heads, *geometry, self.edge_weight, self.basis, self.backend))
         if self.num_real < self.num_heads:
-            unit = self.r0_reciprocal**2 / 2
-            c = rho(score[:, reciprocal], self.bound_reciprocal) * unit
+            c = rho(score[:, reciprocal], self.bound_reciprocal) * self.r0_reciprocal**2 / 2
             heads = (q[:, reciprocal], k[:, reciprocal], v[:, reciprocal], c)
             crystal = (batch.positions, batch.lattice, batch.ptr)
-            decay_min = self.bound_reciprocal * unit
-            # `backend` chooses among those of the periodic attention: this one is written once.
-            outputs.append(reciprocal_attention(*heads, *crystal, self.tol, "auto", decay_min))
+            waves = batch.wave_vectors
+            outputs.append(reciprocal_attention(*heads, *crystal, backend=self.reciprocal_backend, wave_vectors=waves))
         return self.out_proj(torch.cat(outputs, 1).flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .images import ImageList, build_images
 from .layers import Block, Embedding, mean_pool
+from .wave_vectors import WaveVectors, build_wave_vectors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -25,7 +27,8 @@ class Crystalformer(nn.Module):
 
     Args:
         config: sizes and physics; the paper's by default.
-        backend: of the real-space attention, see `periodic_attention`; reciprocal heads take what serves them.
+        backend: of the attention, see `periodic_attention`; "triton" has none for reciprocal heads, which then take the
+            reference.
     """
 
     def __init__(self, config: CrystalformerConfig | None = None, backend: str = "auto") -> None:
@@ -43,7 +46,7 @@ class Crystalformer(nn.Module):
 
     def encode(self, batch: CrystalBatch) -> Tensor:
         """(N, model_dim), the atoms' features behind the last block."""
-        batch = self._with_images(batch)
+        batch = self.prepare(batch)
         x = self.embedding(batch.species)
         for block in self.blocks:
             x = block(x, batch)
@@ -56,7 +59,7 @@ class Crystalformer(nn.Module):
         Raises:
             ValueError: if all atoms of the batch have the same features.
         """
-        batch = self._with_images(batch)
+        batch = self.prepare(batch)
         x = self.embedding(batch.species)
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -81,33 +84,38 @@ class Crystalformer(nn.Module):
         config = self.config
         return build_images(batch.positions, batch.lattice, batch.ptr, config.decay_min, config.tol, config.logit_range)
 
-    def _with_images(self, batch: CrystalBatch) -> CrystalBatch:
+    def build_wave_vectors(self, batch: CrystalBatch) -> WaveVectors:
+        """The wave vectors that this model certifies for these crystals, to keep in `batch.wave_vectors`."""
+        config = self.config
+        return build_wave_vectors(batch.lattice, batch.ptr, config.decay_reciprocal_min, config.tol)
+
+    def prepare(self, batch: CrystalBatch) -> CrystalBatch:
+        """The batch with the images and wave vectors that this model needs, built where they are missing.
+
+        The model does this itself each time; keep the result to build them once.
+
+        Raises:
+            ValueError: for images or wave vectors built for a weaker certificate than the model's.
+        """
         if not isinstance(batch, CrystalBatch):
             raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
-        if not self.config.needs_images:
-            return batch
-        images = batch.images
-        if images is None:
-            if torch.compiler.is_compiling():
-                raise ValueError("batch.images must be built before the model is compiled: model.build_images(batch)")
-            images = self.build_images(batch)
-        elif images.decay_min is not None:
-            self._check_certificate(images)
-        return CrystalBatch(batch.species, batch.positions, batch.lattice, batch.ptr, images)
-
-    def _check_certificate(self, images: ImageList) -> None:
-        """Refuses a list built for a weaker certificate than the model's."""
-        config = self.config
-        for name, wanted, sign, needed in (
-            ("decay_min", "at most", 1, config.decay_min * (1 + 1e-9)),
-            ("tol", "at most", 1, config.tol),
-            ("logit_range", "at least", -1, config.logit_range),
-        ):
-            built = getattr(images, name)
-            if sign * built > sign * needed:
-                raise ValueError(
-                    f"batch.images must be built for {name} {wanted} {needed:g}, as the model's, not for {built:g}"
-                )
+        config, images, waves = self.config, batch.images, batch.wave_vectors
+        if config.needs_images:
+            if images is None:
+                _check_not_compiling("images")
+                images = self.build_images(batch)
+            elif images.decay_min is not None:
+                _check_built("images.decay_min", images.real_decay_min, config.decay_min)
+                _check_built("images.tol", images.tol, config.tol)
+                _check_built("images.logit_range", images.logit_range, config.logit_range, least=True)
+        if config.needs_wave_vectors:
+            if waves is None:
+                _check_not_compiling("wave_vectors")
+                waves = self.build_wave_vectors(batch)
+            else:
+                _check_built("wave_vectors.decay_min", waves.decay_min, config.decay_reciprocal_min)
+                _check_built("wave_vectors.tol", waves.tol, config.tol)
+        return replace(batch, images=images, wave_vectors=waves)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json and model.safetensors into the folder `path`, made if missing."""
@@ -143,3 +151,16 @@ class Crystalformer(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"path must hold weights that fit its {CONFIG_FILE}: {path}: {error}") from error
         return model.eval()
+
+
+def _check_not_compiling(name: str) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(f"batch.{name} must be built before the model is compiled: batch = model.prepare(batch)")
+
+
+def _check_built(name: str, built: float | None, needed: float, least: bool = False) -> None:
+    """Refuses lists built for a weaker certificate than the model's."""
+    assert built is not None
+    if built < needed if least else built > needed * (1 + 1e-9):
+        wanted = f"{name.rpartition('.')[2]} {'at least' if least else 'at most'} {needed:g}"
+        raise ValueError(f"batch.{name.split('.')[0]} must be built for {wanted}, as the model's, not for {built:g}")

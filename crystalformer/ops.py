@@ -20,6 +20,7 @@ from torch import Tensor
 from . import reference, reference_backward
 from .basis import RadialBasis
 from .images import ImageList
+from .wave_vectors import WaveVectors
 
 NAMESPACE = "crystalformer"
 
@@ -79,7 +80,7 @@ def _basis(edge_weight: Tensor, basis: Sequence[float]) -> RadialBasis | None:
     return RadialBasis(num, *basis) if num else None
 
 
-# The six functions below take exactly what their schemas say, positionally: annotations would say it a second time.
+# The functions below take exactly what their schemas say, positionally: annotations would say it a second time.
 
 
 def _attention_shapes(  # type: ignore[no-untyped-def]
@@ -106,15 +107,29 @@ def _encoding_parts(  # type: ignore[no-untyped-def]
     return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(edge_weight, basis))
 
 
-def _reciprocal_shapes(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol):  # type: ignore[no-untyped-def]
+def _reciprocal_shapes(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors):  # type: ignore[no-untyped-def]
     return (v.shape,)
 
 
-def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_min, tol):  # type: ignore[no-untyped-def]
-    return reference.reciprocal_parts(q, lattice, ptr, decay_min, tol)
+def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors):  # type: ignore[no-untyped-def]
+    return reference.reciprocal_parts(q, WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0))
+
+
+def _reciprocal_sum_shapes(  # type: ignore[no-untyped-def]
+    decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors, num_pairs
+):
+    return ((num_pairs, decay_reciprocal.shape[1]),)
+
+
+def _reciprocal_sum_parts(  # type: ignore[no-untyped-def]
+    decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors, num_pairs
+):
+    waves = WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0)
+    return reference.reciprocal_pairs_parts(decay_reciprocal, waves, num_pairs)
 
 
 LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
+WAVES = "Tensor ptr, Tensor g_ptr, Tensor g, int max_atoms, int max_vectors"
 # Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. Few arguments, because
 # torch.library takes a time that grows with their square.
 BASIS = "float[] basis, float tol"
@@ -141,14 +156,24 @@ ENCODING = Op(
 RECIPROCAL = Op(
     name="reciprocal",
     inputs=("q", "k", "v", "decay_reciprocal", "positions", "lattice"),
-    settings="Tensor ptr, float decay_min, float tol",
+    settings=WAVES,
     outputs=("y",),
     saved=(),
     shapes=_reciprocal_shapes,
     parts=_reciprocal_parts,
     part_backward=reference_backward.reciprocal_rows_backward,
 )
-OPS = (ATTENTION, ENCODING, RECIPROCAL)
+RECIPROCAL_SUM = Op(
+    name="reciprocal_sum",
+    inputs=("decay_reciprocal", "positions", "lattice"),
+    settings=f"{WAVES}, int num_pairs",
+    outputs=("total",),
+    saved=(),
+    shapes=_reciprocal_sum_shapes,
+    parts=_reciprocal_sum_parts,
+    part_backward=reference_backward.reciprocal_pairs_backward,
+)
+OPS = (ATTENTION, ENCODING, RECIPROCAL, RECIPROCAL_SUM)
 
 
 def register(op: Op, backend: str) -> None:
@@ -261,6 +286,7 @@ def _differentiate_twice(
 for _op in OPS:
     register(_op, "reference")
     implement_reference(_op)
-for _op in (ATTENTION, ENCODING):
+for _op in OPS:
     register(_op, "cpu")  # implemented in csrc/bindings.cpp
+for _op in (ATTENTION, ENCODING):
     register(_op, "triton")  # implemented in kernels/

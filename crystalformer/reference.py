@@ -7,7 +7,6 @@ floating-point arguments. Each works on some consecutive rows (atoms) or pairs, 
 Shapes: N atoms, C crystals, M images, P = sum_c n_c² pairs, H heads, D and Dv head dimensions, K basis functions.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from .basis import RadialBasis
 from .images import ImageList, crystal_of_atom
-from .lattice import points_in_spheres, triangular
-from .truncation import tail_radius2
+from .lattice import reciprocal
+from .wave_vectors import WaveVectors
 
 # Images, or elements of the pair matrices, worked on at once.
 CHUNK_IMAGES = 1 << 16
@@ -233,93 +232,159 @@ def encoding_parts(decay: Tensor, images: ImageList, basis: RadialBasis | None) 
         yield part(slice(pairs.first, pairs.last), encoding_pairs, images=images, basis=basis, pairs=pairs)
 
 
-def reciprocal_vectors(lattice: Tensor, decay_min: float, tol: float) -> Tensor:
-    """Half of the reciprocal lattice vectors that matter, as integers (G,3), the zero vector first.
+@dataclass(frozen=True)
+class PaddedCrystals:
+    """Rows of c consecutive crystals, padded to n atoms, r rows and G wave vectors each.
 
-    What is left out of sum_G exp(-c |G|²) cos(G·r) is at most `tol`, for every c >= decay_min and r. Equation (14).
-
-    Args:
-        lattice: (3,3), rows are the lattice vectors, Å.
-        decay_min: smallest c that will be used, Å².
+    Attributes:
+        crystals: which.
+        atom: (c,n) their atoms, the last one repeated; real: (c,n) whether it is an atom, not padding.
+        row: (c,r) the atoms whose rows these are, the last one repeated; place: (rows) where in (c,r) each row is.
+        g: (c,G,3) the wave vectors; count: (c,G) 1 for the zero vector, 2 for G and -G, 0 for padding.
     """
-    t, _ = triangular(reciprocal(lattice.detach().double())[None])
-    radius2 = tail_radius2(t, decay_min, t.new_tensor([math.log(tol)]))
-    _, g, _ = points_in_spheres(t, torch.zeros(1, dtype=torch.long, device=t.device), t.new_zeros(1, 3), radius2)
-    return g[len(g) // 2 :]  # sorted, so the zero vector is in the middle and the rest is its mirror image
+
+    crystals: slice
+    atom: Tensor
+    real: Tensor
+    row: Tensor
+    place: Tensor
+    g: Tensor
+    count: Tensor
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(rows, ...) of (c,r, ...)."""
+        return x.flatten(0, 1)[self.place]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(c,r, ...) of (rows, ...), zero in the padding."""
+        zeros = x.new_zeros(self.row.numel(), *x.shape[1:])
+        return zeros.index_copy(0, self.place, x).unflatten(0, self.row.shape)
+
+    def _pairs(self, number: int) -> tuple[Tensor, Tensor]:
+        """(pairs) where in (c,r) the row of each pair is, and in n its column; of the rows, with all their atoms."""
+        count = self.real.sum(1)[self.place // self.row.shape[1]]
+        row = torch.repeat_interleave(count, output_size=number)
+        return self.place[row], torch.arange(number, device=row.device) - (count.cumsum(0) - count)[row]
+
+    def pairs(self, x: Tensor, number: int) -> Tensor:
+        """(pairs,H) of (c,r,H,n), so many pairs."""
+        return x.transpose(2, 3).flatten(0, 1)[self._pairs(number)]
+
+    def pad_pairs(self, x: Tensor) -> Tensor:
+        """(c,r,H,n) of (pairs,H), zero in the padding."""
+        zeros = x.new_zeros(self.row.numel(), self.atom.shape[1], x.shape[1])
+        return zeros.index_put(self._pairs(len(x)), x).unflatten(0, self.row.shape).transpose(2, 3)
 
 
-def reciprocal(lattice: Tensor) -> Tensor:
-    """Rows are the reciprocal lattice vectors, Å^-1, 2 pi included: lattice @ result.T = 2 pi."""
-    return 2 * math.pi * torch.linalg.inv(lattice).mT
+def pad_segments(ptr: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(s,longest) the entries of s segments, the last one repeated, and whether it is an entry, not padding."""
+    entry = ptr[:-1, None] + torch.arange(longest, device=ptr.device)
+    return torch.minimum(entry, ptr[1:, None] - 1), entry < ptr[1:, None]
+
+
+def pad_crystals(waves: WaveVectors, crystals: slice, rows: slice, max_atoms: int, max_vectors: int) -> PaddedCrystals:
+    ptr = waves.ptr[crystals.start : crystals.stop + 1]
+    atom, real = pad_segments(ptr, max_atoms)
+    row_ptr = ptr.clamp(rows.start, rows.stop)
+    row, _ = pad_segments(row_ptr, min(max_atoms, rows.stop - rows.start))
+    here = torch.arange(rows.start, rows.stop, device=ptr.device)
+    segment = torch.repeat_interleave(row_ptr.diff(), output_size=len(here))
+    entry, real_vector = pad_segments(waves.g_ptr[crystals.start : crystals.stop + 1], max_vectors)
+    g = waves.g[entry]
+    count = torch.where((g == 0).all(-1), 1, 2) * real_vector
+    return PaddedCrystals(crystals, atom, real, row, segment * row.shape[1] + here - row_ptr[segment], g, count)
 
 
 @dataclass(frozen=True)
-class ReciprocalTerms:
-    """Of n rows of a crystal of m atoms: vectors (G,3); phase_i (n,G), phase_j (m,G); weight (n,H,G) of each vector;
-    total (n,H,m), the sum over G; score (n,H,m)."""
+class ReciprocalSums:
+    """Of c crystals: vectors (c,G,3); phase_i (c,r,G), phase_j (c,n,G); weight (c,r,H,G) of each vector; total
+    (c,r,H,n), the sum over G."""
 
     vectors: Tensor
     phase_i: Tensor
     phase_j: Tensor
     weight: Tensor
     total: Tensor
-    score: Tensor
 
 
-def reciprocal_terms(
-    q: Tensor,
-    k: Tensor,
-    decay_reciprocal: Tensor,
-    positions: Tensor,
-    lattice: Tensor,
-    crystal: int,
-    atoms: slice,
-    g: Tensor,
-    rows: slice,
-) -> ReciprocalTerms:
-    """alpha_ij = log max( sum_G exp(-c_i |G|²) cos(G·r_ij), 1e-6 ) + 1.5 log(4 pi c_i) - log V.  Equation (13).
+def reciprocal_sums(decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor, x: PaddedCrystals) -> ReciprocalSums:
+    """S_ij = sum_G exp(-c_i |G|²) cos(G·r_ij), of equation (13).
 
     cos(G·(r_j - r_i)) = cos G·r_i cos G·r_j + sin G·r_i sin G·r_j makes the sum a matrix product.
-
-    Args:
-        atoms, g: the crystal's atoms and its vectors from `reciprocal_vectors`; rows: some of the atoms.
     """
-    cell, c = lattice[crystal], decay_reciprocal[rows][..., None]
-    vectors = g.to(cell.dtype) @ reciprocal(cell)
-    phase_i, phase_j = positions[rows] @ vectors.mT, positions[atoms] @ vectors.mT
-    both = torch.where((g == 0).all(-1), 1.0, 2.0).to(cell.dtype)  # G and -G
-    weight = both * torch.exp(-c * vectors.square().sum(-1))
-    total = (weight * phase_i.cos()[:, None]) @ phase_j.cos().mT + (weight * phase_i.sin()[:, None]) @ phase_j.sin().mT
-    alpha = total.clamp(min=RECIPROCAL_CLAMP).log() + 1.5 * (4 * math.pi * c).log()
-    # Not linalg.det: inside torch.func its second derivative goes through an SVD, which is NaN for a cubic cell.
-    alpha = alpha - (torch.linalg.cross(cell[0], cell[1]) * cell[2]).sum().abs().log()
-    score = torch.einsum("ihd,jhd->ihj", q[rows], k[atoms]) / math.sqrt(q.shape[-1]) + alpha
-    return ReciprocalTerms(vectors, phase_i, phase_j, weight, total, score)
+    vectors = x.g.to(lattice.dtype) @ reciprocal(lattice[x.crystals])
+    phase_i, phase_j = positions[x.row] @ vectors.mT, positions[x.atom] @ vectors.mT
+    length2 = vectors.square().sum(-1)
+    weight = torch.exp(-decay_reciprocal[x.row][..., None] * length2[:, None, None]) * x.count[:, None, None]
+    by_cos, by_sin = (weight * f(phase_i)[:, :, None] for f in (torch.cos, torch.sin))
+    total = by_cos.flatten(1, 2) @ phase_j.cos().mT + by_sin.flatten(1, 2) @ phase_j.sin().mT
+    return ReciprocalSums(vectors, phase_i, phase_j, weight, total.unflatten(1, weight.shape[1:3]))
+
+
+def reciprocal_weights(q: Tensor, k: Tensor, total: Tensor, x: PaddedCrystals) -> Tensor:
+    """softmax_j( q_i·k_j / sqrt(D) + log max(S_ij, 1e-6) ), (c,r,H,n), of S.  Equation (13).
+
+    The other terms of alpha are those of the row, and leave the softmax as it is.
+    """
+    content = torch.einsum("crhd,cnhd->crhn", q[x.row], k[x.atom]) / math.sqrt(q.shape[-1])
+    score = content + total.clamp(min=RECIPROCAL_CLAMP).log()
+    return torch.softmax(score.masked_fill(~x.real[:, None, None], -math.inf), -1)
 
 
 def reciprocal_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay_reciprocal: Tensor,
-    positions: Tensor,
-    lattice: Tensor,
-    crystal: int,
-    atoms: slice,
-    g: Tensor,
-    rows: slice,
+    q: Tensor, k: Tensor, v: Tensor, decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor, x: PaddedCrystals
 ) -> tuple[Tensor]:
-    """y_i = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j of some rows of one crystal, (n,H,Dv)."""
-    terms = reciprocal_terms(q, k, decay_reciprocal, positions, lattice, crystal, atoms, g, rows)
-    return (torch.einsum("ihj,jhd->ihd", torch.softmax(terms.score, -1), v[atoms]),)
+    """y_i = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j of some rows, (rows,H,Dv)."""
+    p = reciprocal_weights(q, k, reciprocal_sums(decay_reciprocal, positions, lattice, x).total, x)
+    return (x.rows(torch.einsum("crhn,cnhd->crhd", p, v[x.atom])),)
 
 
-def reciprocal_parts(q: Tensor, lattice: Tensor, ptr: Tensor, decay_min: float, tol: float) -> Iterator[Part]:
+def padded_crystals(num_atoms: int, heads: int, waves: WaveVectors) -> Iterator[tuple[slice, PaddedCrystals]]:
+    """Cuts the rows into consecutive parts whose weights (c,r,H,G) keep to CHUNK_ELEMENTS: many crystals at once, or
+    some rows of a large one. Only if one part does not hold them all is a GPU asked for the sizes of the crystals."""
+    if not num_atoms:
+        return
+    if waves.num_crystals * waves.max_atoms * heads * waves.max_vectors <= CHUNK_ELEMENTS:
+        everything = slice(0, num_atoms)
+        crystals = slice(0, waves.num_crystals)
+        yield everything, pad_crystals(waves, crystals, everything, waves.max_atoms, waves.max_vectors)
+        return
+    ptr = waves.ptr.tolist()
+    atoms, vectors = waves.ptr.diff().tolist(), waves.g_ptr.diff().tolist()
+    first = 0
+    while first < len(atoms):
+        last, max_atoms, max_vectors = first + 1, atoms[first], vectors[first]
+        while last < len(atoms):
+            larger = max(max_atoms, atoms[last]), max(max_vectors, vectors[last])
+            if (last + 1 - first) * heads * math.prod(larger) > CHUNK_ELEMENTS:
+                break
+            last, (max_atoms, max_vectors) = last + 1, larger
+        step = ptr[last] - ptr[first] if last > first + 1 else max(1, CHUNK_ELEMENTS // (heads * max_vectors))
+        for row in range(ptr[first], ptr[last], step):
+            rows = slice(row, min(row + step, ptr[last]))
+            yield rows, pad_crystals(waves, slice(first, last), rows, max_atoms, max_vectors)
+        first = last
+
+
+def reciprocal_parts(q: Tensor, waves: WaveVectors) -> Iterator[Part]:
     """`reciprocal_rows` cut into rows: functions of q, k, v, decay_reciprocal, positions, lattice."""
-    bounds = ptr.tolist()
-    for crystal, (first, last) in enumerate(itertools.pairwise(bounds)):
-        g = reciprocal_vectors(lattice[crystal], decay_min, tol)
-        step = max(1, CHUNK_ELEMENTS // (len(g) * q.shape[1]))
-        for row in range(first, last, step):
-            rows = slice(row, min(row + step, last))
-            yield part(rows, reciprocal_rows, crystal=crystal, atoms=slice(first, last), g=g, rows=rows)
+    for rows, x in padded_crystals(len(q), q.shape[1], waves):
+        yield part(rows, reciprocal_rows, x=x)
+
+
+def reciprocal_pairs(
+    decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor, x: PaddedCrystals, num_pairs: int
+) -> tuple[Tensor]:
+    """S of the pairs of some rows, (pairs,H).  Equation (13)."""
+    return (x.pairs(reciprocal_sums(decay_reciprocal, positions, lattice, x).total, num_pairs),)
+
+
+def reciprocal_pairs_parts(decay_reciprocal: Tensor, waves: WaveVectors, num_pairs: int) -> Iterator[Part]:
+    """`reciprocal_pairs` cut into rows: functions of decay_reciprocal, positions, lattice."""
+    num_atoms, heads = decay_reciprocal.shape
+    for rows, x in padded_crystals(num_atoms, heads, waves):
+        pairs = slice(0, num_pairs)
+        if rows != slice(0, num_atoms):
+            size = waves.ptr.diff()[crystal_of_atom(waves.ptr, num_atoms)]
+            pairs = slice(int(size[: rows.start].sum()), int(size[: rows.stop].sum()))
+        yield part(pairs, reciprocal_pairs, x=x, num_pairs=pairs.stop - pairs.start)

@@ -7,21 +7,23 @@ part's share to `totals`: the gradients of all inputs, the last two of them, of 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .basis import RadialBasis
 from .images import ImageList, crystal_of_atom
+from .lattice import reciprocal
 from .reference import (
     RECIPROCAL_CLAMP,
+    PaddedCrystals,
+    ReciprocalSums,
     Segments,
     attention_scores,
     displacement,
     pair_atoms,
-    reciprocal,
-    reciprocal_terms,
+    reciprocal_sums,
+    reciprocal_weights,
     root,
     row_images,
 )
@@ -124,38 +126,67 @@ def encoding_pairs_backward(
 
 
 def reciprocal_rows_backward(
-    grads: Tensors, inputs: Tensors, outputs: Tensors, totals: Tensors, geometry: bool, **settings: Any
+    grads: Tensors, inputs: Tensors, outputs: Tensors, totals: Tensors, geometry: bool, x: PaddedCrystals
 ) -> None:
-    """Dense attention with alpha = log T + ..., T = sum_G w cos(G·r): dT = ds / T unclamped.  Equation (B12).
+    """Dense attention with alpha = log S + ..., S = sum_G w cos(G·r): dS = ds / S unclamped.  Equation (B12).
 
     The terms of alpha that do not depend on j leave the softmax as it is, so they have no gradient.
     """
     (grad,), (q, k, v, decay_reciprocal, positions, lattice), (y,) = grads, inputs, outputs
     dq, dk, dv, d_decay, d_positions, d_lattice = totals
-    rows, atoms, crystal, g = (settings[name] for name in ("rows", "atoms", "crystal", "g"))
-    t = reciprocal_terms(q, k, decay_reciprocal, positions, lattice, **settings)
-    p = torch.softmax(t.score, -1)
-    ds = p * (torch.einsum("ihd,jhd->ihj", grad, v[atoms]) - (grad * y).sum(-1)[..., None])
-    dq[rows] += torch.einsum("ihj,jhd->ihd", ds, k[atoms]) / math.sqrt(q.shape[-1])
-    dk[atoms] += torch.einsum("ihj,ihd->jhd", ds, q[rows]) / math.sqrt(q.shape[-1])
-    dv[atoms] += torch.einsum("ihj,ihd->jhd", p, grad)
+    t = reciprocal_sums(decay_reciprocal, positions, lattice, x)
+    p = reciprocal_weights(q, k, t.total, x)
+    grad, delta = x.pad(grad), x.pad((grad * y).sum(-1))
+    ds = p * (torch.einsum("crhd,cnhd->crhn", grad, v[x.atom]) - delta[..., None])
+    atom, row = x.atom.flatten(), x.row.flatten()
+    scaled = ds / math.sqrt(q.shape[-1])
+    dq.index_add_(0, row, torch.einsum("crhn,cnhd->crhd", scaled, k[x.atom]).flatten(0, 1))
+    dk.index_add_(0, atom, torch.einsum("crhn,crhd->cnhd", scaled, q[x.row]).flatten(0, 1))
+    dv.index_add_(0, atom, torch.einsum("crhn,crhd->cnhd", p, grad).flatten(0, 1))
 
     d_total = torch.where(t.total > RECIPROCAL_CLAMP, ds / t.total, 0.0)
+    add_sums(t, d_total, inputs[3:], (d_decay, d_positions, d_lattice), geometry, x)
+
+
+def reciprocal_pairs_backward(
+    grads: Tensors,
+    inputs: Tensors,
+    outputs: Tensors,
+    totals: Tensors,
+    geometry: bool,
+    x: PaddedCrystals,
+    num_pairs: int,
+) -> None:
+    """The sums S alone."""
+    decay_reciprocal, positions, lattice = inputs
+    t = reciprocal_sums(decay_reciprocal, positions, lattice, x)
+    add_sums(t, x.pad_pairs(grads[0]), inputs, totals, geometry, x)
+
+
+def add_sums(
+    t: ReciprocalSums, d_total: Tensor, inputs: Tensors, totals: Tensors, geometry: bool, x: PaddedCrystals
+) -> None:
+    """From dS (c,r,H,n) to the gradients of decay_reciprocal, positions and lattice.  Equation (B12)."""
+    decay_reciprocal, positions, lattice = inputs
+    d_decay, d_positions, d_lattice = totals
+    atom, row = x.atom.flatten(), x.row.flatten()
     cos_i, sin_i, cos_j, sin_j = t.phase_i.cos(), t.phase_i.sin(), t.phase_j.cos(), t.phase_j.sin()
-    by_cos, by_sin = d_total @ cos_j, d_total @ sin_j  # (n,H,G)
-    d_exponent = t.weight * (by_cos * cos_i[:, None] + by_sin * sin_i[:, None])
+    by_cos, by_sin = ((d_total.flatten(1, 2) @ y).unflatten(1, d_total.shape[1:3]) for y in (cos_j, sin_j))  # (c,r,H,G)
+    d_exponent = t.weight * (by_cos * cos_i[:, :, None] + by_sin * sin_i[:, :, None])
     length2 = t.vectors.square().sum(-1)
-    d_decay[rows] -= d_exponent @ length2
+    d_decay.index_add_(0, row, -torch.einsum("crhg,cg->crh", d_exponent, length2).flatten(0, 1))
     if not geometry:
         return
-    d_phase_i = (t.weight * (by_sin * cos_i[:, None] - by_cos * sin_i[:, None])).sum(1)
-    from_cos = torch.einsum("ihj,ihg->jg", d_total, t.weight * cos_i[:, None])
-    from_sin = torch.einsum("ihj,ihg->jg", d_total, t.weight * sin_i[:, None])
+    d_phase_i = (t.weight * (by_sin * cos_i[:, :, None] - by_cos * sin_i[:, :, None])).sum(2)
+    from_cos, from_sin = (
+        d_total.flatten(1, 2).mT @ (t.weight * y[:, :, None]).flatten(1, 2) for y in (cos_i, sin_i)
+    )  # (c,n,G)
     d_phase_j = from_sin * cos_j - from_cos * sin_j
-    d_length2 = -(decay_reciprocal[rows][..., None] * d_exponent).sum((0, 1))
-    d_positions[rows] += d_phase_i @ t.vectors
-    d_positions[atoms] += d_phase_j @ t.vectors
-    d_vectors = d_phase_i.mT @ positions[rows] + d_phase_j.mT @ positions[atoms] + 2 * d_length2[:, None] * t.vectors
+    d_length2 = -torch.einsum("crh,crhg->cg", decay_reciprocal[x.row], d_exponent)
+    d_positions.index_add_(0, row, (d_phase_i @ t.vectors).flatten(0, 1))
+    d_positions.index_add_(0, atom, (d_phase_j @ t.vectors).flatten(0, 1))
+    d_vectors = d_phase_i.mT @ positions[x.row] + d_phase_j.mT @ positions[x.atom]
+    d_vectors = d_vectors + 2 * d_length2[..., None] * t.vectors
     # B = 2 pi L^-T, so dL = -B dB^T B / (2 pi)
-    b = reciprocal(lattice[crystal])
-    d_lattice[crystal] -= b @ (g.to(b.dtype).mT @ d_vectors).mT @ b / (2 * math.pi)
+    b = reciprocal(lattice[x.crystals])
+    d_lattice[x.crystals] -= b @ (x.g.to(b.dtype).mT @ d_vectors).mT @ b / (2 * math.pi)

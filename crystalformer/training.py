@@ -35,7 +35,7 @@ DECAY_STEPS = 4000
 
 
 class CrystalDataset(Dataset[Example]):
-    """Crystals with their targets; the images of each crystal are built once, here.
+    """Crystals with their targets; the images and wave vectors of each crystal are built once, here.
 
     Args:
         structures: pymatgen Structures or ase Atoms.
@@ -52,10 +52,7 @@ class CrystalDataset(Dataset[Example]):
         self.targets = targets.to(torch.get_default_dtype())
         self.crystals = []
         for structure in structures:
-            crystal = CrystalBatch.from_structures([structure])
-            if model.config.needs_images:
-                crystal.images = model.build_images(crystal)
-            self.crystals.append(crystal)
+            self.crystals.append(model.prepare(CrystalBatch.from_structures([structure])))
 
     def __len__(self) -> int:
         return len(self.crystals)

@@ -22,20 +22,21 @@ SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
 BISECTIONS = 12
 
 
-def tail_radius2(t: Tensor, a: float, slack: Tensor, lattice: Tensor | None = None) -> Tensor:
+def tail_radius2(t: Tensor, a: float | Tensor, slack: Tensor, lattice: Tensor | None = None) -> Tensor:
     """Squared radius R² (S) with sum_{|r + n·L| > R} exp(-a |r + n·L|²) <= exp(slack) for every r, equation (10).
 
     Args:
         t: (C,3,3) triangular lattices.
-        a: exponent, Å^-2.
+        a: exponent, Å^-2 (Å² for a reciprocal lattice), or one for each lattice (C).
         slack: (S) logarithms of the bounds to reach.
         lattice: (S) which of the lattices each is for; one each by default.
     """
     b = SPLITS.to(t.device)[:, None] * a
-    bound = gaussian_sum_bound(t, b.expand(-1, len(t)))
+    b = b.expand(-1, len(t))
+    bound, rest = gaussian_sum_bound(t, b), a - b
     if lattice is not None:
-        bound = bound[:, lattice]
-    return ((bound - slack) / (a - b)).amin(0).clamp(min=0)
+        bound, rest = bound[:, lattice], rest[:, lattice]
+    return ((bound - slack) / rest).amin(0).clamp(min=0)
 
 
 def row_cutoff2(

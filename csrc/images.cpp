@@ -185,7 +185,7 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     std::vector<TailRadius> tails;
     for (int64_t c = 0; c < in.crystals; ++c) {
         cells.emplace_back(in.lattice + 9 * c);
-        tails.emplace_back(cells.back(), in.decay_min);
+        tails.emplace_back(cells.back(), in.decay_min[c]);
     }
     std::vector<Vector> rotated(size_t(in.atoms));
     for (size_t i = 0; i < rotated.size(); ++i) rotated[i] = cells[crystal[i]].rotate(in.positions + 3 * i);
@@ -193,7 +193,7 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     for (int64_t c = 0; c < in.crystals; ++c)
         pairs_of.emplace_back(cells[c], rotated.data() + in.ptr[c], in.ptr[c + 1] - in.ptr[c]);
 
-    const double slack = std::log(in.tol * in.beyond), a = in.decay_min;
+    const double slack = std::log(in.tol * in.beyond);
     std::vector<double> log_beyond(size_t(in.crystals)), outer2(size_t(in.crystals));
     for (size_t c = 0; c < outer2.size(); ++c) {
         log_beyond[c] = slack - in.logit_range - std::log(double(in.ptr[c + 1] - in.ptr[c]));
@@ -209,6 +209,7 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
 
     const auto search_row = [&](int64_t i, Row& row) {
         const int64_t c = crystal[i], begin = in.ptr[c], atoms = in.ptr[c + 1] - begin;
+        const double a = in.decay_min[c];
         const Cell& cell = cells[c];
         std::vector<int32_t> near;
         std::vector<double> pair_outer2, pair_beyond;  // with every_pair

@@ -14,7 +14,8 @@ struct ImageRequest {
     int64_t atoms, crystals;
     const double *positions, *lattice;  // (N,3) (C,3,3)
     const int64_t* ptr;                 // (C+1)
-    double decay_min, tol, logit_range;
+    const double* decay_min;            // (C)
+    double tol, logit_range;
     double beyond;                 // fraction of tol spent on the images that are bounded and never enumerated
     std::optional<double> cutoff;  // a radius to use instead
     bool every_pair;

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "encoding.h"
+#include "reciprocal.h"
 #include "weight.h"
 
 namespace crystalformer {
@@ -47,6 +48,38 @@ struct EncodingRows {
     int64_t scratch;                                  // numbers of scratch space a thread needs
 };
 
+// One crystal in reciprocal space. Its atoms come in tiles of eight, the last one padded with zeros.
+template <class T>
+struct ReciprocalCrystal {
+    int64_t begin, end, tiles;      // atoms
+    int64_t vectors, shells;        // a shell is vectors of one length
+    const int32_t *g, *shell_end;   // (vectors,3) (shells)
+    const T* length2;               // (shells)
+    double basis[9];                // rows are the reciprocal lattice vectors, 2 pi included
+    T* phase;                       // (tiles,vectors,2,8) cos and sin of G·p
+    T *k, *v;                       // (tiles,H,D,8) (tiles,H,Dv,8)
+    int64_t atoms() const { return end - begin; }
+    int64_t columns() const { return 8 * tiles; }
+};
+
+template <class T>
+struct ReciprocalRows {
+    const ReciprocalInputs<T>& in;
+    const ReciprocalCrystal<T>* crystals;
+    const int64_t* crystal;                   // (N)
+    const int64_t* first_pair = nullptr;      // (N), of the sums alone: where a row's pairs begin
+    T* y = nullptr;                           // forward only
+    const T *grad = nullptr, *saved = nullptr;  // backward only: of y, and y
+    ReciprocalGrads<T> result = {};
+    // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.
+    int64_t first_row = 0, last_row = 0;
+    const int64_t* pair = nullptr;            // (N) where in the block a row's pairs begin
+    T *pair_p = nullptr, *pair_ds = nullptr;  // at pair[i] H: (H,columns), ds over sqrt(D)
+    T* pair_force = nullptr;                  // at 3 pair[i]: (3,columns) dloss/dr
+    T* row_lattice = nullptr;                 // (N,9) each row's part of the gradient of the reciprocal basis
+    int64_t scratch;                          // numbers of scratch space a thread needs
+};
+
 template <class T>
 struct Kernels {
     void (*group_heads)(const T* x, int64_t first, int64_t last, int heads, int dim, T* grouped);
@@ -58,6 +91,13 @@ struct Kernels {
                                int64_t last, T* result);
     void (*encoding_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*encoding_backward_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* grad_weight, T* scratch);
+    void (*reciprocal_crystal)(const ReciprocalInputs<T>&, const ReciprocalCrystal<T>&, T* scratch);
+    void (*reciprocal_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_backward_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_backward_columns)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_sum_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_sum_backward_rows)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*reciprocal_sum_backward_columns)(const ReciprocalRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*gather_force_rows)(const Layout<T>&, const T* pair_force, int64_t first, int64_t last, T* positions);
 };
 

@@ -48,6 +48,11 @@ class Problem:
         layout = make_layout(backend, self.images, self.positions, self.lattice, *settings)
         return (self.ptr, self.images.row_ptr, self.images.col, self.images.shift, layout)
 
+    def wave_vectors(self, decay_min: float = 0.5, tol: float = 1e-6) -> tuple:
+        """The wave vectors as the ops take them, with ptr."""
+        x = cf.build_wave_vectors(self.lattice, self.ptr, decay_min, tol)
+        return (self.ptr, x.g_ptr, x.g, x.max_atoms, x.max_vectors)
+
     def attention(self, *inputs: Tensor, backend: str = "reference", **options):
         q, k, v, decay, positions, lattice, edge_weight = inputs or self.inputs
         values = {"edge_weight": edge_weight, "basis": self.basis, "backend": backend, **options}

@@ -21,6 +21,7 @@ if cf.available_backends()["cpu"] is not True:
 
 # heads, dim, value_dim, num_basis: padded groups of eight, several groups, one of everything, no value encoding.
 SIZES = [(8, 16, 16, 64), (3, 5, 7, 11), (13, 9, 17, 33), (1, 1, 1, 1), (2, 4, 3, 0)]
+OPS = ("attention", "encoding", "reciprocal")
 KINDS = {"mixed": MIXED, "one_atom": (("cubic", 1),), "needle": (("needle", 3),)}
 
 
@@ -33,6 +34,8 @@ def gradients(x, op, backend, geometry=True, scale=1.0):
     if op == "attention":
         weight = {} if x.edge_weight.numel() else {"edge_weight": None, "basis": None}
         outputs = x.attention(*inputs, backend=backend, return_lse=True, **weight)
+    elif op == "reciprocal":
+        outputs = (x.reciprocal(*inputs, backend=backend, decay_min=float(x.decay.min()) * (1 - 1e-6)),)
     else:
         decay, positions, lattice, edge_weight = inputs[3:]
         weight = (edge_weight, x.basis) if x.edge_weight.numel() else (None, None)
@@ -59,7 +62,7 @@ def exact(x):
 @pytest.mark.parametrize("geometry", [True, False])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("op", ["attention", "encoding"])
+@pytest.mark.parametrize("op", OPS)
 def test_fp64_is_the_reference(op, kinds, sizes, geometry):
     x = exact(make(KINDS[kinds], sizes, every_pair=op == "encoding"))
     found, wanted = (gradients(x, op, backend, geometry) for backend in ("cpu", "reference"))
@@ -83,7 +86,7 @@ def test_what_is_left_out_is_within_tol(op, tol):
 
 
 @pytest.mark.parametrize("geometry", [True, False])
-@pytest.mark.parametrize("op", ["attention", "encoding"])
+@pytest.mark.parametrize("op", OPS)
 def test_fp32_is_as_good_as_the_reference(op, geometry):
     """Error-ratio rule: at most twice the error that the plain fp32 reference has against fp64, and tol."""
     x = make(MIXED, (8, 16, 16, 64), every_pair=op == "encoding", decay_min=0.2).to(torch.float32)
@@ -94,12 +97,13 @@ def test_fp32_is_as_good_as_the_reference(op, geometry):
         assert relative_error(one, ideal) < 2 * relative_error(reference, ideal) + x.images.tol
 
 
+@pytest.mark.parametrize("op", ["attention", "reciprocal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [30.0, 300.0])
-def test_scores_that_differ_by_more_than_the_exponent_range(dtype, scale):
+def test_scores_that_differ_by_more_than_the_exponent_range(op, dtype, scale):
     x = exact(make(MIXED, (3, 8, 4, 8))).to(dtype)
-    best = gradients(x.to(torch.float64), "attention", "reference", scale=scale)
-    plain, found = (gradients(x, "attention", backend, scale=scale) for backend in ("reference", "cpu"))
+    best = gradients(x.to(torch.float64), op, "reference", scale=scale)
+    plain, found = (gradients(x, op, backend, scale=scale) for backend in ("reference", "cpu"))
     for one, reference, ideal in zip(found, plain, best, strict=True):
         assert relative_error(one, ideal) < 2 * relative_error(reference, ideal) + torch.finfo(dtype).eps * 1e4
 
@@ -117,7 +121,7 @@ def test_decays_far_from_what_the_list_is_for(decay):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("op", ["attention", "encoding"])
+@pytest.mark.parametrize("op", OPS)
 def test_same_bits_on_any_number_of_threads(op, dtype):
     kinds = (("cubic", 40), ("skewed", 30), ("left_handed", 7))
     x = make(kinds, (9, 6, 5, 20), every_pair=op == "encoding", decay_min=1.0).to(dtype)
@@ -138,7 +142,8 @@ def test_instruction_sets_agree(tmp_path):
     script = (
         "import torch; from problems import problem; import sys\n"
         "x = problem(heads=8, dim=16, value_dim=16, num_basis=64)\n"
-        "torch.save([x.attention(backend='cpu'), x.to(torch.float32).attention(backend='cpu')], sys.argv[1])\n"
+        "run = lambda x: [x.attention(backend='cpu'), x.reciprocal(backend='cpu', decay_min=0.5)]\n"
+        "torch.save([run(x), run(x.to(torch.float32))], sys.argv[1])\n"
     )
     results = {}
     for level in ("baseline", "v3", "v4"):
@@ -148,8 +153,16 @@ def test_instruction_sets_agree(tmp_path):
         subprocess.run([sys.executable, "-c", script, str(path)], check=True, env=environment)
         results[level] = torch.load(path)
     for level in ("v3", "v4"):
-        assert relative_error(results[level][0], results["baseline"][0]) < 1e-13
-        assert relative_error(results[level][1], results["baseline"][1]) < 1e-5
+        for bound, found, wanted in zip((1e-13, 1e-5), results[level], results["baseline"], strict=True):
+            assert all(relative_error(*pair) < bound for pair in zip(found, wanted, strict=True))
+
+
+def test_backward_in_blocks_of_rows():
+    """400 atoms have more pairs than a block of reciprocal attention's backward holds."""
+    x = make((("cubic", 400), ("skewed", 3)), (4, 2, 2, 1), decay_min=20.0)
+    found, wanted = (gradients(x, "reciprocal", backend) for backend in ("cpu", "reference"))
+    for one, other in zip(found, wanted, strict=True):
+        assert relative_error(one, other) < 1e-10
 
 
 def test_layout_follows_positions_that_change_unseen():
@@ -215,3 +228,8 @@ def test_operators_refuse_what_they_cannot_read():
         backward(*outputs[:2], *x.op_inputs, *lists, merged, basis, 1e-6, *outputs, True)
     with pytest.raises(RuntimeError, match="needs contiguous CPU tensors"):
         run(*x.op_inputs, *lists[:3], x.images.shift.T.contiguous().T, merged, basis, 1e-6)
+    g_ptr, g, *sizes = x.wave_vectors()[1:]
+    with pytest.raises(RuntimeError, match="ptr and g_ptr must be of the same crystals"):
+        torch.ops.crystalformer.cpu_reciprocal(*x.inputs[:6], x.ptr, g_ptr[:-1], g, *sizes)
+    with pytest.raises(RuntimeError, match="ptr and g_ptr must be of the same crystals"):
+        torch.ops.crystalformer.cpu_reciprocal_sum(*x.inputs[3:6], x.ptr, g_ptr[:-1], g, *sizes, 14)

@@ -49,24 +49,26 @@ def test_encoding_without_edge_weight(backend):
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-def test_reciprocal():
+def test_reciprocal(backend):
     x, inputs = tiny()
-    # The set of G depends on the lattice: with a loose tol a finite step would add a shell.
-    run = lambda *t: x.reciprocal(*t, decay_min=1.0, tol=1e-13)  # noqa: E731
+    waves = cf.build_wave_vectors(x.lattice, x.ptr, decay_min=1.0)
+    run = lambda *t: x.reciprocal(*t, backend=backend, wave_vectors=waves)  # noqa: E731
     assert torch.autograd.gradcheck(run, inputs[:6])
     assert torch.autograd.gradgradcheck(run, inputs[:6])
 
 
-def test_reciprocal_finds_its_decay_min_itself():
+def test_reciprocal_finds_its_decay_min_itself(backend):
     x, inputs = tiny()
-    exact = x.reciprocal(*inputs, decay_min=float(x.decay.detach().min()))
-    torch.testing.assert_close(x.reciprocal(*inputs), exact, rtol=0.0, atol=0.0)
+    exact = x.reciprocal(*inputs, backend=backend, decay_min=float(x.decay.detach().min()))
+    torch.testing.assert_close(x.reciprocal(*inputs, backend=backend), exact, rtol=0.0, atol=0.0)
 
 
-def test_clamped_reciprocal_pairs_have_no_gradient():
+def test_clamped_reciprocal_pairs_have_no_gradient(backend):
     x = problem(kinds=(("needle", 4),), dim=2, value_dim=2, decay_min=2.0)
+    waves = cf.build_wave_vectors(x.lattice, x.ptr, decay_min=2.0, tol=1e-13)
     inputs = [t.requires_grad_() for t in x.inputs[:6]]
-    assert torch.autograd.gradcheck(lambda *t: x.reciprocal(*t, decay_min=2.0, tol=1e-13), inputs, fast_mode=True)
+    run = lambda *t: x.reciprocal(*t, backend=backend, wave_vectors=waves)  # noqa: E731
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 def test_third_derivative(backend):
@@ -97,7 +99,8 @@ def test_written_out_backward_is_the_derivative_of_the_reference(geometry):
     cases = (
         (ops.ATTENTION, x.op_inputs, (*lists, *basis)),
         (ops.ENCODING, (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)),
-        (ops.RECIPROCAL, x.inputs[:6], (x.ptr, 0.5, 1e-6)),
+        (ops.RECIPROCAL, x.inputs[:6], x.wave_vectors()),
+        (ops.RECIPROCAL_SUM, x.inputs[3:6], (*x.wave_vectors(), x.images.num_pairs)),
     )
     for op, inputs, settings in cases:
         with torch.no_grad():
@@ -117,14 +120,19 @@ def test_written_out_backward_is_the_derivative_of_the_reference(geometry):
                 assert one.numel() == 0
 
 
-def test_fp32_gradients_are_as_good_as_the_reference(backend):
+@pytest.mark.parametrize("op", ["attention", "reciprocal"])
+def test_fp32_gradients_are_as_good_as_the_reference(op, backend):
     """Error-ratio rule: at most twice the error that the plain fp32 reference has against fp64."""
     x = problem(heads=4, dim=8, value_dim=8, num_basis=16, decay_min=0.2)
     weight = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def gradients(p, name):
         inputs = [t.clone().requires_grad_() for t in p.inputs]
-        y = p.attention(*inputs, backend=name)
+        if op == "reciprocal":
+            inputs = inputs[:6]
+            y = p.reciprocal(*inputs, backend=name, decay_min=0.2)
+        else:
+            y = p.attention(*inputs, backend=name)
         return torch.autograd.grad((y * weight.to(y.dtype)).sum(), inputs)
 
     exact = gradients(x, "reference")
@@ -136,8 +144,8 @@ def test_fp32_gradients_are_as_good_as_the_reference(backend):
 
 def test_shifting_all_atoms_changes_nothing(backend):
     x, inputs = tiny()
-    y = x.attention(*inputs, backend=backend)
-    (forces,) = torch.autograd.grad(y.square().sum(), x.positions)
+    y = x.attention(*inputs, backend=backend).square().sum() + x.reciprocal(*inputs, backend=backend).square().sum()
+    (forces,) = torch.autograd.grad(y, x.positions)
     per_crystal = torch.stack([f.sum(0) for f in forces.split(x.ptr.diff().tolist())])
     assert forces.abs().max() > 1e-3
     assert per_crystal.abs().max() < 1e-12 * forces.abs().max()

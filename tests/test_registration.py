@@ -15,10 +15,12 @@ def arguments(op: ops.Op, backend: str):
         return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
     if op is ops.ATTENTION:
         return x.op_inputs, (*lists, *basis)
-    return x.inputs[:6], (x.ptr, 0.5, 1e-6)
+    if op is ops.RECIPROCAL_SUM:
+        return (x.decay, x.positions, x.lattice), (*x.wave_vectors(), x.images.num_pairs)
+    return x.inputs[:6], x.wave_vectors()
 
 
-CASES = [(op, name) for name in ("reference", "cpu") for op in ops.OPS if (op, name) != (ops.RECIPROCAL, "cpu")]
+CASES = [(op, name) for name in ("reference", "cpu") for op in ops.OPS]
 
 
 @pytest.mark.parametrize(("op", "name"), CASES, ids=[f"{name}-{op.name}" for op, name in CASES])
@@ -44,7 +46,7 @@ def test_opcheck_of_lists_and_layouts():
     x = problem()
     geometry = (x.positions, x.lattice)
     for cutoff, every_pair in ((None, False), (None, True), (5.0, False)):
-        settings = (0.5, 1e-6, 4.0, 0.01, cutoff, every_pair)
+        settings = (torch.full((3,), 0.5).double(), 1e-6, 4.0, 0.01, cutoff, every_pair)
         torch.library.opcheck(torch.ops.crystalformer.cpu_images.default, (*geometry, x.ptr, *settings))
     lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
     for by_pair, merge in ((False, True), (False, False), (True, True)):
@@ -60,7 +62,7 @@ def small_model(domain: str):
     model = cf.Crystalformer(cf.CrystalformerConfig(domain=domain, num_blocks=2, model_dim=32, num_heads=4, ff_dim=32))
     x = problem()
     batch = cf.CrystalBatch(torch.arange(1, 1 + len(x.positions)), x.positions, x.lattice, x.ptr).to(torch.float32)
-    batch.images = model.build_images(batch)
+    batch = model.prepare(batch)
     model.calibrate(batch)
     return model, batch
 
@@ -84,11 +86,12 @@ def test_compiled_model_is_the_eager_model(domain, compiler):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiling_without_images_says_what_to_do():
-    model, batch = small_model("real")
-    batch.images = None
+@pytest.mark.parametrize(("domain", "name"), [("real", "images"), ("reciprocal", "wave_vectors")])
+def test_compiling_without_lists_says_what_to_do(domain, name):
+    model, batch = small_model(domain)
+    setattr(batch, name, None)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"batch.images must be built before the model is compiled"):
+    with pytest.raises(Exception, match=rf"batch\.{name} must be built before the model is compiled"):
         torch.compile(model, fullgraph=True, backend="eager")(batch)
 
 

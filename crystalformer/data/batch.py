@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..images import ImageList
+from ..wave_vectors import WaveVectors
 from .structures import NUM_ELEMENTS, Crystal, read_structure
 
 
@@ -22,7 +23,8 @@ class CrystalBatch:
         positions: (N,3), Cartesian, Å.
         lattice: (C,3,3), rows are the lattice vectors, Å.
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
-        images: the image list of these crystals, or None until one is built (`Crystalformer.build_images`).
+        images: the image list of these crystals, or None until one is built (`Crystalformer.prepare`).
+        wave_vectors: the wave vectors of these crystals, likewise.
     """
 
     species: Tensor
@@ -30,6 +32,7 @@ class CrystalBatch:
     lattice: Tensor
     ptr: Tensor
     images: ImageList | None = None
+    wave_vectors: WaveVectors | None = None
 
     def __post_init__(self) -> None:
         known: dict[str, int] = {}
@@ -96,7 +99,7 @@ class CrystalBatch:
 
     @staticmethod
     def cat(batches: "Sequence[CrystalBatch]") -> "CrystalBatch":
-        """Joins batches in order, with their images if every one has them.
+        """Joins batches in order, with their images and wave vectors if every one has them.
 
         Raises:
             ValueError: for no batches.
@@ -109,12 +112,14 @@ class CrystalBatch:
             species = [x.occupancies() for x in batches]
         sizes = torch.cat([x.ptr.diff() for x in batches])
         images = [x.images for x in batches if x.images is not None]
+        waves = [x.wave_vectors for x in batches if x.wave_vectors is not None]
         return CrystalBatch(
             species=torch.cat(species),
             positions=torch.cat([x.positions for x in batches]),
             lattice=torch.cat([x.lattice for x in batches]),
             ptr=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)),
             images=ImageList.cat(images) if len(images) == len(batches) else None,
+            wave_vectors=WaveVectors.cat(waves) if len(waves) == len(batches) else None,
         )
 
     def occupancies(self) -> Tensor:
@@ -127,19 +132,20 @@ class CrystalBatch:
     def to(self, target: torch.device | str | torch.dtype) -> "CrystalBatch":
         """The batch on another device, or with its floating-point tensors in another dtype."""
         if isinstance(target, torch.dtype):
-            return self._map(lambda x: x.to(target) if x.is_floating_point() else x, self.images)
-        return self._map(lambda x: x.to(target), self.images and self.images.to(target))
+            return self._map(lambda x: x.to(target) if x.is_floating_point() else x, lambda packed: packed)
+        return self._map(lambda x: x.to(target), lambda packed: packed.to(target))
 
     def pin_memory(self) -> "CrystalBatch":
         """The batch in page-locked memory, for copies to a GPU that do not wait."""
-        return self._map(lambda x: x.pin_memory(), self.images and self.images.pin_memory())
+        return self._map(lambda x: x.pin_memory(), lambda packed: packed.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor], images: ImageList | None) -> "CrystalBatch":
+    def _map(self, function: Callable[[Tensor], Tensor], lists: Callable[[Any], Any]) -> "CrystalBatch":
         return replace(
             self,
             species=function(self.species),
             positions=function(self.positions),
             lattice=function(self.lattice),
             ptr=function(self.ptr),
-            images=images,
+            images=self.images and lists(self.images),
+            wave_vectors=self.wave_vectors and lists(self.wave_vectors),
         )

@@ -1,0 +1,134 @@
+"""The reciprocal lattice vectors that sums in reciprocal space run over, with a certificate of what they leave out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .lattice import points_in_spheres, reciprocal, triangular
+from .packed import Packed, cat_ptr, check_parts
+from .truncation import BEYOND, tail_radius2
+
+
+@dataclass(frozen=True, eq=False)
+class WaveVectors(Packed):
+    """Half of the reciprocal lattice vectors G of each crystal: of G and -G one, and first the zero vector.
+
+    It holds integers: G = 2 pi g L^-T, so gradients flow through the lattice. The certificate holds for the lattices
+    that it was made for.
+
+    Attributes:
+        g: (M,3) int32, crystal by crystal, by length.
+        g_ptr: (C+1) int64, the vectors of crystal c are entries g_ptr[c] to g_ptr[c+1].
+        ptr: (C+1) int64, the first atom of each crystal.
+        max_atoms, max_vectors: largest number of atoms and of vectors of a crystal, known without asking a GPU.
+        decay_min, tol: what it is certified for (see `build_wave_vectors`).
+    """
+
+    g: Tensor
+    g_ptr: Tensor
+    ptr: Tensor
+    max_atoms: int
+    max_vectors: int
+    decay_min: float
+    tol: float
+
+    @property
+    def num_vectors(self) -> int:
+        return len(self.g)
+
+    @property
+    def num_crystals(self) -> int:
+        return len(self.ptr) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.g.device
+
+    @staticmethod
+    def cat(parts: "list[WaveVectors]") -> "WaveVectors":
+        """Joins those of separate crystals, in order. The certificate of the result is the weakest of its parts.
+
+        Raises:
+            ValueError: for no parts, or parts on several devices.
+        """
+        parts = list(parts)
+        check_parts(parts, "parts", WaveVectors)
+        return WaveVectors(
+            g=torch.cat([x.g for x in parts]),
+            g_ptr=cat_ptr([x.g_ptr for x in parts]),
+            ptr=cat_ptr([x.ptr for x in parts]),
+            max_atoms=max(x.max_atoms for x in parts),
+            max_vectors=max(x.max_vectors for x in parts),
+            decay_min=max(x.decay_min for x in parts),
+            tol=max(x.tol for x in parts),
+        )
+
+
+def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, tol: float = 1e-6) -> WaveVectors:
+    """The reciprocal lattice vectors that `reciprocal_attention` sums over, as few as the certificate allows.
+
+    What is left out of sum_G exp(-c |G|²) cos(G·r) is at most `tol`, absolutely, for every c >= decay_min and every r;
+    the term of G = 0 is 1. Equation (14) of docs/math.md.
+
+    Args:
+        lattice: (C,3,3) fp32 or fp64, rows are the lattice vectors, Å. Either handedness.
+        ptr: (C+1) int64, the first atom of each crystal and, last, N.
+        decay_min: smallest c that will be used, Å². The default serves the paper's model, whose reciprocal decays are
+            at least 0.5·2.2²/2.
+        tol: largest part of the sum that may be left out, smaller than 1.
+
+    Returns:
+        WaveVectors on the device of lattice; on a GPU it waits for the device.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    known: dict[str, int] = {}
+    checks.check_tensor("lattice", lattice, "C 3 3", known)
+    checks.check_dtype("lattice", lattice, torch.float32, torch.float64)
+    checks.check_lattice(lattice)
+    checks.check_ptr("ptr", ptr)
+    if len(ptr) - 1 != len(lattice):
+        raise ValueError(f"ptr must have shape (C+1={len(lattice) + 1}), as lattice, not {tuple(ptr.shape)}")
+    decay_min, tol = checks.check_number("decay_min", decay_min), checks.check_number("tol", tol, high=1.0)
+    certified = torch.tensor([decay_min, tol], dtype=torch.float64, device=lattice.device).expand(len(lattice), 2)
+    return choose_wave_vectors(lattice.detach().double(), ptr, *certified.T)
+
+
+@torch.inference_mode(False)  # they outlive this call, and may be saved for a backward
+@torch.no_grad()
+def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Tensor) -> WaveVectors:
+    """`build_wave_vectors` of checked arguments, lattice in fp64, with a decay_min and a tol (C) for each crystal."""
+    t, _ = triangular(reciprocal(lattice))
+    number, device = len(lattice), lattice.device
+    outer2 = tail_radius2(t, decay_min, (tol * BEYOND).log())
+    everyone = torch.arange(number, device=device)
+    crystal, g, length2 = points_in_spheres(t, everyone, t.new_zeros(number, 3), outer2)
+    # Sorted, the zero vector is in the middle of its crystal's and the rest is its mirror image.
+    count = torch.bincount(crystal, minlength=number)
+    place = torch.arange(len(g), device=device) - (count.cumsum(0) - count)[crystal]
+    half = place >= count[crystal] // 2
+    crystal, g, length2 = crystal[half], g[half], length2[half]
+    by_length = torch.argsort(length2, stable=True)
+    order = by_length[torch.argsort(crystal[by_length], stable=True)]
+    crystal, g, length2 = crystal[order], g[order], length2[order]
+
+    # What is left out by stopping at each vector, the smallest terms added first.
+    count = count - count // 2
+    place = torch.arange(len(g), device=device) - (count.cumsum(0) - count)[crystal]
+    term = lattice.new_zeros(number, int(count.max()) if number else 0)
+    term[crystal, place] = 2 * torch.exp(-decay_min[crystal] * length2)
+    tail = term.flip(1).cumsum(1).flip(1)[crystal, place]
+    kept = (place == 0) | (tail > (1 - BEYOND) * tol[crystal])
+    count = torch.bincount(crystal[kept], minlength=number)
+    return WaveVectors(
+        g=g[kept].to(torch.int32),
+        g_ptr=torch.nn.functional.pad(count.cumsum(0), (1, 0)),
+        ptr=ptr,
+        max_atoms=int(ptr.diff().max()) if number else 0,
+        max_vectors=int(count.max()) if number else 0,
+        decay_min=float(decay_min.max()) if number else 0.0,
+        tol=float(tol.max()) if number else 0.0,
+    )

@@ -1,0 +1,40 @@
+// Attention whose weight decays in reciprocal space, forward and backward, on raw pointers. Shapes as in reference.py.
+#pragma once
+
+#include "threads.h"
+
+namespace crystalformer {
+
+template <class T>
+struct ReciprocalInputs {
+    int64_t atoms, crystals;
+    int heads, dim, value_dim;
+    const T *q, *k, *v, *decay;     // (N,H,D) (N,H,D) (N,H,Dv) (N,H)
+    const T *positions, *lattice;   // (N,3) (C,3,3)
+    const int64_t *ptr, *g_ptr;     // (C+1) (C+1)
+    const int32_t* g;               // (M,3) half of the wave vectors, of each crystal by length
+};
+
+// Gradients of the inputs; the last two are null when nobody wants them.
+template <class T>
+struct ReciprocalGrads {
+    T *q, *k, *v, *decay, *positions, *lattice;
+};
+
+// y (N,H,Dv).
+template <class T>
+void reciprocal(const ReciprocalInputs<T>& in, T* y, const Threads& threads);
+
+template <class T>
+void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* y, const ReciprocalGrads<T>& result,
+                         const Threads& threads);
+
+// The sums S alone, total (P,H), of decay, positions and lattice; q, k, v are null and have no dimensions.
+template <class T>
+void reciprocal_sum(const ReciprocalInputs<T>& in, T* total, const Threads& threads);
+
+template <class T>
+void reciprocal_sum_backward(const T* grad, const ReciprocalInputs<T>& in, const ReciprocalGrads<T>& result,
+                             const Threads& threads);
+
+}  // namespace crystalformer
