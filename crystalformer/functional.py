@@ -128,8 +128,8 @@ def periodic_encoding(
         decay: (N,H), Å^-2, at least the `decay_min` that images were built for.
         positions, lattice, edge_weight, basis, backend: as for `periodic_attention`.
         images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`. With
-            reciprocal=True too, alpha without edge_weight is summed in the cheaper of the two spaces; the reciprocal
-            sum of "triton" is the reference's matrix products.
+            reciprocal=True too, alpha without edge_weight is summed in the cheaper of the two spaces; for the sum over
+            wave vectors "triton" takes the reference's matrix products.
 
     Returns:
         alpha (P,H) and beta (P,H,Dv), or None in its place without edge_weight. P = sum_c n_c² pairs, crystal by
