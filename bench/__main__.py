@@ -12,12 +12,12 @@ from . import error, gradients, problems, results, speed
 
 CPU_CELLS = ("bigcell-20", "bigcell-80", "bigcell-320", "bigcell-1000")
 CELLS = (*CPU_CELLS, "bigcell-4000")
-# What `all` measures: operations, problems, sizes, providers (none: all), seconds a call. On a CPU the slow providers
+# What `all` measures: operations, problems, sizes, providers (none: all). On a CPU the slow providers
 # have the small problems, so that all of it takes ten minutes on two cores.
 FAST, SLOW = ("cpu", "radial-grid"), ("reference", "dense", "edge-list", "paper")
 PLANS: dict[str, list[dict[str, Any]]] = {
     "cpu": [
-        {"ops": ("attention", "encoding", "images"), "problems": ("w32",), "seconds": 2.0},
+        {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
         {"ops": ("attention",), "problems": ("w32",), "sizes": ("simple",)},
         {"ops": ("attention",), "problems": ("w32",), "dtype": "fp64", "providers": ("cpu", "reference")},
         {"ops": ("attention",), "problems": ("jarvis256", "mp128"), "providers": (*FAST, *SLOW)},
@@ -29,12 +29,15 @@ PLANS: dict[str, list[dict[str, Any]]] = {
     "cuda": [
         {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
         {"ops": ("attention",), "problems": ("w32",), "sizes": ("simple",)},
-        {"ops": ("attention",), "problems": ("jarvis256", "mp128", "tiny", "needle")},
-        {"ops": ("attention",), "problems": CELLS},
+        {
+            "ops": ("attention",),
+            "problems": ("jarvis256", "mp128", "tiny", "needle", *CELLS),
+            "providers": ("triton", "triton-tf32", "triton-graph", "radial-grid", *SLOW, "paper-cuda"),
+        },
     ],
 }
 STEPS: dict[str, list[dict[str, Any]]] = {
-    "cpu": [{"problems": ("w32",), "seconds": 2.0}, {"problems": ("jarvis256",), "providers": FAST}],
+    "cpu": [{"problems": ("w32",)}, {"problems": ("jarvis256",), "providers": FAST}],
     "cuda": [{"problems": ("w32", "jarvis256", "mp128")}],
 }
 
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _save(options, "error", error.COLUMNS, error.measure(tuple(options.problems), options.smoke))
     ops = {"training": ["training"]}.get(options.command) or options.ops
     plan = {"ops": ops, "problems": options.problems, "sizes": options.sizes, "providers": options.providers}
-    plan |= {"dtype": options.dtype, "seconds": 0.0 if options.command == "memory" else options.seconds}
+    plan |= {"dtype": options.dtype}
     return _speed(options, options.command, [plan])
 
 
@@ -83,6 +86,8 @@ def _arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     if command in ("gradients", "all"):
         parser.add_argument("--repeat", type=int, default=20, help="runs that must give the same bits (%(default)s)")
+    if command in ("speed", "training", "all"):
+        parser.add_argument("--seconds", type=float, default=1.0, help="to time each call for (%(default)s)")
     if command == "all":
         return
     known = f"{', '.join(problems.NAMES)} or bigcell-N"
@@ -95,16 +100,18 @@ def _arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command in ("speed", "memory"):
         ops = ("attention", "encoding", "images")
         parser.add_argument("--ops", nargs="+", default=list(ops if command == "speed" else ops[:1]), choices=ops)
-    if command in ("speed", "training"):
-        parser.add_argument("--seconds", type=float, default=1.0, help="for each call (%(default)s)")
 
 
 def _speed(options: argparse.Namespace, name: str, plans: Iterable[Mapping[str, Any]]) -> int:
+    seconds = 0.0 if name == "memory" else options.seconds
+
     def rows() -> Iterable[dict[str, Any]]:
         for plan in plans:
             if options.smoke:
-                plan = {**plan, "sizes": ("smoke",), "seconds": min(plan.get("seconds", 1.0), 1e-3)}
-            yield from speed.measure(speed.Plan(**plan, device=options.device, smoke=options.smoke))
+                plan = {**plan, "sizes": ("smoke",), "seconds": min(seconds, 1e-3)}
+            yield from speed.measure(
+                speed.Plan(**{"seconds": seconds, **plan}, device=options.device, smoke=options.smoke)
+            )
 
     return _save(options, name, speed.COLUMNS, rows())
 

@@ -177,10 +177,9 @@ def truth(x: Problem, op: str) -> Results:
         crystals.images = exact.images
         model = seeded_model(x, torch.float64, "reference")
         return model_results(model, lambda: model(crystals))
-    geometry = crystals.num_atoms <= 1000  # the reference would take minutes
     if op == "encoding":
-        return encoding_case(exact, library_encoding(exact, "reference"), geometry).results()
-    return attention_case(exact, library_attention(exact, "reference"), geometry).results()
+        return encoding_case(exact, library_encoding(exact, "reference"), geometry=True).results()
+    return attention_case(exact, library_attention(exact, "reference"), geometry=True).results()
 
 
 def library_attention(x: Problem, backend: str, **options: str) -> Callable[..., Tensor]:

@@ -75,9 +75,9 @@ def work(x: Problem, op: str, direction: str) -> Work | None:
 
 
 def measure_roof(device: torch.device, edge: int = 2048, rounds: int = 5) -> Roof:
-    """The best of some fp32 matrix products (without tf32) and of some copies of 256 MiB."""
+    """The best of some fp32 products of matrices of edge² numbers (without tf32) and of some copies of 16 of them."""
     a = torch.randn(edge, edge, device=device)
-    x = torch.empty(2**26, device=device)
+    x = torch.empty(16 * edge**2, device=device)
     y = torch.empty_like(x)
 
     def best(function) -> float:

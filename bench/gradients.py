@@ -3,7 +3,8 @@
 The truth is bench/truth.py: the equations in fp64, plain PyTorch and autograd, over lists that leave out 1e-14. Its own
 gradients are held against central differences. Errors are the largest of a result over its largest value. fp64 runs on
 lists for tol 1e-13, fp32 on those of the paper's model, tol 1e-6. `bits` counts the runs that gave other bits than the
-first one. Exit code 1 if any is more than its bound.
+first one: a race. On a GPU they are counted on mp128, too, which keeps all of it busy. Exit code 1 if any is more than
+its bound.
 """
 
 import inspect
@@ -16,12 +17,13 @@ from torch import Tensor
 import crystalformer as cf
 
 from . import truth
-from .cases import GEOMETRY, WEIGHTS, Absent, Results, relative_error, require_backend, upstream_like
+from .cases import GEOMETRY, WEIGHTS, Absent, Results, library_attention, relative_error, require_backend, upstream_like
 from .problems import CERTIFICATE, Problem, make
 
 COLUMNS = ("op", "problem", "backend", "dtype", "precision", "result", "error", "bound", "ok", "note")
 BOUNDS = {("fp64", "exact"): 1e-10, ("fp32", "exact"): 2e-5, ("fp32", "tf32"): 5e-3}
 DIFFERENCES_BOUND, STEP = 1e-6, 1e-4
+BUSY = "mp128"
 TRUTH_TOL, FP64_TOL = 1e-14, 1e-13
 # The decay of the paper's model in reciprocal space: c = rho r0'²/2 >= 1.21 Å², of which this is in the middle.
 RECIPROCAL_DECAY = 2.42
@@ -118,6 +120,17 @@ def measure(
                 yield row
                 continue
             yield from _rows(said, errors, BOUNDS[dtype, precision])
+    if torch.device(device).type == "cuda":
+        said = {"op": "attention", "problem": BUSY, "backend": "triton", "dtype": "fp32", "precision": "exact"}
+        yield from _rows(said, {"bits": _races(make(BUSY, size, torch.float32, device, smoke), repeat)}, 0.0)
+
+
+def _races(x: Problem, repeat: int) -> int:
+    """How many of `repeat` runs on the GPU give other bits than the first."""
+    function, inputs = library_attention(x, "triton"), _inputs(x, "attention")
+    first = results(x, function, inputs)
+    again = (results(x, function, inputs) for _ in range(repeat))
+    return sum(not all(torch.equal(y[name], first[name]) for name in first) for y in again)
 
 
 def _errors(

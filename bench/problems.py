@@ -155,7 +155,8 @@ def crystals(name: str, smoke: bool = False) -> cf.CrystalBatch:
         return _pack([_random_crystal(rng, int(n)) for n in rng.integers(1, 3, few or 32)])
     if name == "needle":
         rng = np.random.default_rng(4)
-        return _pack([_fill(rng, np.diag([2.6, 2.8, 120.0]), 40)])
+        n = 8 if smoke else 40
+        return _pack([_fill(rng, np.diag([2.6, 2.8, 3.0 * n]), n)])
     if match := re.fullmatch(r"bigcell-([1-9]\d*)", name):
         n, rng = int(match[1]), np.random.default_rng(5)
         n = min(n, 12) if smoke else n

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,10 @@ def _measure(x: Problem, op: str, plan: Plan, roof: Roof | None) -> Iterator[dic
             case = provider.prepare(x)
             if case.truth is None and exact is None:
                 exact = truth(x, op)
-            cases[provider.name] = (provider, case, verify(provider, case, case.truth() if case.truth else exact or {}))
+            error = verify(provider, case, case.truth() if case.truth else exact or {})
+            if provider.graph:
+                case = replace(case, calls={name: captured(call) for name, call in case.calls.items()})
+            cases[provider.name] = (provider, case, error)
         except Absent as reason:
             yield said | {"note": f"absent: {reason}"}
         except Wrong as reason:
@@ -75,11 +78,7 @@ def _measure(x: Problem, op: str, plan: Plan, roof: Roof | None) -> Iterator[dic
         except Exception as error:  # another library's failure is a result, too
             yield said | {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     exact = None
-    calls = {
-        (name, direction): captured(call) if provider.graph else call
-        for name, (provider, case, _) in cases.items()
-        for direction, call in case.calls.items()
-    }
+    calls = {(name, direction): call for name, (_, case, _) in cases.items() for direction, call in case.calls.items()}
     times = alternate(calls, x.device, plan.seconds) if plan.seconds else {}
     for (name, direction), call in calls.items():
         provider, case, error = cases[name]

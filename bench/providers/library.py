@@ -48,8 +48,7 @@ def _attention(backend: str, **options: str) -> Callable[[Problem], Case]:
         for name in options:
             if name not in inspect.signature(cf.periodic_attention).parameters:
                 raise Absent(f"periodic_attention has no argument {name!r}")
-        heavy = backend == "reference" and x.crystals.num_atoms > 1000  # minutes
-        return attention_case(x, library_attention(x, backend, **options), geometry=not heavy)
+        return attention_case(x, library_attention(x, backend, **options), geometry=True)
 
     return prepare
 
