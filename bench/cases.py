@@ -6,6 +6,7 @@ results that are checked before any of them is.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def function_case(
         inputs = {name: x.inputs[name].detach().requires_grad_(name in wanted) for name in names}  # type: ignore[union-attr]
         y = function(**inputs)
         y = (y,) if isinstance(y, Tensor) else y
-        results = {name: t.detach() for name, t in zip(outputs, y, strict=False) if t is not None}
+        results = {name: t.detach()[: x.checked] for name, t in zip(outputs, y, strict=False) if t is not None}
         if wanted:
             made = [t for t in y if t is not None]
             gradients = torch.autograd.grad(made, [inputs[name] for name in wanted], upstream_like(x, made))
@@ -172,7 +173,10 @@ def truth(x: Problem, op: str) -> Results:
         cf.build_images(crystals.positions, crystals.lattice, crystals.ptr, tol=TRUTH_TOL),
         {name: value if value is None else value.double() for name, value in x.inputs.items()},
         x.upstream.double(),
+        x.checked,
     )
+    if x.checked is not None:
+        return _truth_of_checked(exact)
     if op == "training":
         crystals.images = exact.images
         model = seeded_model(x, torch.float64, "reference")
@@ -180,6 +184,15 @@ def truth(x: Problem, op: str) -> Results:
     if op == "encoding":
         return encoding_case(exact, library_encoding(exact, "reference"), geometry=True).results()
     return attention_case(exact, library_attention(exact, "reference"), geometry=True).results()
+
+
+def _truth_of_checked(exact: Problem) -> Results:
+    """The attention of the atoms that are checked, from their images alone."""
+    from .truth import Images, attention
+
+    assert exact.checked is not None
+    images = Images.of(exact.images).of_rows(exact.checked)
+    return attention_case(exact, partial(attention, images, exact.size.basis), geometry=True).results()
 
 
 def library_attention(x: Problem, backend: str, **options: str) -> Callable[..., Tensor]:

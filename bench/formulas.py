@@ -74,13 +74,19 @@ def work(x: Problem, op: str, direction: str) -> Work | None:
     return None
 
 
-def measure_roof(device: torch.device, edge: int = 2048, rounds: int = 5) -> Roof:
-    """The best of some fp32 products of matrices of edge² numbers (without tf32) and of some copies of 16 of them."""
+def measure_roof(device: torch.device, smoke: bool = False) -> Roof:
+    """The best of 40 fp32 products of square matrices (without tf32), and of 40 copies of 64 MiB, on a GPU of 1 GiB.
+
+    Small matrices on a CPU: a product of 512 rows fits between two interruptions of a busy machine.
+    """
+    edge, numbers = (4096, 2**28) if device.type == "cuda" else (512, 2**24)
+    if smoke:
+        edge, numbers = 64, 2**16
     a = torch.randn(edge, edge, device=device)
-    x = torch.empty(16 * edge**2, device=device)
+    x = torch.empty(numbers, device=device)
     y = torch.empty_like(x)
 
     def best(function) -> float:
-        return min(clock(function, device) for _ in range(rounds + 1)) / 1e3
+        return min(clock(function, device) for _ in range(40)) / 1e3
 
     return Roof(2 * edge**3 / best(lambda: a @ a), 2 * x.numel() * 4 / best(lambda: y.copy_(x)))

@@ -43,7 +43,7 @@ class Plan:
 
 def measure(plan: Plan) -> Iterator[dict[str, Any]]:
     """Rows of COLUMNS, printed as they come."""
-    roof = measure_roof(torch.device(plan.device), *((64, 1) if plan.smoke else ())) if plan.seconds else None
+    roof = measure_roof(torch.device(plan.device), plan.smoke) if plan.seconds else None
     for problem in plan.problems:
         for size in plan.sizes:
             x = make(problem, size, DTYPES[plan.dtype], plan.device, plan.smoke)

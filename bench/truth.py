@@ -4,7 +4,7 @@ everything against. Nothing here is the library's but the image list, and that o
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Images:
         i = torch.repeat_interleave(images.row_ptr.diff())
         crystal = torch.repeat_interleave(images.ptr.diff())[i]
         return cls(i, images.col.long(), crystal, images.shift.double())
+
+    def of_rows(self, stop: int) -> "Images":
+        """Those of the atoms before `stop`."""
+        few = int(torch.searchsorted(self.i, stop))
+        return Images(*(getattr(self, part.name)[:few] for part in fields(self)))
 
     def squared_distances(self, positions: Tensor, lattice: Tensor) -> Tensor:
         r = positions[self.j] - positions[self.i] + (self.shift[:, None] @ lattice[self.crystal])[:, 0]
