@@ -10,11 +10,10 @@ import torch
 
 from . import error, gradients, problems, results, speed
 
-CPU_CELLS = ("bigcell-20", "bigcell-80", "bigcell-320", "bigcell-1000")
-CELLS = (*CPU_CELLS, "bigcell-4000")
+CELLS = ("bigcell-20", "bigcell-80", "bigcell-320", "bigcell-1000", "bigcell-4000")
 # What `all` measures: operations, problems, sizes, providers (none: all). On a CPU the slow providers
 # have the small problems, so that all of it takes ten minutes on two cores.
-FAST, SLOW = ("cpu", "radial-grid"), ("reference", "dense", "edge-list", "paper")
+FAST, SLOW = ("cpu", "radial-grid"), ("reference", "dense", "edge-list")
 PLANS: dict[str, list[dict[str, Any]]] = {
     "cpu": [
         {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
@@ -23,8 +22,9 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         {"ops": ("attention",), "problems": ("jarvis256", "mp128"), "providers": (*FAST, *SLOW)},
         {"ops": ("images",), "problems": ("jarvis256", "mp128")},
         {"ops": ("attention",), "problems": ("tiny", "needle")},
-        {"ops": ("attention",), "problems": CPU_CELLS, "providers": (*FAST, *SLOW)},
-        {"ops": ("attention",), "problems": CELLS[-1:], "providers": (*FAST, *SLOW[1:])},
+        {"ops": ("attention",), "problems": CELLS[:2], "providers": (*FAST, *SLOW, "paper")},
+        {"ops": ("attention",), "problems": CELLS[2:4], "providers": (*FAST, *SLOW)},
+        {"ops": ("attention",), "problems": CELLS[4:], "providers": (*FAST, *SLOW[1:])},
     ],
     "cuda": [
         {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
@@ -32,7 +32,7 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         {
             "ops": ("attention",),
             "problems": ("jarvis256", "mp128", "tiny", "needle", *CELLS),
-            "providers": ("triton", "triton-tf32", "triton-graph", "radial-grid", *SLOW, "paper-cuda"),
+            "providers": ("triton", "triton-tf32", "triton-graph", "radial-grid", *SLOW, "paper", "paper-cuda"),
         },
     ],
 }
@@ -91,7 +91,7 @@ def _arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "all":
         return
     known = f"{', '.join(problems.NAMES)} or bigcell-N"
-    default = {"memory": CPU_CELLS, "error": ("w32", "needle")}.get(command, ("w32",))
+    default = {"memory": CELLS[:4], "error": ("w32", "needle")}.get(command, ("w32",))
     parser.add_argument("--problems", nargs="+", default=list(default), help=f"of {known}")
     if command in ("speed", "memory", "training"):
         parser.add_argument("--providers", nargs="+", default=[], help="by name (all)")

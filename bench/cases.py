@@ -4,9 +4,9 @@ An operation is a function of the problem's inputs; a `Case` holds the calls tha
 results that are checked before any of them is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,7 +74,7 @@ def function_case(
     names = [name for name in names if x.inputs[name] is not None]
 
     def run(wanted: Sequence[str]) -> Results:
-        inputs = {name: x.inputs[name].detach().requires_grad_(name in wanted) for name in names}  # type: ignore[union-attr]
+        inputs = {name: x.inputs[name].detach().requires_grad_(name in wanted) for name in names}
         y = function(**inputs)
         y = (y,) if isinstance(y, Tensor) else y
         results = {name: t.detach()[: x.checked] for name, t in zip(outputs, y, strict=False) if t is not None}
@@ -91,19 +91,19 @@ def function_case(
     if geometry:
         calls["with positions and lattice"] = lambda: run([*weights, *GEOMETRY])
     last = list(calls)[-1]
-    return Case(calls, calls[last])  # type: ignore[arg-type]
+    return Case(calls, calls[last])
 
 
 def upstream_like(x: Problem, outputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients for the outputs: the problem's own for y, seeded ones for others."""
-    made = []
-    for y in outputs:
-        if y.shape == x.upstream.shape:
-            made.append(x.upstream)
-        else:
-            seeded = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-            made.append(seeded.to(y))
-    return made
+    return [x.upstream if y.shape == x.upstream.shape else _seeded(y.shape, y.dtype, y.device) for y in outputs]
+
+
+@functools.lru_cache(maxsize=4)
+def _seeded(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: it would be timed."""
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=rng, dtype=torch.float64).to(device, dtype)
 
 
 def attention_case(x: Problem, attend: Callable[..., Tensor], geometry: bool = False, backward: bool = True) -> Case:
@@ -192,7 +192,7 @@ def _truth_of_checked(exact: Problem) -> Results:
 
     assert exact.checked is not None
     images = Images.of(exact.images).of_rows(exact.checked)
-    return attention_case(exact, partial(attention, images, exact.size.basis), geometry=True).results()
+    return attention_case(exact, functools.partial(attention, images, exact.size.basis), geometry=True).results()
 
 
 def library_attention(x: Problem, backend: str, **options: str) -> Callable[..., Tensor]:

@@ -74,13 +74,13 @@ def measure(problems: tuple[str, ...] = ("w32", "needle"), smoke: bool = False) 
     """Rows of COLUMNS, printed as they come."""
     for problem, decay in itertools.product(problems, DECAYS):
         x = make(problem, "smoke" if smoke else "paper", torch.float64, smoke=smoke)
-        inputs = x.inputs | {"decay": torch.full_like(x.inputs["decay"], decay)}  # type: ignore[arg-type]
+        inputs = x.inputs | {"decay": torch.full_like(x.inputs["decay"], decay)}
         batch, basis = x.crystals, x.size.basis
         certificate = CERTIFICATE | {"tol": TRUTH_TOL, "decay_min": decay}
         images = Images.of(cf.build_images(batch.positions, batch.lattice, batch.ptr, **certificate))
-        exact = attention(images, basis, **inputs).flatten(1)  # type: ignore[arg-type]
+        exact = attention(images, basis, **inputs).flatten(1)
         for rule, value, images in rules(x, decay):
-            y = attention(images, basis, **inputs).flatten(1)  # type: ignore[arg-type]
+            y = attention(images, basis, **inputs).flatten(1)
             error = (y - exact).norm(dim=1) / exact.norm(dim=1)
             row = {
                 "problem": problem, "decay": f"{decay:.4f}", "rule": rule, "value": float(value),

@@ -175,7 +175,7 @@ def _differences(x: Problem, function: Function, inputs: Mapping[str, Tensor], e
             with torch.no_grad():
                 found = function(**{**inputs, name: value + step * direction})
             outputs = [y for y in ((found,) if isinstance(found, Tensor) else found) if y is not None]
-            return sum((y * g).sum() for y, g in zip(outputs, upstream_like(x, outputs), strict=True))  # type: ignore[return-value]
+            return sum((y * g).sum() for y, g in zip(outputs, upstream_like(x, outputs), strict=True))
 
         slope = (objective(STEP) - objective(-STEP)) / (2 * STEP)
         errors[f"d {name}"] = float((slope / gradient.norm() - 1).abs())

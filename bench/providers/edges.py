@@ -36,7 +36,7 @@ def edge_attention(
     largest = largest.scatter_reduce(0, i[:, None].expand_as(scores), scores.detach(), "amax")
     p = torch.exp(scores - largest[i])
     p = p / torch.zeros_like(decay).index_add(0, i, p)[i]
-    message = v[j] if b is None else v[j] + (b @ weight.flatten(0, 1).T).unflatten(1, v.shape[1:])  # type: ignore[union-attr]
+    message = v[j] if b is None else v[j] + (b @ weight.flatten(0, 1).T).unflatten(1, v.shape[1:])
     return torch.zeros_like(v).index_add(0, i, p[..., None] * message)
 
 

@@ -85,8 +85,8 @@ def _encode(x: Problem) -> tuple[Callable[..., tuple[Tensor, Tensor | None]], Te
     """alpha and beta of its PyTorch path as a function of decay and weight; its pairs, and the crystal of each atom."""
     _checkout()
     _fits(x)
-    from models import indexed_lattice_multi_head_attention as theirs  # type: ignore[import-not-found]
-    from models.indexed_latticeformer_encoder import compute_lattice_distances  # type: ignore[import-not-found]
+    from models import indexed_lattice_multi_head_attention as theirs
+    from models.indexed_latticeformer_encoder import compute_lattice_distances
 
     data, basis = _batch(x), x.size.basis
     distance, *_, pairs, _ = compute_lattice_distances(data.pos, data.batch, data.trans_vec, data.sizes, BOX)
@@ -130,7 +130,7 @@ def _model(x: Problem, cuda: bool) -> Case:
     params |= {"head_num": size.heads, "num_layers": size.blocks, "model_dim": config.model_dim}
     params |= {"ff_dim": config.ff_dim, "embedding_dim": list(config.readout_dims)}
     with contextlib.redirect_stdout(io.StringIO()):
-        from models.latticeformer import Latticeformer  # type: ignore[import-not-found]
+        from models.latticeformer import Latticeformer
 
         torch.manual_seed(0)
         model = Latticeformer(types.SimpleNamespace(**params)).to(x.device, x.dtype)
@@ -173,8 +173,8 @@ def _encode_cuda(x: Problem) -> tuple[Callable[..., tuple[Tensor, Tensor | None]
     """As `_encode`, by its CuPy kernels."""
     _require_cuda(x)
     _checkout()
-    from models import indexed_lattice_multi_head_attention_cuda as theirs  # type: ignore[import-not-found]
-    from models.cuda_funcs import compile_kernels  # type: ignore[import-not-found]
+    from models import indexed_lattice_multi_head_attention_cuda as theirs
+    from models.cuda_funcs import compile_kernels
     from models.indexed_latticeformer_encoder import compute_lattice_distances_for_cuda
 
     size, data, basis = x.size, _batch(x), x.size.basis
