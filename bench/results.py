@@ -65,13 +65,14 @@ def path(command: str, device: torch.device, folder: Path) -> Path:
 
 
 def write(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], machine: Mapping[str, str]) -> None:
-    """Writes rows with the columns and, in each, those of the environment."""
+    """Writes rows, as they come, with the columns and, in each, those of the environment."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:
         table = csv.DictWriter(out, [*columns, *ENVIRONMENT], restval="", lineterminator="\n")
         table.writeheader()
         for row in rows:
             table.writerow({name: _text(value) for name, value in row.items()} | dict(machine))
+            out.flush()  # an hour's rows are not lost to an interruption
 
 
 def read(file: Path) -> list[Row]:
