@@ -75,9 +75,11 @@ def _device(device: str, speed: Sequence[Row], training: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row], problems: Iterable[str], direction: str) -> str:
     """Providers down, problems across; the largest error on the first problem behind them; then why cells are empty."""
-    problems = [name for name in problems if any(row["problem"] == name for row in rows)]
     names = list(dict.fromkeys(row["provider"] for row in rows))
     found = {(row["provider"], row["problem"]): row for row in rows if row["direction"] == direction and row["ms"]}
+    problems = [name for name in problems if any(problem == name for _, problem in found)]
+    if not problems:
+        return "None was measured."
     timed = [name for name in names if any((name, problem) in found for problem in problems)]
     timed.sort(key=lambda name: float(found[name, problems[0]]["ms"]) if (name, problems[0]) in found else 1e9)
     counts = {row["problem"]: f"{int(row['atoms']):,} atoms" for row in rows}
@@ -158,6 +160,9 @@ def _against_cells(file: Path, rows: Sequence[Row], column: str, label: str) -> 
                 line = {"markersize": 4, "color": COLORS.get(name), "label": title}
                 axes.plot(*zip(*sorted(points), strict=True), style, **line)
         axes.set(xscale="log", yscale="log", xlabel="atoms in the cell", ylabel=label)
+        atoms = sorted({int(row["atoms"]) for row in rows})
+        axes.set_xticks(atoms, [f"{n:,}" for n in atoms])
+        axes.minorticks_off()
 
     _figure(file, draw)
 
