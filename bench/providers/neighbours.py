@@ -45,10 +45,13 @@ def _truth(x: Problem, given: bool) -> Results:
     """The images by the PyTorch code of the library, on the CPU, where the compiled code serves otherwise."""
     if not given:
         batch = x.crystals.to(torch.float64).to(torch.device("cpu"))
-        return _keys_of(_build(batch.positions, batch.lattice, batch.ptr, *CERTIFICATE.values(), None, False))
+        decay_min = torch.full_like(batch.lattice[:, 0, 0], CERTIFICATE["decay_min"])
+        settings = (decay_min, CERTIFICATE["tol"], CERTIFICATE["logit_range"], None, False)
+        return _keys_of(_build(batch.positions, batch.lattice, batch.ptr, *settings))
     lists = []
     for positions, lattice, ptr, cutoff in _crystals(x):
-        lists.append(_build(positions.cpu(), lattice.cpu(), ptr.cpu(), 1.0, 1.0, 1.0, cutoff, False))
+        any_decay = torch.ones(1, dtype=torch.float64)
+        lists.append(_build(positions.cpu(), lattice.cpu(), ptr.cpu(), any_decay, 1.0, 1.0, cutoff, False))
     return _keys_of(cf.ImageList.cat(lists))
 
 
