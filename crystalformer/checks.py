@@ -95,6 +95,11 @@ def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf")
     return float(x)
 
 
+def check_integer(name: str, x: Any, low: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < low:
+        raise ValueError(f"{name} must be an integer, at least {low}, not {x!r}")
+
+
 def check_lattice(name: str, lattice: Tensor) -> None:
     """A lattice is singular when its volume is nothing beside the product of its edges."""
     if not values_visible(lattice):

@@ -57,15 +57,15 @@ class CrystalformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "num_blocks", "ff_dim"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("num_basis", self.num_basis, 0)
+            checks.check_integer(name, getattr(self, name), 1)
+        checks.check_integer("num_basis", self.num_basis, 0)
         for name in ("readout_dims", "r0", "r0_reciprocal"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
                 raise TypeError(f"{name} must be a sequence of numbers, not {value!r}")
             object.__setattr__(self, name, tuple(value))
         for width in self.readout_dims:
-            _check_integer("readout_dims", width, 1)
+            checks.check_integer("readout_dims", width, 1)
         for name in ("r0", "r0_reciprocal"):
             for length in getattr(self, name):
                 checks.check_number(name, length)
@@ -120,8 +120,3 @@ class CrystalformerConfig:
         if unknown:
             raise ValueError(f"config must have names among {', '.join(sorted(known))}, not {', '.join(unknown)}")
         return cls(**values)
-
-
-def _check_integer(name: str, value: Any, smallest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ValueError(f"{name} must be an integer, at least {smallest}, not {value!r}")
