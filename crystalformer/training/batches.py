@@ -139,6 +139,7 @@ class CrystalDataset(Dataset[Example]):
             sampler=BoundedBatches(sizes, batch_size, max_images, seed),
             collate_fn=_as_it_is,
             num_workers=workers,
+            generator=torch.Generator(),  # else starting an epoch would draw from the one that dropout has
             pin_memory=torch.cuda.is_available(),
         )
 

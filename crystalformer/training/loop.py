@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..model import Crystalformer
-from .batches import Example
+from .batches import BoundedBatches, Example
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, Checkpoints, latest
 from .recipe import Recipe
@@ -75,6 +75,9 @@ def fit(
                 task.load_state_dict(content["state_dict"])
                 task.finish()
                 return history.rows
+    # Lightning starts to draw the first epoch's batches before it says which epoch it is.
+    assert isinstance(train.sampler, BoundedBatches)
+    train.sampler.set_epoch(len(history.rows))
     if TorchElasticEnvironment.detect():
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices

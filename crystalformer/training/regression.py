@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 
 from ..data import CrystalBatch
 from ..model import Crystalformer
@@ -19,6 +19,26 @@ def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (T) of targets (C,T); the deviation is 1 where the targets are all equal."""
     deviation = targets.std(0, correction=0)
     return targets.mean(0), torch.where(deviation > 0, deviation, 1.0)
+
+
+class Mean(Metric):
+    """Mean of what is counted, over all processes. torchmetrics' own looks at every batch for NaN, or else at no weight."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.get_default_dtype()), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, counted: Tensor) -> None:
+        """Takes values (C) where counted (C) is 1, not where it is 0."""
+        self.total += values @ counted
+        self.count += counted.sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 class Regression(lightning.LightningModule):
@@ -57,10 +77,8 @@ class Regression(lightning.LightningModule):
         self.rate_held = False
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
-        # The loss, then the targets' errors. A NaN is found in the loss of the epoch: no look at each batch.
-        self.train_means, self.val_means = (
-            nn.ModuleList(MeanMetric(nan_strategy="disable") for _ in range(number + 1)) for _ in range(2)
-        )
+        # Of the loss, then of the targets' errors.
+        self.train_means, self.val_means = (nn.ModuleList(Mean() for _ in range(number + 1)) for _ in range(2))
 
     def forward(self, batch: CrystalBatch) -> Tensor:
         """(C,T), in the units of the targets."""
@@ -78,9 +96,10 @@ class Regression(lightning.LightningModule):
         losses = errors.mean(1)
         columns = [losses.detach(), *(errors.detach() * self.deviation).T]
         names = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in self.names)]
+        counted = (weight > 0).to(losses.dtype)
         for name, mean, column in zip(names, means, columns, strict=True):
-            assert isinstance(mean, MeanMetric)
-            mean.update(column, weight > 0)
+            assert isinstance(mean, Mean)
+            mean.update(column, counted)
             self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(crystals))
         return losses @ weight
 
