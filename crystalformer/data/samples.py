@@ -1,0 +1,89 @@
+"""Crystals with their ids and targets, and what could not be read."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that cannot be used, in one line that says where and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Crystals as they were read.
+
+    Attributes:
+        ids: of the crystals, each once.
+        structures: pymatgen Structures or ase Atoms.
+        targets: (C,T) fp64; T = 0 where none were asked for.
+        names: of the T targets.
+    """
+
+    ids: tuple[str, ...]
+    structures: tuple[Any, ...]
+    targets: Tensor
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.ids)) != len(self.ids):
+            raise ValueError(f"ids must differ, but {first_repeated(self.ids)!r} is there twice")
+        if len(self.structures) != len(self.ids):
+            raise ValueError(f"structures must be {len(self.ids)}, as ids, not {len(self.structures)}")
+        shape = (len(self.ids), len(self.names))
+        if self.targets.dtype != torch.float64 or tuple(self.targets.shape) != shape:
+            wanted = f"fp64 of shape {shape}, as ids and names"
+            raise ValueError(f"targets must be {wanted}, not {self.targets.dtype} of {tuple(self.targets.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, ids: Sequence[str]) -> "Samples":
+        """The samples of these ids, in their order.
+
+        Raises:
+            ValueError: for ids that are not there or are named twice.
+        """
+        place = {id: i for i, id in enumerate(self.ids)}
+        unknown = [id for id in ids if id not in place]
+        if unknown:
+            shown = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
+            raise ValueError(f"ids must be among those of the samples, not {shown} ({len(unknown)} of {len(ids)})")
+        index = [place[id] for id in ids]
+        return Samples(tuple(ids), tuple(self.structures[i] for i in index), self.targets[index], self.names)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that could not be used.
+
+    Attributes:
+        id: of the row, "#4" for the fourth row where it has none.
+        source: where it stands, as "data.csv, row 4".
+        reason: why it cannot be used, in one line.
+    """
+
+    id: str
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.id}: {self.reason}"
+
+
+def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
+    """Writes the report of bad rows: CSV with the columns id, source, reason."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("id", "source", "reason"))
+        table.writerows((x.id, x.source, x.reason) for x in problems)
+
+
+def first_repeated(ids: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    return next((id for id in ids if id in seen or seen.add(id)), None)  # type: ignore[func-returns-value]
