@@ -11,6 +11,7 @@ from .data import CrystalBatch
 from .functional import periodic_attention, periodic_encoding, reciprocal_attention
 from .images import ImageList, build_images
 from .model import Crystalformer
+from .predictor import load
 
 __all__ = [
     "CrystalBatch",
@@ -22,6 +23,7 @@ __all__ = [
     "build_images",
     "convert",
     "debug_checks",
+    "load",
     "periodic_attention",
     "periodic_encoding",
     "reciprocal_attention",

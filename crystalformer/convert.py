@@ -90,8 +90,10 @@ def config_from_official(params: Mapping[str, Any]) -> CrystalformerConfig:
             raise ValueError(f"params_dict['value_pe_dist_max'] must be -10 with several scale_real, not {r_max}")
         r_max = -r_max * r0[0]
     targets = params.get("targets", "")
+    names = tuple(filter(None, [targets] if isinstance(targets, str) else targets))
     return CrystalformerConfig(
-        num_targets=1 if isinstance(targets, str) else len(targets),
+        num_targets=max(1, len(names)),
+        target_names=names,
         model_dim=params.get("model_dim", 128),
         num_heads=params.get("head_num", 8),
         num_blocks=params.get("num_layers", 4),

@@ -9,7 +9,7 @@ history = fit(task, loader, validation.loader(128), epochs=500)    # then the mo
 `crystalformer.runs.train` does all of this from files to a folder with the model and a report.
 """
 
-from .batches import CrystalDataset
+from ..data.dataset import CrystalDataset
 from .callbacks import AverageLastEpochs, History, Progress
 from .loop import fit, predict
 from .recipe import PRESETS, Recipe

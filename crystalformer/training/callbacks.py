@@ -1,6 +1,7 @@
 """What happens beside the steps of a training: the weight average, the record, the progress bar."""
 
 import sys
+import time
 from typing import Any
 
 import lightning
@@ -9,19 +10,23 @@ import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from tqdm import tqdm
 
-from .batches import BoundedBatches
+from ..data.dataset import BoundedBatches
 from .regression import Regression
 
 
 class History(Callback):
-    """Keeps what is logged: `rows`, one dictionary an epoch. They are part of checkpoints."""
+    """Keeps what is logged and the seconds it took: `rows`, one dictionary an epoch. They are part of checkpoints."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.start = time.perf_counter()
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = {name: float(x) for name, x in trainer.callback_metrics.items()}
-        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics})
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics}
+        self.rows.append(row | {"seconds": time.perf_counter() - self.start})
         if not np.isfinite(metrics["train_loss"]):
             raise FloatingPointError(f"the training loss of epoch {trainer.current_epoch + 1} is not finite: lower lr")
 

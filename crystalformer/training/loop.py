@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..model import Crystalformer
-from .batches import BoundedBatches, Example
+from ..data.dataset import BoundedBatches, Example
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, Checkpoints, latest
 from .recipe import Recipe
@@ -57,7 +57,7 @@ def fit(
         accelerator, devices, nodes: as lightning's Trainer takes them; under torchrun, its processes.
 
     Returns:
-        One row an epoch: epoch, step and what the task logs.
+        One row an epoch: epoch, step, what the task logs, and the seconds that it took.
 
     Raises:
         CheckpointError: for checkpoints of another training, or that cannot be read.

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from ..data import CrystalBatch
 from ..model import Crystalformer
-from .batches import Example
+from ..data.dataset import Example
 from .recipe import Recipe
 
 
@@ -22,7 +22,7 @@ def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Mean(Metric):
-    """Mean of what is counted, over all processes. torchmetrics' own looks at every batch for NaN, or else at no weight."""
+    """Mean of what is counted, over all processes; torchmetrics' own looks for NaN in every batch, or at no weight."""
 
     total: Tensor
     count: Tensor

@@ -1,15 +1,18 @@
 """Batches of crystals with their targets, bounded in crystals and images, the same for any number of processes."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data import CrystalBatch
-from ..model import Crystalformer
+from .batch import CrystalBatch
+from .crystals import build_crystals
+
+if TYPE_CHECKING:
+    from ..model import Crystalformer
 
 
 class Example(NamedTuple):
@@ -101,7 +104,7 @@ class CrystalDataset(Dataset[Example]):
     """Crystals with their targets; the images of each crystal are built once, here.
 
     Args:
-        crystals: pymatgen Structures or ase Atoms, or what `data.crystals.build_crystals` made of them for this model.
+        crystals: pymatgen Structures or ase Atoms, or what `build_crystals` made of them for this model.
         targets: (C,T).
         model: the model whose certified image lists are wanted.
 
@@ -109,16 +112,12 @@ class CrystalDataset(Dataset[Example]):
         ValueError: if crystals and targets are not equally many.
     """
 
-    def __init__(self, crystals: Sequence[Any], targets: Tensor, model: Crystalformer) -> None:
+    def __init__(self, crystals: Sequence[Any], targets: Tensor, model: "Crystalformer") -> None:
         if targets.dim() != 2 or len(targets) != len(crystals):
             raise ValueError(f"targets must be ({len(crystals)}, T), as structures, not {tuple(targets.shape)}")
         self.targets = targets.to(next(model.parameters()).dtype)
-        self.crystals: list[CrystalBatch] = []
-        for x in crystals:
-            crystal = x if isinstance(x, CrystalBatch) else CrystalBatch.from_structures([x], self.targets.dtype)
-            if model.config.needs_images and crystal.images is None:
-                crystal.images = model.build_images(crystal)
-            self.crystals.append(crystal)
+        built = all(isinstance(crystal, CrystalBatch) for crystal in crystals)
+        self.crystals = list(crystals) if built else build_crystals(crystals, model, dtype=self.targets.dtype)
 
     def __len__(self) -> int:
         return len(self.crystals)
@@ -132,11 +131,10 @@ class CrystalDataset(Dataset[Example]):
         self, batch_size: int, seed: int | None = None, max_images: int | None = None, workers: int = 0
     ) -> DataLoader[Example]:
         """Batches of crystals in order, or shuffled anew each epoch if a seed is given; see `BoundedBatches`."""
-        sizes = [_size(crystal) for crystal in self.crystals]
         return DataLoader(
             self,
             batch_size=None,  # the sampler gives whole batches
-            sampler=BoundedBatches(sizes, batch_size, max_images, seed),
+            sampler=BoundedBatches(sizes(self.crystals), batch_size, max_images, seed),
             collate_fn=_as_it_is,
             num_workers=workers,
             generator=torch.Generator(),  # else starting an epoch would draw from the one that dropout has
@@ -144,9 +142,9 @@ class CrystalDataset(Dataset[Example]):
         )
 
 
-def _size(crystal: CrystalBatch) -> int:
-    """Images of a crystal; where the model has no use for them its pairs of atoms, which then take the memory."""
-    return crystal.images.num_images if crystal.images is not None else crystal.num_atoms**2
+def sizes(crystals: Sequence[CrystalBatch]) -> list[int]:
+    """Images of each crystal; where the model has no use for them its pairs of atoms, which then take the memory."""
+    return [x.images.num_images if x.images is not None else x.num_atoms**2 for x in crystals]
 
 
 def _as_it_is(example: Any) -> Any:
