@@ -66,8 +66,19 @@ def from_official(
 
 
 def load_official(path: str | Path, params: str | Path | None = None, weights: str = "auto") -> Crystalformer:
-    """`from_official` of a checkpoint file, read with weights_only, and of its parameter JSON."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    """`from_official` of a checkpoint file, read with weights_only, and of its parameter JSON.
+
+    Raises:
+        ValueError: as `from_official`, and for a file that is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a foreign file brings torch to raise
+        raise ValueError(f"path must be a checkpoint of torch, with tensors and plain values only: {path}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"path must hold a dictionary, not {type(checkpoint).__name__}: {path}")
     return from_official(checkpoint, None if params is None else json.loads(Path(params).read_text()), weights)
 
 

@@ -125,8 +125,9 @@ class Crystalformer(nn.Module):
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if they do not fit this version or each other.
+            ValueError: if they do not fit this version or each other, or are broken.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = Path(path)
@@ -135,8 +136,15 @@ class Crystalformer(nn.Module):
                 raise FileNotFoundError(
                     f"path must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}: no {path / name}"
                 )
-        model = cls(CrystalformerConfig.from_dict(json.loads((path / CONFIG_FILE).read_text())), backend)
-        weights = load_file(path / WEIGHTS_FILE)
+        try:
+            config = CrystalformerConfig.from_dict(json.loads((path / CONFIG_FILE).read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+        try:
+            weights = load_file(path / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{path / WEIGHTS_FILE}: {error}") from error
+        model = cls(config, backend)
         model.to(next(iter(weights.values())).dtype)
         try:
             model.load_state_dict(weights)

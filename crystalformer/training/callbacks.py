@@ -113,7 +113,8 @@ class Progress(Callback):
         self.bar.update(1 / len(sampler.batches))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        error = f"validation MAE {float(trainer.callback_metrics[f'val_mae/{self.name}']):.3g} {self.unit}".rstrip()
+        mae = float(trainer.callback_metrics[f"val_mae/{self.name}"])
+        error = f"validation MAE of {self.name} {mae:.3g} {self.unit}".rstrip()
         self.bar.set_postfix_str(error)
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if self.bar.disable and trainer.global_rank == 0 and (epoch % max(1, epochs // 10) == 0 or epoch == epochs):

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..model import Crystalformer
 from ..data.dataset import BoundedBatches, Example
+from ..model import Crystalformer
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, Checkpoints, latest
 from .recipe import Recipe

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ..data import CrystalBatch
-from ..model import Crystalformer
 from ..data.dataset import Example
+from ..model import Crystalformer
 from .recipe import Recipe
 
 
