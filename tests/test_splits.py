@@ -70,6 +70,17 @@ def test_conventions(content: Any, tmp_path: Path) -> None:
     assert read_split(tmp_path / "ids.json") == {"train": ["1", "b"], "val": ["c"], "test": []}
 
 
+def test_a_folder_of_lists(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has none of train.txt, val.txt, test.txt$"):
+        read_split(tmp_path)
+    (tmp_path / "train.txt").write_bytes(b"a\r\nb c\n\n")
+    (tmp_path / "val.txt").write_text("d")
+    assert read_split(tmp_path) == {"train": ["a", "b c"], "val": ["d"], "test": []}
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"the split must have the sets train, val, test, not notes$"):
+        read_split(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

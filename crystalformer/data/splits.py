@@ -49,20 +49,28 @@ def write_split(path: str | Path, split: Mapping[str, Sequence[str]]) -> None:
 
 
 def read_split(path: str | Path) -> dict[str, list[str]]:
-    """The split of a JSON file: lists of ids, or dictionaries with the ids as keys.
+    """The split of a JSON file, with lists of ids or dictionaries with the ids as keys, or of a folder of lists.
 
     The sets are "train", "val", "test" as `write_split` and the JARVIS leaderboard name them, or "id_train", "id_val",
-    "id_test" as ALIGNN's ids_train_val_test.json does. A set that is missing is empty.
+    "id_test" as ALIGNN's ids_train_val_test.json does. In a folder they are train.txt, val.txt, test.txt with an id a
+    line. A set that is missing is empty.
 
     Raises:
         DataError: for a missing file, other sets, or an id that is there twice.
     """
+    path = Path(path)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.is_dir():
+            found = {x.stem: x.read_text(encoding="utf-8").split("\n") for x in sorted(path.glob("*.txt"))}
+            found = {name: [id.strip() for id in ids if id.strip()] for name, ids in found.items()}
+        else:
+            found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a JSON file of ids: {error}") from error
+    if found == {} and path.is_dir():
+        raise DataError(f"{path}: has none of {', '.join(f'{name}.txt' for name in SETS)}")
     if not isinstance(found, dict) or not all(isinstance(x, (list, dict)) for x in found.values()):
         raise DataError(f"{path}: must be a dictionary with lists of ids, {', '.join(SETS)}")
     named = {name.removeprefix("id_"): [str(id) for id in ids] for name, ids in found.items()}
