@@ -102,10 +102,8 @@ def train(arguments: list[str]) -> int:
 
     options = _parse(parser, arguments)
     with user_errors():
-        source, recipe = (
-            kind(**{field.name: options[field.name] for field in dataclasses.fields(kind)})
-            for kind in (DataSource, Recipe)
-        )
+        source = DataSource(**{field.name: options[field.name] for field in dataclasses.fields(DataSource)})
+        recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
         config = CrystalformerConfig(**options.model.as_dict())
     keywords = {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes")}
     with _training_errors(options.out):

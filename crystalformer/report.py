@@ -132,9 +132,9 @@ def _write_predictions(
 
 
 def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -> str:
-    names = list(metrics["mae"]["val"])
+    names, baseline = list(metrics["mae"]["val"]), metrics["baseline_mae"]
     rows = "\n".join(
-        f"| {name} | {part} | {metrics['crystals'][part]} | {mae[name]:.4g} | {metrics['baseline_mae'][part][name]:.4g} |"
+        f"| {name} | {part} | {metrics['crystals'][part]} | {mae[name]:.4g} | {baseline[part][name]:.4g} |"
         for name in names
         for part, mae in metrics["mae"].items()
     )
@@ -145,6 +145,8 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -
     )
     source = settings["data"] or f"{settings['train']}, {settings['val']}, {settings['test'] or 'no test crystals'}"
     crystals = ", ".join(f"{number} {part}" for part, number in metrics["crystals"].items())
+    left_out = f"{metrics['left_out']} rows could not be used"
+    left_out += " (problems.csv)" if metrics["left_out"] else ""
     flat = {name: value for name, value in settings.items() if name != "model"}
     flat |= {f"model.{name}": value for name, value in settings["model"].items()}
     options = "\n".join(f"| {name} | {value} |" for name, value in flat.items() if value is not None)
@@ -174,14 +176,15 @@ crystalformer predict this-folder crystals.cif
 
 ## Data
 
-{source}: {crystals} crystals; {metrics["left_out"]} rows could not be used{" (problems.csv)" if metrics["left_out"] else ""}.
+{source}: {crystals} crystals; {left_out}.
 The model has seen the training crystals' targets only; the plots are of the {shown} crystals.
 
 {pictures}
 
 ## Training
 
-{metrics["epochs"]} epochs in {duration(metrics["seconds"])} on {metrics["device"]}; {metrics["parameters"]:,} parameters.
+{metrics["epochs"]} epochs in {duration(metrics["seconds"])} on {metrics["device"]};
+{metrics["parameters"]:,} parameters.
 {libraries}.
 
 | setting | value |

@@ -45,8 +45,9 @@ class DataSource:
         id_column: name of the column with the ids; found by itself where it has a usual name.
         primitive: learn from primitive cells. The model's predictions do not depend on the cell; small ones are faster.
         strict: stop at the first crystal that cannot be read; else they are listed in problems.csv and left out.
-        cache: folder that keeps the image lists for other trainings.
-        workers: threads that build the image lists; 0 takes torch's number.
+        cache: folder that keeps parsed structures and image lists for other trainings.
+        workers: processes that parse structures, which pays from some ten thousand on, and threads that build the image
+            lists; 0 parses in this process and builds with torch's threads.
     """
 
     data: Path | None = None
@@ -78,21 +79,29 @@ class DataSource:
         problems: list[Problem] = []
 
         def samples(path: Path) -> Samples:
-            read, bad = read_samples(
-                path, targets, id_column=self.id_column, primitive=self.primitive, strict=self.strict
-            )
+            with progress_bar(f"  reading {path.name}") as advance:
+                read, bad = read_samples(
+                    path,
+                    targets,
+                    id_column=self.id_column,
+                    primitive=self.primitive,
+                    strict=self.strict,
+                    workers=self.workers,
+                    cache=self.cache,
+                    progress=advance,
+                )
             problems.extend(bad)
             if not len(read):
                 raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
             return read
 
-        if self.data is None:
-            given = {"train": self.train, "val": self.val, "test": self.test}
-            return {name: samples(path) for name, path in given.items() if path is not None}, problems
-        everything = samples(self.data)
-        bad = {problem.id for problem in problems}
         try:
+            if self.data is None:
+                given = {"train": self.train, "val": self.val, "test": self.test}
+                return {name: samples(path) for name, path in given.items() if path is not None}, problems
+            everything = samples(self.data)
             chosen = split(everything.ids, self.fractions, seed) if self.split is None else read_split(self.split)
+            bad = {problem.id for problem in problems}
             good = {name: [id for id in ids if id not in bad] for name, ids in chosen.items()}
             parts = {name: everything.select(ids) for name, ids in good.items() if ids}
         except ValueError as error:
@@ -141,7 +150,7 @@ def train(
     config = dataclasses.replace(model or CrystalformerConfig(), num_targets=len(names) or 1, target_names=names)
     if not names:
         raise DataError("target must name at least one column")
-    first = rank_zero_only.rank == 0
+    first = _rank() == 0
     if first:
         _check_folder(out, resume)
     parts, problems = source.read(names, seed)
@@ -160,7 +169,7 @@ def train(
     network = Crystalformer(config)
     datasets = {}
     for name, samples in parts.items():
-        with _bar(f"  images, {name}", len(samples)) as advance:
+        with progress_bar(f"  images, {name}") as advance:
             crystals = build_crystals(
                 samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
             )
@@ -192,6 +201,11 @@ def train(
         network.save_pretrained(out / MODEL_FOLDER)
         report.write(out, predictor, parts, datasets, mean, history, settings, problems)
     return predictor
+
+
+def _rank() -> int:
+    """This process's number, before lightning has started the others too."""
+    return getattr(rank_zero_only, "rank", 0)
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -242,8 +256,13 @@ def _digest(data: CrystalDataset) -> str:
 
 
 @contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[[int, int], object]]:
-    """A bar on a terminal, nothing elsewhere."""
-    hidden = not sys.stderr.isatty() or rank_zero_only.rank > 0
-    with tqdm(total=total, desc=text, unit=" crystals", disable=hidden, leave=False) as bar:
-        yield lambda done, _: bar.update(done - bar.n)
+def progress_bar(text: str) -> Iterator[Callable[[int, int], object]]:
+    """A bar for what tells how many are done and of how many; on a terminal only."""
+    hidden = not sys.stderr.isatty() or _rank() > 0
+    with tqdm(desc=text, unit=" crystals", disable=hidden, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from crystalformer import Crystalformer, CrystalformerConfig
 from crystalformer.data.ionic import ionic_crystals
-from crystalformer.training import AverageLastEpochs, CrystalDataset, Regression, fit, standardisation
+from crystalformer.training import AverageLastEpochs, CrystalDataset, Regression, fit, predict, standardisation
 
 SMALL = CrystalformerConfig(
     model_dim=16,
@@ -67,6 +67,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     rows, model = train(CrystalformerConfig(**(SMALL.__dict__ | {"dropout": 0.0})))
+    predictions = predict(model, data(model).loader(8)).tolist()
     if int(os.environ.get("RANK", 0)) == 0:
         weights = {name: x.tolist() for name, x in model.state_dict().items()}
-        Path(sys.argv[1]).write_text(json.dumps({"rows": rows, "weights": weights}))
+        Path(sys.argv[1]).write_text(json.dumps({"rows": rows, "weights": weights, "predictions": predictions}))

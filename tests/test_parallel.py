@@ -72,6 +72,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert len({row["step"] - 5 * row["epoch"] for row in one["rows"]}) > 1, "the number of batches must vary"
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert a == pytest.approx(b | {"seconds": a["seconds"]}, rel=1e-10)
+    np.testing.assert_allclose(two["predictions"], one["predictions"], rtol=1e-10)
     for name, weight in one["weights"].items():
         np.testing.assert_allclose(two["weights"][name], weight, rtol=0, atol=1e-10, err_msg=name)
     assert one["rows"][-1]["train_loss"] < 0.5 * one["rows"][0]["train_loss"]

@@ -107,10 +107,15 @@ def fit(
 
 @torch.no_grad()
 def predict(model: Crystalformer, loader: DataLoader[Example]) -> Tensor:
-    """(C,T) the model's predictions, in the order of the loader, on the CPU."""
+    """(C,T) the model's predictions for all batches of a loader, in their order, on the CPU.
+
+    Every process computes all of them, also where a training has several.
+    """
     model.eval()
-    device = next(model.parameters()).device
-    return torch.cat([model(example.crystals.to(device)).cpu() for example in loader])
+    device, sampler = next(model.parameters()).device, loader.sampler
+    assert isinstance(sampler, BoundedBatches)
+    examples = (loader.dataset[sampler.shard(batch, 0, 1)] for batch in sampler.batches)
+    return torch.cat([model(example.crystals.to(device)).cpu() for example in examples])
 
 
 @contextlib.contextmanager
