@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__ as version
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .images import ImageList, build_images
@@ -117,7 +116,7 @@ class Crystalformer(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         (path / CONFIG_FILE).write_text(self.config.to_json())
         weights = {name: x.contiguous() for name, x in self.state_dict().items()}
-        save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt", "crystalformer": version})
+        save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})  # more keys would come in a random order
 
     @classmethod
     def from_pretrained(cls, path: str | Path, backend: str = "auto") -> "Crystalformer":

@@ -50,7 +50,7 @@ class DataSource:
             lists; 0 parses in this process and builds with torch's threads.
     """
 
-    data: Path | None = None
+    data: Path | None = None  # strings too, as for the other paths
     train: Path | None = None
     val: Path | None = None
     test: Path | None = None
@@ -63,6 +63,9 @@ class DataSource:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("data", "train", "val", "test", "split", "cache"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
         if (self.data is None) == (self.train is None):
             raise DataError("give the crystals with either data or train, val and test")
         if self.data is None and self.val is None:
