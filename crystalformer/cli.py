@@ -87,6 +87,8 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
     parser.add_argument("--nodes", type=int, default=1, help="machines; under torchrun as it says")
 
+    parser.add_argument("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
+
     # Where defaults come from, before the options are read.
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--config", "--preset", "--out"):
@@ -105,7 +107,7 @@ def train(arguments: list[str]) -> int:
         source = DataSource(**{field.name: options[field.name] for field in dataclasses.fields(DataSource)})
         recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
         config = CrystalformerConfig(**options.model.as_dict())
-    keywords = {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes")}
+    keywords = {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes", "loaders")}
     with _training_errors(options.out):
         run(options.out, options.target, source, recipe, config, **keywords)
     return 0

@@ -127,6 +127,7 @@ def train(
     accelerator: str = "auto",
     devices: int = 1,
     nodes: int = 1,
+    loaders: int = 0,
 ) -> Predictor:
     """Trains a model and writes a folder with all that belongs to it; see docs/tutorial.md.
 
@@ -139,6 +140,7 @@ def train(
         seed: of the split, the first weights, the order of the crystals and dropout.
         resume: go on with the training in `out`, behind its last whole epoch.
         accelerator, devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
+        loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
 
     Returns:
         The trained model.
@@ -157,7 +159,7 @@ def train(
     if first:
         _check_folder(out, resume)
     parts, problems = source.read(names, seed)
-    settings = _settings(names, source, recipe, config, seed, accelerator, devices, nodes)
+    settings = _settings(names, source, recipe, config, seed, accelerator, devices, nodes, loaders)
     if first:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -177,18 +179,19 @@ def train(
                 samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
             )
         datasets[name] = CrystalDataset(crystals, samples.targets, network)
-    loaders = {
-        name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch)
+    batches = {
+        name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch, loaders)
         for name, data in datasets.items()
     }
-    network.calibrate(next(iter(loaders["train"])).crystals)
+    first_batch = datasets["train"][next(iter(batches["train"].sampler))]
+    network.calibrate(first_batch.crystals)
     mean, deviation = standardisation(datasets["train"].targets)
     task = Regression(network, mean, deviation, names, recipe.lr, recipe.betas, recipe.weight_decay, recipe.decay_steps)
     identity = _identity(seed, recipe, config, datasets)
     history = fit(
         task,
-        loaders["train"],
-        loaders["val"],
+        batches["train"],
+        batches["val"],
         recipe.epochs,
         [AverageLastEpochs(recipe.averaged), Progress(names[0])] if recipe.averaged else [Progress(names[0])],
         seed=seed,
@@ -220,14 +223,14 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 def _settings(
-    names: Sequence[str], source: DataSource, recipe: Recipe, config: CrystalformerConfig, seed: int, *lightning: Any
+    names: Sequence[str], source: DataSource, recipe: Recipe, config: CrystalformerConfig, seed: int, *machine: Any
 ) -> dict[str, Any]:
     """What config.yaml says: the options of `crystalformer train`."""
     model = dataclasses.asdict(config)
     for name in ("num_targets", "target_names"):
         del model[name]
     options = {"target": list(names), **dataclasses.asdict(source), **dataclasses.asdict(recipe), "seed": seed}
-    options |= dict(zip(("accelerator", "devices", "nodes"), lightning, strict=True))
+    options |= dict(zip(("accelerator", "devices", "nodes", "loaders"), machine, strict=True))
     return _plain(options | {"model": model})
 
 

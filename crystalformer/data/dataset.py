@@ -130,13 +130,18 @@ class CrystalDataset(Dataset[Example]):
     def loader(
         self, batch_size: int, seed: int | None = None, max_images: int | None = None, workers: int = 0
     ) -> DataLoader[Example]:
-        """Batches of crystals in order, or shuffled anew each epoch if a seed is given; see `BoundedBatches`."""
+        """Batches of crystals in order, or shuffled anew each epoch if a seed is given; see `BoundedBatches`.
+
+        Args:
+            workers: processes that join the crystals of coming batches; 0 joins those of each when it is its turn.
+        """
         return DataLoader(
             self,
             batch_size=None,  # the sampler gives whole batches
             sampler=BoundedBatches(sizes(self.crystals), batch_size, max_images, seed),
             collate_fn=_as_it_is,
             num_workers=workers,
+            persistent_workers=workers > 0,
             generator=torch.Generator(),  # else starting an epoch would draw from the one that dropout has
             pin_memory=torch.cuda.is_available(),
         )
