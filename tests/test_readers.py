@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import functools
 import gzip
 import io
 import json
@@ -34,7 +35,8 @@ ase_db = import_or_skip("ase.db", reason="reads ase databases")
 IDS, NUMBERS = ["mp-1", "mp-2"], [0.25, -1.5]
 
 
-def pair() -> list[Any]:
+@functools.lru_cache
+def pair() -> tuple[Any, Any]:
     """Salt, and a triclinic crystal of three elements off all special places."""
     salt = core.Structure.from_spacegroup("Fm-3m", core.Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
     skewed = core.Structure(
@@ -42,7 +44,7 @@ def pair() -> list[Any]:
         ["Fe", "O", "Cf"],
         [[0.01, 0.02, 0.03], [0.41, 0.52, 0.13], [0.77, 0.29, 0.61]],
     )
-    return [salt, skewed]
+    return salt, skewed
 
 
 def cif(structure: Any) -> str:
@@ -126,7 +128,7 @@ def xyz(structures: list[Any], **info: list[Any]) -> str:
 
 
 def write_extxyz(path: Path) -> Path:
-    path.write_text(xyz(pair(), gap=NUMBERS, material_id=IDS))
+    path.write_text(xyz(list(pair()), gap=NUMBERS, material_id=IDS))
     return path
 
 
@@ -428,7 +430,8 @@ def test_bad_numbers_are_reported(tmp_path: Path) -> None:
 
 def test_bad_ids_and_lines(tmp_path: Path) -> None:
     one, two = map(cif, pair())
-    rows = [["id", "cif", "gap"], ["a", one, 1], ["a", two, 2], ["", one, 3], ["b"], ["c", one, 1, 2], ["d", two, 4]]
+    rows = [["id", "cif", "gap"], ["a", one, 1], ["a", two, 2], ["", one, 3], [], ["b"], ["c", one, 1, 2], [""] * 3]
+    rows.append(["d", two, 4])
     samples, problems = read_samples(write_csv(tmp_path / "t.csv", rows), ["gap"])
     assert samples.ids == ("a", "d")
     assert len(samples.structures[0]) == 8
@@ -437,6 +440,7 @@ def test_bad_ids_and_lines(tmp_path: Path) -> None:
         "t.csv, row 3: #3: no id",
         "t.csv, row 4: b: no structure",
         "t.csv, row 5: c: 4 cells for 3 columns",
+        "t.csv, row 6: #6: no id",
     ]
 
 
@@ -646,8 +650,6 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
     assert problems == others
     assert [x.id for x in problems] == ["bad"]
     assert seen[-1] == (len(rows), len(rows))
-    with pytest.raises(DataError, match=r"row 51: bad: "):
-        read_samples(path, workers=2, strict=True)
 
 
 @pytest.mark.parametrize("primitive", [False, True])

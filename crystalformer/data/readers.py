@@ -64,7 +64,8 @@ def read_samples(
         strict: raises DataError at the first row that cannot be used.
         workers: processes that parse, which pays from some ten thousand crystals on; 0 parses in this one. A script
             that uses them needs `if __name__ == "__main__":`.
-        cache: a folder that keeps parsed structures, found again by the text they were parsed from.
+        cache: a folder that keeps parsed structures, found again by the text they were parsed from; that of
+            `build_crystals` can serve both. Needs safetensors.
         progress: called with the number of rows done and of all, now and then.
 
     Returns:

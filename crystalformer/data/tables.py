@@ -219,7 +219,7 @@ def _csv(path: Path, text: str, targets: Sequence[str], id_column: str | None) -
     delimiter = "\t" if _bare(path.name).lower().endswith(".tsv") else ","
     try:
         with _long_fields():
-            cells = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
+            cells = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
     except csv.Error as error:
         raise DataError(f"{path}: not a CSV table: {error}") from error
     if not cells:
