@@ -76,7 +76,7 @@ def load_official(path: str | Path, params: str | Path | None = None, weights: s
     except OSError:
         raise
     except Exception as error:  # whatever a foreign file brings torch to raise
-        raise ValueError(f"path must be a checkpoint of torch, with tensors and plain values only: {path}") from error
+        raise ValueError(f"path must be a checkpoint that torch.load reads with weights_only=True: {path}") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"path must hold a dictionary, not {type(checkpoint).__name__}: {path}")
     return from_official(checkpoint, None if params is None else json.loads(Path(params).read_text()), weights)

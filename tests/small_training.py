@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,11 +64,16 @@ def train(
     return fit(task, loader, crystals.loader(8), epochs, callbacks, seed=5, accelerator="cpu", **options), model
 
 
+def main(out: Path) -> None:
+    """Trains in the default dtype, without dropout, and writes what came out."""
+    rows, model = train(replace(SMALL, dropout=0.0))
+    predictions = predict(model, data(model).loader(8)).tolist()
+    weights = {name: x.tolist() for name, x in model.state_dict().items()}
+    if int(os.environ.get("RANK", 0)) == 0:
+        out.write_text(json.dumps({"rows": rows, "weights": weights, "predictions": predictions}))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    rows, model = train(CrystalformerConfig(**(SMALL.__dict__ | {"dropout": 0.0})))
-    predictions = predict(model, data(model).loader(8)).tolist()
-    if int(os.environ.get("RANK", 0)) == 0:
-        weights = {name: x.tolist() for name, x in model.state_dict().items()}
-        Path(sys.argv[1]).write_text(json.dumps({"rows": rows, "weights": weights, "predictions": predictions}))
+    main(Path(sys.argv[1]))

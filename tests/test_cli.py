@@ -272,7 +272,7 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path):
         (("predict", run, folder / "last.cif", "--device", "abacus"), "abacus"),
         (("evaluate", run, "--data", folder / "salts.csv", "--target", "energy"), "target must name 2 columns"),
         (("info", tmp_path / "no"), "config.json"),
-        (("convert", folder / "salts.csv", *out), "must be a checkpoint of torch"),
+        (("convert", folder / "salts.csv", *out), "must be a checkpoint that torch.load reads"),
         (("convert", tmp_path / "no.ckpt", *out), "No such file"),
     ):
         assert text in refused(capsys, *arguments), arguments

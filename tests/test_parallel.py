@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from small_training import main
 
 from crystalformer.data.dataset import BoundedBatches
 
@@ -59,16 +61,17 @@ def test_processes_share_each_batch_out(world):
 def test_two_processes_train_as_one(tmp_path):
     """In fp64, where only the order of the sums differs: 1e-10, far below what a wrong weight of one crystal makes."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    script = [str(HERE / "small_training.py")]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d"]
-    runs = []
-    for name, launcher in (("one", []), ("two", [*torchrun, "--rdzv_endpoint=localhost:0"])):
-        out = tmp_path / name
-        process = subprocess.Popen([sys.executable, *launcher, *script, str(out)], env=environment)
-        runs.append((out, process))
-    for _, process in runs:
-        assert process.wait(timeout=240) == 0
-    one, two = (json.loads(out.read_text()) for out, _ in runs)
+    rendezvous = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # any free port
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", *rendezvous]
+    script = [str(HERE / "small_training.py"), str(tmp_path / "two.json")]
+    process = subprocess.Popen([sys.executable, *launcher, *script], env=environment)
+    torch.set_default_dtype(torch.float64)
+    try:
+        main(tmp_path / "one.json")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        assert process.wait(timeout=300) == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert len({row["step"] - 5 * row["epoch"] for row in one["rows"]}) > 1, "the number of batches must vary"
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert a == pytest.approx(b | {"seconds": a["seconds"]}, rel=1e-10)
