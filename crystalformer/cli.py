@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -302,18 +303,43 @@ def _parser(name: str, command: Callable[[list[str]], int]) -> "ArgumentParser":
 
 
 def _parse(parser: "ArgumentParser", arguments: Sequence[str]) -> "Namespace":
-    try:
-        return parser.parse_args(_with_underscores(arguments))
-    except argparse.ArgumentError as error:
-        raise Stop(f"{error}: see {parser.prog} --help") from error
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return parser.parse_args([_lists_in_config(parser, x, folder) for x in _with_underscores(arguments)])
+        except argparse.ArgumentError as error:
+            raise Stop(f"{error}: see {parser.prog} --help") from error
 
 
 def _with_underscores(arguments: Sequence[str]) -> list[str]:
-    """--batch-size as --batch_size, which is how the options are called in YAML."""
+    """--batch-size as --batch_size, which is how the options are called in YAML; --config FILE as --config=FILE."""
     options = (x.partition("=") if x.startswith("--") else (x, "", "") for x in arguments)
-    return [
-        "--" + name[2:].replace("-", "_") + rest + x if name.startswith("--") else name for name, rest, x in options
-    ]
+    result = ["--" + name[2:].replace("-", "_") + rest + x if name[:2] == "--" else name for name, rest, x in options]
+    while "--config" in result[:-1]:
+        place = result.index("--config")
+        result[place : place + 2] = [f"--config={result[place + 1]}"]
+    return result
+
+
+def _lists_in_config(parser: "ArgumentParser", argument: str, folder: str) -> str:
+    """--config=FILE, or a copy of it in a folder where single values stand for lists, as in target: energy."""
+    import yaml
+
+    name, _, path = argument.partition("=")
+    content = _yaml(path) if name == "--config" else {}
+    wanting = False
+    for action in parser._actions:
+        *groups, last = action.dest.split(".")
+        values: Any = content
+        for group in groups:
+            values = values.get(group) if isinstance(values, dict) else None
+        if action.nargs is not None and isinstance(values, dict) and isinstance(values.get(last), (str, int, float)):
+            values[last] = [values[last]]
+            wanting = True
+    if not wanting:
+        return argument
+    copy = Path(folder) / Path(path).name
+    copy.write_text(yaml.safe_dump(content))
+    return f"{name}={copy}"
 
 
 def _add_fields(parser: "ArgumentParser", kind: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> None:
@@ -356,6 +382,8 @@ def user_errors() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise Stop(f"{error.name} is missing: pip install 'crystalformer[data,train]'; see {PROG} doctor") from error
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError) as error:
         raise Stop(error) from error
 

@@ -158,18 +158,10 @@ def train(
     first = _rank() == 0
     if first:
         _check_folder(out, resume)
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise DataError("accelerator must be cpu or auto, not gpu: torch finds no GPU")
     parts, problems = source.read(names, seed)
     settings = _settings(names, source, recipe, config, seed, accelerator, devices, nodes, loaders)
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            (out / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        if problems:
-            write_problems(out / PROBLEMS, problems)
-            print(f"{len(problems)} rows cannot be used and are left out: {out / PROBLEMS}", file=sys.stderr)
-        if source.data is not None:
-            write_split(out / SPLIT, {name: parts[name].ids if name in parts else () for name in SETS})
-
     torch.manual_seed(seed)
     network = Crystalformer(config)
     datasets = {}
@@ -184,9 +176,21 @@ def train(
         for name, data in datasets.items()
     }
     first_batch = datasets["train"][next(iter(batches["train"].sampler))]
-    network.calibrate(first_batch.crystals)
+    try:
+        network.calibrate(first_batch.crystals)
+    except ValueError as error:
+        raise DataError(f"the first batch of train: {error}") from error
     mean, deviation = standardisation(datasets["train"].targets)
     task = Regression(network, mean, deviation, names, recipe.lr, recipe.betas, recipe.weight_decay, recipe.decay_steps)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (out / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        if problems:
+            write_problems(out / PROBLEMS, problems)
+            print(f"{len(problems)} rows cannot be used and are left out: {out / PROBLEMS}", file=sys.stderr)
+        if source.data is not None:
+            write_split(out / SPLIT, {name: parts[name].ids if name in parts else () for name in SETS})
     identity = _identity(seed, recipe, config, datasets)
     history = fit(
         task,

@@ -137,9 +137,16 @@ def test_presets_and_print_config(capsys, tmp_path):
         assert (config["lr"], config["betas"], config["weight_decay"]) == (5e-4, [0.9, 0.98], 1e-5)
     assert printed("--epochs", "7", "--preset=jarvis")["epochs"] == 7
     file = tmp_path / "config.yaml"
-    file.write_text("preset: jarvis-mbj\nbatch_size: 3\nmodel: {domain: multihead}\n")
+    file.write_text("preset: jarvis-mbj\nbatch_size: 3\ntarget: energy\nmodel: {domain: multihead, r0: 0.9}\n")
     config = printed("--config", str(file))
     assert (config["epochs"], config["batch_size"], config["model"]["domain"]) == (1600, 3, "multihead")
+    assert (config["target"], config["model"]["r0"]) == (["energy"], [0.9])
+
+
+def test_a_training_that_diverges(folder, capsys, tmp_path):
+    data = ["--data", str(folder / "salts.csv"), "--target", "energy", "--out", str(tmp_path / "out")]
+    assert cli.main(["train", *data, *SMALL, "--lr=1e30"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("not finite in step 1: lower lr")
 
 
 def test_predict(run, folder, capsys, tmp_path):
@@ -239,7 +246,8 @@ def test_a_missing_library(capsys, monkeypatch):
     assert "jsonargparse is missing: pip install 'crystalformer[data,train]'" in refused(capsys, "info", "x")
 
 
-def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path):
+def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     data = ("train", "--data", folder / "salts.csv")
     out = ("--out", tmp_path / "out")
     (tmp_path / "empty").mkdir()
@@ -260,6 +268,7 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path):
         ((*data, *out, "--target", "energy", "--config", tmp_path / "no.yaml"), "no.yaml"),
         ((*data, *out, "--target", "energy", "--train", "x"), "either data or train"),
         ((*data, *out, "--target", "energy", "--strict"), "salt-7"),
+        ((*data, *out, "--target", "energy", "--accelerator", "gpu"), "torch finds no GPU"),
         (("train", *out, "--target", "energy"), "either data or train"),
         (("train", *out, "--target", "energy", "--train", folder / "salts.csv"), "val must be given with train"),
         (("train", "--data", tmp_path / "no.csv", *out, "--target", "energy"), "no.csv: no such file"),

@@ -85,7 +85,12 @@ class Regression(lightning.LightningModule):
         return self.model(batch) * self.deviation + self.mean
 
     def training_step(self, example: Example, index: int) -> Tensor:
-        return self._step("train", self.train_means, example)
+        try:
+            return self._step("train", self.train_means, example)
+        except ValueError as error:  # of the attention, which checks what it gets
+            if "must be finite" not in str(error):
+                raise
+            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
 
     def validation_step(self, example: Example, index: int) -> None:
         self._step("val", self.val_means, example)
