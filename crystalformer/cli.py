@@ -332,7 +332,7 @@ def _lists_in_config(parser: "ArgumentParser", argument: str, folder: str) -> st
         values: Any = content
         for group in groups:
             values = values.get(group) if isinstance(values, dict) else None
-        if action.nargs is not None and isinstance(values, dict) and isinstance(values.get(last), (str, int, float)):
+        if action.nargs and isinstance(values, dict) and isinstance(values.get(last), (str, int, float)):
             values[last] = [values[last]]
             wanting = True
     if not wanting:
