@@ -284,7 +284,7 @@ EXTRAS = {
     "data": ("reading structures", ("pymatgen", "ase")),
     "train": (
         "training, saved models, this command line",
-        ("lightning", "jsonargparse", "tqdm", "safetensors", "matplotlib", "torchmetrics"),
+        ("lightning", "jsonargparse", "pyyaml", "tqdm", "safetensors", "matplotlib", "torchmetrics"),
     ),
 }
 
