@@ -11,6 +11,7 @@ from .data import CrystalBatch
 from .functional import periodic_attention, periodic_encoding, reciprocal_attention
 from .images import ImageList, build_images
 from .model import Crystalformer
+from .predictor import load
 from .wave_vectors import WaveVectors, build_wave_vectors
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "build_wave_vectors",
     "convert",
     "debug_checks",
+    "load",
     "periodic_attention",
     "periodic_encoding",
     "reciprocal_attention",

@@ -99,6 +99,11 @@ def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf")
     return float(x)
 
 
+def check_integer(name: str, x: Any, low: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < low:
+        raise ValueError(f"{name} must be an integer, at least {low}, not {x!r}")
+
+
 def check_geometry(positions: Tensor, lattice: Tensor) -> None:
     check_finite("positions", positions)
     check_lattice(lattice)

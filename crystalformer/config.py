@@ -5,9 +5,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from . import __version__ as version
 from . import checks
 from .truncation import MAX_LOGIT_RANGE
 
+# Of config.json: one more whenever an older version could not read it, or would read it wrongly.
+FORMAT = 1
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 
 
@@ -35,6 +38,7 @@ class CrystalformerConfig:
         tol: largest fraction of the attention's weight that the truncation may leave out, and in reciprocal heads the
             largest part of a sum over G.
         logit_range: largest difference of content scores for which that is certified; see `build_images`.
+        target_names: of the properties that are predicted; none if they are not known.
     """
 
     num_targets: int = 1
@@ -54,18 +58,19 @@ class CrystalformerConfig:
     decay_bound_reciprocal: float = 0.5
     tol: float = 1e-6
     logit_range: float = 4.0
+    target_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "num_blocks", "ff_dim"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("num_basis", self.num_basis, 0)
+            checks.check_integer(name, getattr(self, name), 1)
+        checks.check_integer("num_basis", self.num_basis, 0)
         for name in ("readout_dims", "r0", "r0_reciprocal"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
                 raise TypeError(f"{name} must be a sequence of numbers, not {value!r}")
             object.__setattr__(self, name, tuple(value))
         for width in self.readout_dims:
-            _check_integer("readout_dims", width, 1)
+            checks.check_integer("readout_dims", width, 1)
         for name in ("r0", "r0_reciprocal"):
             for length in getattr(self, name):
                 checks.check_number(name, length)
@@ -79,6 +84,10 @@ class CrystalformerConfig:
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
+        object.__setattr__(self, "target_names", tuple(self.target_names))
+        if self.target_names and len(self.target_names) != self.num_targets:
+            names = ", ".join(self.target_names)
+            raise ValueError(f"target_names must be {self.num_targets}, as num_targets, not {names}")
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:
@@ -121,18 +130,28 @@ class CrystalformerConfig:
         return any(self.num_real_heads(block) < self.num_heads for block in range(self.num_blocks))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        values = {"format": FORMAT, "crystalformer": version} | dataclasses.asdict(self)
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CrystalformerConfig":
-        """Raises ValueError for names this version does not know."""
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: for a format or names that this version does not know.
+        """
+        values = dict(values)
+        written, by = values.pop("format", FORMAT), values.pop("crystalformer", "an older version")
+        if written != FORMAT:
+            raise ValueError(
+                f"config must be of format {FORMAT}, which crystalformer {version} reads, not {written}, written by "
+                f"crystalformer {by}: use that version, pip install 'crystalformer=={by}'"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"config must have names among {', '.join(sorted(known))}, not {', '.join(unknown)}")
+            raise ValueError(
+                f"config must have names among {', '.join(sorted(known))}, not {', '.join(unknown)}: it was written by "
+                f"crystalformer {by}, this is {version}"
+            )
         return cls(**values)
-
-
-def _check_integer(name: str, value: Any, smallest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ValueError(f"{name} must be an integer, at least {smallest}, not {value!r}")

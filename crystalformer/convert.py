@@ -66,8 +66,19 @@ def from_official(
 
 
 def load_official(path: str | Path, params: str | Path | None = None, weights: str = "auto") -> Crystalformer:
-    """`from_official` of a checkpoint file, read with weights_only, and of its parameter JSON."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    """`from_official` of a checkpoint file, read with weights_only, and of its parameter JSON.
+
+    Raises:
+        ValueError: as `from_official`, and for a file that is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a foreign file brings torch to raise
+        raise ValueError(f"path must be a checkpoint that torch.load reads with weights_only=True: {path}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"path must hold a dictionary, not {type(checkpoint).__name__}: {path}")
     return from_official(checkpoint, None if params is None else json.loads(Path(params).read_text()), weights)
 
 
@@ -90,8 +101,10 @@ def config_from_official(params: Mapping[str, Any]) -> CrystalformerConfig:
             raise ValueError(f"params_dict['value_pe_dist_max'] must be -10 with several scale_real, not {r_max}")
         r_max = -r_max * r0[0]
     targets = params.get("targets", "")
+    names = tuple(filter(None, [targets] if isinstance(targets, str) else targets))
     return CrystalformerConfig(
-        num_targets=1 if isinstance(targets, str) else len(targets),
+        num_targets=max(1, len(names)),
+        target_names=names,
         model_dim=params.get("model_dim", 128),
         num_heads=params.get("head_num", 8),
         num_blocks=params.get("num_layers", 4),

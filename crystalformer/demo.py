@@ -173,7 +173,7 @@ def learn_energies(out: Path, epochs: int, seconds: float, seed: int) -> bool:
     loader = train.loader(BATCH_SIZE, seed)
     model.calibrate(next(iter(loader))[0])
     task = training.Regression(model, *training.standardisation(train.targets), names=("energy",))
-    callbacks = [training.AverageLastEpochs((epochs + 2) // 3), training.Progress("energy", "eV/atom")]
+    callbacks = [training.AverageLastEpochs(training.Recipe(epochs).averaged), training.Progress("energy", "eV/atom")]
     history = training.fit(task, loader, val.loader(2 * BATCH_SIZE), epochs, callbacks, seconds)
     if len(history) < epochs:
         print(f"  stopped in epoch {len(history)}, after {seconds:g} s")

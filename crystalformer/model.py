@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__ as version
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .images import ImageList, build_images
@@ -125,7 +124,7 @@ class Crystalformer(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         (path / CONFIG_FILE).write_text(self.config.to_json())
         weights = {name: x.contiguous() for name, x in self.state_dict().items()}
-        save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt", "crystalformer": version})
+        save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})  # more keys would come in a random order
 
     @classmethod
     def from_pretrained(cls, path: str | Path, backend: str = "auto") -> "Crystalformer":
@@ -133,8 +132,9 @@ class Crystalformer(nn.Module):
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if they do not fit this version or each other.
+            ValueError: if they do not fit this version or each other, or are broken.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = Path(path)
@@ -143,8 +143,15 @@ class Crystalformer(nn.Module):
                 raise FileNotFoundError(
                     f"path must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}: no {path / name}"
                 )
-        model = cls(CrystalformerConfig.from_dict(json.loads((path / CONFIG_FILE).read_text())), backend)
-        weights = load_file(path / WEIGHTS_FILE)
+        try:
+            config = CrystalformerConfig.from_dict(json.loads((path / CONFIG_FILE).read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+        try:
+            weights = load_file(path / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{path / WEIGHTS_FILE}: {error}") from error
+        model = cls(config, backend)
         model.to(next(iter(weights.values())).dtype)
         try:
             model.load_state_dict(weights)

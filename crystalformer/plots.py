@@ -25,6 +25,19 @@ def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None
     figure.savefig(path)
 
 
+def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> None:
+    """Errors, predictions minus targets (C,), over the targets (C,); the label names quantity and unit."""
+    x = np.asarray(targets)
+    errors = np.asarray(predictions) - x
+    figure, axes = _axes((5.6, 3.8))
+    axes.axhline(0, color=GREY, linewidth=1, zorder=1)
+    axes.scatter(x, errors, s=22, color=BLUE, alpha=0.7, linewidths=0, zorder=2)
+    axes.set(xlabel=f"true {label}", ylabel=f"error of {label}")
+    note = f"mean {errors.mean():.3g}, standard deviation {errors.std():.3g}"
+    axes.set_title(note, fontsize="medium")
+    figure.savefig(path)
+
+
 def learning_curve(
     path: str | Path, rows: Sequence[Mapping[str, float]], name: str, label: str, baseline: float | None = None
 ) -> None:

@@ -76,7 +76,7 @@ def test_errors_are_logged_in_units_and_the_saved_model_predicts_in_units(data, 
 
 def test_finish_folds_the_units_into_the_model(data):
     task = new_task(data)
-    batch, _ = next(iter(data.loader(8)))
+    batch = next(iter(data.loader(8))).crystals
     with torch.no_grad():
         in_units = task(batch)
         torch.testing.assert_close(task.finish()(batch), in_units)

@@ -1,4 +1,4 @@
-"""Structures made ready for a model: one CrystalBatch each, with its images, built once and kept."""
+"""Structures made ready for a model: one CrystalBatch each, with its images and wave vectors, built once and kept."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ import torch
 from .. import __version__ as version
 from ..config import CrystalformerConfig
 from ..images import ImageList, build_images
+from ..wave_vectors import build_wave_vectors
 from .batch import CrystalBatch
 from .store import Item, Store, digest
 from .structures import read_structure
@@ -49,9 +50,9 @@ def build_crystals(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[CrystalBatch]:
-    """One CrystalBatch for each structure, with the images that the model certifies.
+    """One CrystalBatch for each structure, with the images and wave vectors that the model certifies.
 
-    The same as `CrystalBatch.from_structures([structure])` and `Crystalformer.build_images` for each, bit for bit.
+    The same as `CrystalBatch.from_structures([structure])` and `Crystalformer.prepare` for each, bit for bit.
 
     Args:
         structures: pymatgen Structures or ase Atoms.
@@ -70,7 +71,12 @@ def build_crystals(
     dtype = dtype or torch.get_default_dtype()
     crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures)]
     if not isinstance(settings, ImageSettings):
-        needed = ImageSettings.of(settings if isinstance(settings, CrystalformerConfig) else settings.config)
+        config = settings if isinstance(settings, CrystalformerConfig) else settings.config
+        for crystal in crystals if config.needs_wave_vectors else ():
+            crystal.wave_vectors = build_wave_vectors(
+                crystal.lattice, crystal.ptr, config.decay_reciprocal_min, config.tol
+            )
+        needed = ImageSettings.of(config)
         if needed is None:
             return crystals
         settings = needed

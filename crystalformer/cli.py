@@ -1,0 +1,446 @@
+"""The command line: crystalformer train, predict, evaluate, info, convert, doctor.
+
+Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2.
+"""
+
+import argparse
+import csv
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from . import __version__ as version
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+    from torch import Tensor
+
+    from .predictor import Predictor
+
+PROG = "crystalformer"
+
+
+class Stop(Exception):
+    """The end of the program, with one line for stderr and an exit code."""
+
+    def __init__(self, message: object, code: int = 2) -> None:
+        super().__init__(" ".join(str(message).split()))
+        self.code = code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code is 0, 1 where a part of the work could not be done, or 2 for wrong input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"{PROG} {version}")
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"{PROG}: {message}", file=sys.stderr)
+        try:
+            if name not in COMMANDS:
+                raise Stop(f"the command must be one of {', '.join(COMMANDS)}, not {name!r}: see {PROG} --help")
+            return COMMANDS[name](arguments[1:])
+        except Stop as stop:
+            print(f"{PROG}: {stop}", file=sys.stderr)
+            return stop.code
+        except BrokenPipeError:  # the reader of stdout has gone, as in `crystalformer predict ... | head`
+            sys.stderr.close()
+            return 1
+
+
+def _overview() -> str:
+    lines = [f"usage: {PROG} COMMAND ...", "", "Learns and predicts properties of crystals.", ""]
+    lines += [f"  {name:10}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
+    lines += ["", f"{PROG} COMMAND --help explains a command; {PROG} --version."]
+    return "\n".join(lines)
+
+
+def train(arguments: list[str]) -> int:
+    """Trains a model and writes it, its errors, predictions and plots into a folder."""
+    with user_errors():
+        from .config import CrystalformerConfig
+        from .runs import CONFIG, DataSource
+        from .runs import train as run
+        from .training import PRESETS, Recipe
+    parser = _parser("train", train)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results, new or empty")
+    parser.add_argument("--target", nargs="+", type=str, required=True, help="columns to learn")
+    _add_fields(parser, DataSource)
+    parser.add_argument("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
+    _add_fields(parser, Recipe)
+    _add_fields(parser, CrystalformerConfig, "model.", leave_out=("num_targets", "target_names"))
+    parser.add_argument("--seed", type=int, default=0, help="of split, first weights, order and dropout")
+    parser.add_argument("--resume", action="store_true", help="go on with the training in --out; needs no other option")
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu", "mps"], default="auto", help="what computes")
+    parser.add_argument("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
+    parser.add_argument("--nodes", type=int, default=1, help="machines; under torchrun as it says")
+
+    parser.add_argument("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
+
+    # Where defaults come from, before the options are read.
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--config", "--preset", "--out"):
+        ahead.add_argument(name)
+    ahead.add_argument("--resume", action="store_true")
+    known, _ = ahead.parse_known_args(_with_underscores(arguments))
+    preset = known.preset or (_yaml(known.config).get("preset") if known.config else None)
+    if preset in PRESETS:
+        parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
+    stored = Path(known.out or "") / CONFIG
+    if known.resume and stored.is_file():
+        parser.default_config_files = [str(stored)]
+
+    options = _parse(parser, arguments)
+    with user_errors():
+        source = DataSource(**{field.name: options[field.name] for field in dataclasses.fields(DataSource)})
+        recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
+        config = CrystalformerConfig(**options.model.as_dict())
+    keywords = {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes", "loaders")}
+    with _training_errors(options.out):
+        run(options.out, options.target, source, recipe, config, **keywords)
+    return 0
+
+
+def predict(arguments: list[str]) -> int:
+    """Predicts the properties of crystals, as CSV: id, then a column for each target.
+
+    Rows that cannot be predicted are named on stderr and left out; the exit code is 1 then. Where files repeat an id,
+    ids begin with the file's name.
+    """
+    parser = _parser("predict", predict)
+    parser.add_argument("model", type=Path, help="folder of a training or a model")
+    parser.add_argument("files", nargs="+", type=str, help="CIF, POSCAR, extxyz, CSV, JSON, folders, ...")
+    parser.add_argument("--out", type=str, default="-", help="CSV file to write; - is stdout")
+    parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
+    parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
+    options = _parse(parser, arguments)
+    predictor = _load(options.model, options.device)
+    ids: list[tuple[str, str]] = []
+    structures: list[Any] = []
+    bad = 0
+    for path in options.files:
+        with user_errors():
+            from .data.readers import read_samples
+
+            samples, problems = read_samples(path, id_column=options.id_column)
+        for problem in problems:
+            print(f"{PROG}: {problem}", file=sys.stderr)
+        bad += len(problems)
+        ids += [(str(path), id) for id in samples.ids]
+        structures += samples.structures
+    names = [id for _, id in ids]
+    if len(set(names)) < len(names):
+        names = [f"{path}:{id}" for path, id in ids]
+    if not structures:
+        raise Stop(f"no crystal can be predicted ({bad} rows cannot be used)", 1)
+    with user_errors(), _bar("predicting", len(structures)) as advance:
+        predictions = predictor.predict(structures, advance)
+        _write(options.out, names, predictor.names, predictions)
+    if bad:
+        raise Stop(f"{bad} of {bad + len(structures)} rows could not be predicted", 1)
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Prints the errors of a model on crystals whose properties are known."""
+    parser = _parser("evaluate", evaluate)
+    parser.add_argument("model", type=Path, help="folder of a training or a model")
+    parser.add_argument("--data", type=Path, required=True, help="file or folder with crystals and targets")
+    parser.add_argument("--target", nargs="+", type=str, default=None, help="columns; else named as in the training")
+    parser.add_argument("--split", type=Path | None, default=None, help="JSON file: evaluate only its set --set")
+    parser.add_argument("--set", choices=["train", "val", "test"], default="test", help="of --split")
+    parser.add_argument("--out", type=str | None, default=None, help="CSV file for the predictions; - is stdout")
+    parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
+    parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
+    options = _parse(parser, arguments)
+    predictor = _load(options.model, options.device)
+    targets = options.target or list(predictor.names)
+    if len(targets) != len(predictor.names):
+        raise Stop(f"target must name {len(predictor.names)} columns, as the model has, not {', '.join(targets)}")
+    with user_errors():
+        from .data.readers import read_samples
+        from .data.splits import read_split
+
+        samples, problems = read_samples(options.data, targets, id_column=options.id_column)
+        if options.split is not None:
+            left_out = {problem.id for problem in problems}
+            samples = samples.select([x for x in read_split(options.split)[options.set] if x not in left_out])
+        if not len(samples):
+            raise Stop(f"{options.data}: no crystal can be used" + (f": {problems[0]}" if problems else ""))
+        with _bar("predicting", len(samples)) as advance:
+            predictions = predictor.predict(samples.structures, advance).double()
+        if options.out is not None:
+            _write(options.out, samples.ids, predictor.names, predictions)
+    errors = predictions - samples.targets
+    baseline = _metrics(options.model).get("baseline", {})
+    print(f"{len(samples)} crystals, {len(problems)} rows left out", file=sys.stderr)
+    print(f"{'target':24}{'MAE':>12}{'RMSE':>12}{'baseline':>12}    (MAE of the training set's mean)")
+    for column, name in enumerate(predictor.names):
+        x, true = errors[:, column], samples.targets[:, column]
+        reference = f"{float((true - baseline[name]).abs().mean()):12.4g}" if name in baseline else f"{'-':>12}"
+        print(f"{name:24}{float(x.abs().mean()):12.4g}{float(x.square().mean().sqrt()):12.4g}{reference}")
+    if problems:
+        raise Stop(f"{len(problems)} rows could not be used, the first: {problems[0]}", 1)
+    return 0
+
+
+def info(arguments: list[str]) -> int:
+    """Prints what a model is: targets, size, settings, errors."""
+    parser = _parser("info", info)
+    parser.add_argument("model", type=Path, help="folder of a training or a model")
+    options = _parse(parser, arguments)
+    predictor = _load(options.model, "cpu")
+    lines = {
+        "targets": ", ".join(predictor.names),
+        "parameters": f"{sum(x.numel() for x in predictor.model.parameters()):,}",
+    }
+    metrics = _metrics(options.model)
+    for part, maes in metrics.get("mae", {}).items():
+        for name, mae in maes.items():
+            baseline = metrics["baseline_mae"][part][name]
+            lines[f"{part} MAE, {name}"] = f"{mae:.4g}, of predicting the mean {baseline:.4g}"
+    for key in ("crystals", "epochs", "versions"):
+        if key in metrics:
+            value = metrics[key]
+            lines[key] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    lines |= {name: str(x) for name, x in dataclasses.asdict(predictor.model.config).items() if name != "target_names"}
+    for name, line in lines.items():
+        print(f"{name:24}{line}")
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """Makes a model of a checkpoint of the paper's code."""
+    parser = _parser("convert", convert)
+    parser.add_argument("checkpoint", type=Path, help="file of the paper's code, .ckpt or .pt")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
+    parser.add_argument(
+        "--params", type=Path | None, default=None, help="its JSON of parameters, for a bare state dict"
+    )
+    parser.add_argument("--weights", choices=["auto", "swa", "model"], default="auto", help="swa is the weight average")
+    options = _parse(parser, arguments)
+    with user_errors():
+        from .convert import load_official
+
+        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+            raise Stop(f"out must be a new or an empty folder, not {options.out}")
+        model = load_official(options.checkpoint, options.params, options.weights)
+        model.save_pretrained(options.out)
+    print(f"{options.out}: {sum(x.numel() for x in model.parameters()):,} parameters")
+    return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """Shows backends and versions, what is missing and how to get it."""
+    argparse.ArgumentParser(prog=f"{PROG} doctor", description=doctor.__doc__).parse_args(arguments)
+    import platform
+
+    import torch
+
+    from .backends import available_backends
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"crystalformer {version}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, GPU: {', '.join(gpus) or 'none'}\n")
+    print("Backends of the attention")
+    for name, state in available_backends().items():
+        print(f"  {name:12}{'ready' if state is True else state}")
+    for extra, (purpose, packages) in EXTRAS.items():
+        print(f"\nExtra [{extra}]: {purpose}")
+        missing = []
+        for package in packages:
+            try:
+                print(f"  {package:14}{metadata.version(package)}")
+            except metadata.PackageNotFoundError:
+                print(f"  {package:14}missing")
+                missing.append(package)
+        if missing:
+            print(f"  pip install 'crystalformer[{extra}]' or pip install {' '.join(missing)}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+    "info": info,
+    "convert": convert,
+    "doctor": doctor,
+}
+EXTRAS = {
+    "data": ("reading structures", ("pymatgen", "ase")),
+    "train": (
+        "training, saved models, this command line",
+        ("lightning", "jsonargparse", "pyyaml", "tqdm", "safetensors", "matplotlib", "torchmetrics"),
+    ),
+}
+
+
+# Options
+
+
+def _parser(name: str, command: Callable[[list[str]], int]) -> "ArgumentParser":
+    with user_errors():
+        from jsonargparse import ArgumentParser
+    parser = ArgumentParser(
+        prog=f"{PROG} {name}", description=inspect.cleandoc(command.__doc__ or ""), exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    return parser
+
+
+def _parse(parser: "ArgumentParser", arguments: Sequence[str]) -> "Namespace":
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return parser.parse_args([_lists_in_config(parser, x, folder) for x in _with_underscores(arguments)])
+        except argparse.ArgumentError as error:
+            raise Stop(f"{error}: see {parser.prog} --help") from error
+
+
+def _with_underscores(arguments: Sequence[str]) -> list[str]:
+    """--batch-size as --batch_size, which is how the options are called in YAML; --config FILE as --config=FILE."""
+    options = (x.partition("=") if x.startswith("--") else (x, "", "") for x in arguments)
+    result = ["--" + name[2:].replace("-", "_") + rest + x if name[:2] == "--" else name for name, rest, x in options]
+    while "--config" in result[:-1]:
+        place = result.index("--config")
+        result[place : place + 2] = [f"--config={result[place + 1]}"]
+    return result
+
+
+def _lists_in_config(parser: "ArgumentParser", argument: str, folder: str) -> str:
+    """--config=FILE, or a copy of it in a folder where single values stand for lists, as in target: energy."""
+    import yaml
+
+    name, _, path = argument.partition("=")
+    content = _yaml(path) if name == "--config" else {}
+    wanting = False
+    for action in parser._actions:
+        *groups, last = action.dest.split(".")
+        values: Any = content
+        for group in groups:
+            values = values.get(group) if isinstance(values, dict) else None
+        if action.nargs and isinstance(values, dict) and isinstance(values.get(last), (str, int, float)):
+            values[last] = [values[last]]
+            wanting = True
+    if not wanting:
+        return argument
+    copy = Path(folder) / Path(path).name
+    copy.write_text(yaml.safe_dump(content))
+    return f"{name}={copy}"
+
+
+def _add_fields(parser: "ArgumentParser", kind: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> None:
+    """An option for each field of a dataclass, with its help from the docstring."""
+    hints = get_type_hints(kind)
+    described = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(kind.__doc__), re.MULTILINE)
+    texts = {name: " ".join(text.split()).replace("%", "%%") for name, text in described}
+    for field in dataclasses.fields(kind):
+        if field.name in leave_out:
+            continue
+        option, text = f"--{prefix}{field.name}", texts[field.name]
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action="store_true", default=field.default, help=text)
+        elif isinstance(field.default, tuple):
+            several = len(field.default) if field.name in ("fractions", "betas") else "+"
+            parser.add_argument(
+                option, nargs=several, type=get_args(hints[field.name])[0], default=list(field.default), help=text
+            )
+        else:
+            parser.add_argument(option, type=hints[field.name], default=field.default, help=text)
+
+
+def _yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError):
+        return {}  # the parser says what is wrong with it
+    return content if isinstance(content, dict) else {}
+
+
+# Errors, files, bars
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """For what depends on arguments and files alone: an error is theirs, and its line is enough."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise Stop(f"{error.name} is missing: pip install 'crystalformer[data,train]'; see {PROG} doctor") from error
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise Stop(error) from error
+
+
+@contextmanager
+def _training_errors(out: Path) -> Iterator[None]:
+    """In a training, only what is known to be no fault of this program."""
+    import torch
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from .data.samples import DataError
+    from .training.checkpoints import CheckpointError
+
+    again = f"go on with: {PROG} train --out {out} --resume"
+    try:
+        yield
+    except (DataError, CheckpointError, MisconfigurationException, FileExistsError) as error:
+        raise Stop(error) from error
+    except FloatingPointError as error:
+        raise Stop(error, 1) from error
+    except torch.OutOfMemoryError as error:
+        raise Stop(f"out of GPU memory: train anew with a smaller --max_images_per_batch ({error})", 1) from error
+    except OSError as error:
+        raise Stop(f"{error}; the last checkpoint is whole: {again}", 1) from error
+    except SystemExit as error:  # how lightning ends for SIGTERM, and with code 1 for Ctrl-C
+        raise Stop(f"stopped; {again}", 130 if error.code == 1 else 143) from error
+
+
+def _load(path: Path, device: str) -> "Predictor":
+    with user_errors():
+        from .predictor import load
+
+        try:
+            return load(path, device)
+        except RuntimeError as error:  # of torch, for a device that is not there
+            raise Stop(error) from error
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    """What metrics.json in the folder of a training says, or nothing."""
+    try:
+        return json.loads((path / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Tensor") -> None:
+    """CSV: id, then a column for each target."""
+    with nullcontext(sys.stdout) if out == "-" else open(out, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", *names])
+        table.writerows([id, *(f"{x:.6g}" for x in row)] for id, row in zip(ids, predictions.tolist(), strict=True))
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=text, unit=" crystals", disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.update

@@ -1,0 +1,156 @@
+"""Batches of crystals with their targets, bounded in crystals and images, the same for any number of processes."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .batch import CrystalBatch
+from .crystals import build_crystals
+
+if TYPE_CHECKING:
+    from ..model import Crystalformer
+
+
+class Example(NamedTuple):
+    """What one process computes of a batch.
+
+    Attributes:
+        crystals: with their images.
+        targets: (C,T).
+        weight: (C) so that sum_c weight_c loss_c is this process's part of the mean loss over the whole batch, times
+            the number of processes, because data parallel training takes the mean of their gradients. 0 for a crystal
+            that only keeps a process busy that the batch has no crystal for.
+    """
+
+    crystals: CrystalBatch
+    targets: Tensor
+    weight: Tensor
+
+
+class Shard(NamedTuple):
+    """Which crystals of a data set make up an `Example`, and their weights."""
+
+    indices: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class BoundedBatches(Sampler[Shard]):
+    """Draws every crystal exactly once an epoch, in batches of bounded size.
+
+    Batches are made for all processes together, from seed and epoch alone, so a training has the same batches on any
+    number of processes. Each batch is then shared out so that every process gets about equally many images. All
+    processes get equally many batches. Where a batch has fewer crystals than there are processes, the rest of them
+    get its smallest crystal with weight 0.
+
+    It has no length: where the images bound the batches, their number differs from epoch to epoch.
+
+    Args:
+        sizes: of each crystal, in images.
+        batch_size: crystals in a batch, at most.
+        max_images: in a batch, at most; a crystal with more is alone in its batch.
+        seed: of the order; None for the order of the crystals.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], batch_size: int, max_images: int | None = None, seed: int | None = None
+    ) -> None:
+        if batch_size < 1 or (max_images is not None and max_images < 1):
+            raise ValueError(f"batch_size and max_images must be at least 1, not {batch_size} and {max_images}")
+        self.sizes, self.batch_size, self.max_images, self.seed = list(sizes), batch_size, max_images, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the batches of an epoch; lightning calls this before each."""
+        order: Sequence[int] = range(len(self.sizes))
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes)).tolist()
+        self.batches: list[list[int]] = []
+        images = 0
+        for index in order:
+            images += self.sizes[index]
+            full = not self.batches or len(self.batches[-1]) == self.batch_size
+            if full or (self.max_images is not None and images > self.max_images):
+                self.batches.append([])
+                images = self.sizes[index]
+            self.batches[-1].append(index)
+
+    def __iter__(self) -> Iterator[Shard]:
+        rank, world = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return (self.shard(batch, rank, world) for batch in self.batches)
+
+    def shard(self, batch: list[int], rank: int, world: int) -> Shard:
+        """A process's part of a batch: the largest crystals first, each to the process with the fewest images."""
+        if world == 1:
+            return Shard(tuple(batch), (1 / len(batch),) * len(batch))
+        shards: list[list[int]] = [[] for _ in range(world)]
+        images = [0] * world
+        for index in sorted(batch, key=lambda index: (-self.sizes[index], index)):
+            least = images.index(min(images))
+            shards[least].append(index)
+            images[least] += self.sizes[index]
+        mine = shards[rank]
+        if not mine:
+            return Shard((min(batch, key=self.sizes.__getitem__),), (0.0,))
+        return Shard(tuple(mine), (world / len(batch),) * len(mine))
+
+
+class CrystalDataset(Dataset[Example]):
+    """Crystals with their targets; the images of each crystal are built once, here.
+
+    Args:
+        crystals: pymatgen Structures or ase Atoms, or what `build_crystals` made of them for this model.
+        targets: (C,T).
+        model: the model whose certified image lists are wanted.
+
+    Raises:
+        ValueError: if crystals and targets are not equally many.
+    """
+
+    def __init__(self, crystals: Sequence[Any], targets: Tensor, model: "Crystalformer") -> None:
+        if targets.dim() != 2 or len(targets) != len(crystals):
+            raise ValueError(f"targets must be ({len(crystals)}, T), as structures, not {tuple(targets.shape)}")
+        self.targets = targets.to(next(model.parameters()).dtype)
+        built = all(isinstance(crystal, CrystalBatch) for crystal in crystals)
+        self.crystals = list(crystals) if built else build_crystals(crystals, model, dtype=self.targets.dtype)
+
+    def __len__(self) -> int:
+        return len(self.crystals)
+
+    def __getitem__(self, shard: Shard) -> Example:
+        indices = list(shard.indices)
+        crystals = CrystalBatch.cat([self.crystals[index] for index in indices])
+        return Example(crystals, self.targets[indices], self.targets.new_tensor(shard.weights))
+
+    def loader(
+        self, batch_size: int, seed: int | None = None, max_images: int | None = None, workers: int = 0
+    ) -> DataLoader[Example]:
+        """Batches of crystals in order, or shuffled anew each epoch if a seed is given; see `BoundedBatches`.
+
+        Args:
+            workers: processes that join the crystals of coming batches; 0 joins those of each when it is its turn.
+        """
+        return DataLoader(
+            self,
+            batch_size=None,  # the sampler gives whole batches
+            sampler=BoundedBatches(sizes(self.crystals), batch_size, max_images, seed),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else starting an epoch would draw from the one that dropout has
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def sizes(crystals: Sequence[CrystalBatch]) -> list[int]:
+    """Images of each crystal; where the model has no use for them its pairs of atoms, which then take the memory."""
+    return [x.images.num_images if x.images is not None else x.num_atoms**2 for x in crystals]
+
+
+def _as_it_is(example: Any) -> Any:
+    return example

@@ -1,0 +1,103 @@
+"""A trained model, from structures to numbers.
+
+model = crystalformer.load("run")
+model.predict(structures)           # (C,T), in the units of the targets
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import CrystalBatch
+from .data.crystals import build_crystals
+from .data.dataset import BoundedBatches, sizes
+from .layers import mean_pool
+from .model import CONFIG_FILE, Crystalformer
+
+MODEL_FOLDER = "model"
+BATCH_SIZE, MAX_IMAGES = 256, 1 << 22
+# Structures whose images are in memory at once, some 15,000 for each.
+STRUCTURES_AT_ONCE = 1024
+
+
+class Predictor:
+    """Predictions and features of any number of crystals, in batches of bounded memory.
+
+    Attributes:
+        model: in eval mode, predicting in the units of the targets.
+        names: of its T targets.
+    """
+
+    def __init__(self, model: Crystalformer) -> None:
+        self.model = model.eval()
+        config = model.config
+        self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
+
+    @torch.no_grad()
+    def predict(self, structures: Sequence[Any], progress: Callable[[int], object] | None = None) -> Tensor:
+        """(C,T) the predictions, in the units of the targets, on the CPU.
+
+        Args:
+            structures: pymatgen Structures or ase Atoms, mixed as you like.
+            progress: called with the number of crystals done, after each batch.
+
+        Raises:
+            TypeError, ValueError: as `CrystalBatch.from_structures`, naming the structure.
+        """
+        results = []
+        for batch in self._batches(structures):
+            results.append(self.model(batch).cpu())
+            if progress is not None:
+                progress(len(batch))
+        return torch.cat(results)
+
+    @torch.no_grad()
+    def encode(self, structures: Sequence[Any], atoms: bool = False) -> Any:
+        """Features for other models, on the CPU: (C, model_dim), the means over the atoms of each crystal.
+
+        Args:
+            structures: pymatgen Structures or ase Atoms.
+            atoms: give those of the atoms instead, a list of (n, model_dim), one for each crystal.
+        """
+        crystals: list[Tensor] = []
+        for batch in self._batches(structures):
+            features = self.model.encode(batch)
+            if atoms:
+                crystals += features.cpu().split(batch.ptr.diff().tolist())
+            else:
+                crystals += mean_pool(features, batch.ptr).cpu()
+        return crystals if atoms else torch.stack(crystals)
+
+    def _batches(self, structures: Sequence[Any]) -> Iterator[CrystalBatch]:
+        """The crystals in order, on the model's device."""
+        if not len(structures):
+            raise ValueError("structures must hold at least one structure, not none")
+        weight = next(self.model.parameters())
+        for start in range(0, len(structures), STRUCTURES_AT_ONCE):
+            chunk = structures[start : start + STRUCTURES_AT_ONCE]
+            crystals = build_crystals(chunk, self.model, dtype=weight.dtype)
+            for batch in BoundedBatches(sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
+                yield CrystalBatch.cat([crystals[i] for i in batch]).to(weight.device)
+
+
+def load(path: str | Path, device: str | torch.device = "auto", backend: str = "auto") -> Predictor:
+    """A trained model: of the folder of a training (`crystalformer train --out`), or one with config.json and weights.
+
+    Args:
+        path: the folder.
+        device: "auto" is the GPU if there is one, else the CPU.
+        backend: of the attention, see `periodic_attention`.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+        ValueError: for a model of another version, or a broken one.
+    """
+    path = Path(path)
+    if not (path / CONFIG_FILE).is_file() and (path / MODEL_FOLDER / CONFIG_FILE).is_file():
+        path = path / MODEL_FOLDER
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Predictor(Crystalformer.from_pretrained(path, backend).to(device))

@@ -1,0 +1,196 @@
+"""What a training leaves to read: errors, predictions, plots and a model card."""
+
+import csv
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__ as version
+from . import plots
+from .data.dataset import CrystalDataset
+from .data.samples import Problem, Samples
+from .predictor import Predictor
+from .training import predict
+
+METRICS, PREDICTIONS, HISTORY, CARD = "metrics.json", "predictions.csv", "history.csv", "README.md"
+LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
+
+
+def write(
+    out: Path,
+    predictor: Predictor,
+    parts: Mapping[str, Samples],
+    datasets: Mapping[str, CrystalDataset],
+    mean: Tensor,
+    history: Sequence[Mapping[str, float]],
+    settings: Mapping[str, Any],
+    problems: Sequence[Problem],
+    batch_size: int = 256,
+) -> None:
+    """Writes the report of a training into its folder, metrics.json last.
+
+    Args:
+        out: the folder.
+        predictor: the trained model.
+        parts: the crystals by set, "train", "val" and perhaps "test".
+        datasets: the same, ready for the model.
+        mean: (T) of the training targets; predicting it is the baseline.
+        history: one row an epoch, as `fit` returns them.
+        settings: of the training.
+        problems: the rows that were left out.
+    """
+    names = predictor.names
+    predictions = {}
+    for name in ("val", "test"):
+        if name in datasets:
+            loader = datasets[name].loader(batch_size, max_images=settings["max_images_per_batch"])
+            predictions[name] = predict(predictor.model, loader).double()
+    mae = {name: maes(names, x, parts[name].targets) for name, x in predictions.items()}
+    baseline = {name: maes(names, mean.cpu().double(), parts[name].targets) for name in predictions}
+    metrics = {
+        "mae": mae,
+        "baseline_mae": baseline,
+        "baseline": dict(zip(names, mean.tolist(), strict=True)),
+        "crystals": {name: len(samples) for name, samples in parts.items()},
+        "left_out": len(problems),
+        "parameters": sum(x.numel() for x in predictor.model.parameters()),
+        "epochs": len(history),
+        "seconds": sum(row["seconds"] for row in history),
+        "device": device_name(next(predictor.model.parameters()).device),
+        "versions": versions(),
+    }
+    _write_predictions(out / PREDICTIONS, names, parts, predictions)
+    with (out / HISTORY).open("w", newline="") as file:
+        table = csv.DictWriter(file, list(history[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(history)
+    shown = "test" if "test" in predictions else "val"
+    for column, name in enumerate(names):
+        stem = file_stem(name)
+        targets, predicted = parts[shown].targets[:, column], predictions[shown][:, column]
+        plots.parity(out / f"parity_{stem}.png", targets, predicted, name)
+        plots.residuals(out / f"residuals_{stem}.png", targets, predicted, name)
+        label = f"mean absolute error of {name}"
+        plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, label, baseline["val"][name])
+    (out / CARD).write_text(_card(metrics, settings, shown), encoding="utf-8")
+    (out / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def maes(names: Sequence[str], predictions: Tensor, targets: Tensor) -> dict[str, float]:
+    """The mean absolute error of each target, of predictions (C,T) or one for all (T)."""
+    return dict(zip(names, (predictions - targets).abs().mean(0).tolist(), strict=True))
+
+
+def versions() -> dict[str, str]:
+    """Of what matters for the numbers, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name == "crystalformer":  # run from a checkout
+                found[name] = version
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def file_stem(name: str) -> str:
+    """The name of a target as part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "_", name)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _write_predictions(
+    path: Path, names: Sequence[str], parts: Mapping[str, Samples], predictions: Mapping[str, Tensor]
+) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", "set", *(column for name in names for column in (name, f"{name}_predicted"))])
+        for part, predicted in predictions.items():
+            samples = parts[part]
+            for id, true, row in zip(samples.ids, samples.targets.tolist(), predicted.tolist(), strict=True):
+                table.writerow([id, part, *(f"{x:.6g}" for pair in zip(true, row, strict=True) for x in pair)])
+
+
+def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -> str:
+    names, baseline = list(metrics["mae"]["val"]), metrics["baseline_mae"]
+    rows = "\n".join(
+        f"| {name} | {part} | {metrics['crystals'][part]} | {mae[name]:.4g} | {baseline[part][name]:.4g} |"
+        for name in names
+        for part, mae in metrics["mae"].items()
+    )
+    pictures = "\n".join(
+        f"![{title} of {name}]({kind}_{file_stem(name)}.png)"
+        for name in names
+        for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
+    )
+    source = settings["data"] or f"{settings['train']}, {settings['val']}, {settings['test'] or 'no test crystals'}"
+    crystals = ", ".join(f"{number} {part}" for part, number in metrics["crystals"].items())
+    left_out = f"{metrics['left_out']} rows could not be used"
+    left_out += " (problems.csv)" if metrics["left_out"] else ""
+    flat = {name: value for name, value in settings.items() if name != "model"}
+    flat |= {f"model.{name}": value for name, value in settings["model"].items()}
+    options = "\n".join(f"| {name} | {value} |" for name, value in flat.items() if value is not None)
+    libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
+    return f"""---
+library_name: crystalformer
+tags: [crystals, materials, regression]
+---
+
+# Crystalformer for {", ".join(names)}
+
+Predicts {", ".join(names)} of a crystal from its structure, in the units of the data it was trained on.
+
+| target | set | crystals | mean absolute error | predicting the mean |
+|---|---|---|---|---|
+{rows}
+
+```python
+import crystalformer
+
+crystalformer.load("this-folder").predict(structures)  # pymatgen Structures or ase Atoms; (crystals, {len(names)})
+```
+
+```
+crystalformer predict this-folder crystals.cif
+```
+
+## Data
+
+{source}: {crystals} crystals; {left_out}.
+The model has seen the training crystals' targets only; the plots are of the {shown} crystals.
+
+{pictures}
+
+## Training
+
+{metrics["epochs"]} epochs in {duration(metrics["seconds"])} on {metrics["device"]};
+{metrics["parameters"]:,} parameters.
+{libraries}.
+
+| setting | value |
+|---|---|
+{options}
+
+The model is Crystalformer (T. Taniai et al., *Crystalformer: Infinitely Connected Attention for Periodic Structure
+Encoding*, ICLR 2024).
+"""

@@ -1,0 +1,278 @@
+"""A training from files to a folder that holds all of it: settings, model, errors, predictions, plots, a model card."""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
+from . import report
+from .config import CrystalformerConfig
+from .data import CrystalBatch
+from .data.crystals import build_crystals
+from .data.dataset import CrystalDataset
+from .data.readers import read_samples
+from .data.samples import DataError, Problem, Samples, write_problems
+from .data.splits import SETS, read_split, split, write_split
+from .model import Crystalformer
+from .predictor import MODEL_FOLDER, Predictor
+from .training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
+from .training.checkpoints import CheckpointError
+
+CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where the crystals come from and which of them train, validate and test.
+
+    Attributes:
+        data: file or folder with all crystals: CSV, JSON, CIF, POSCAR, extxyz, an ase database. Split at random by
+            `fractions` and the seed, or as `split` says.
+        train: file or folder with the crystals to learn from, instead of `data`.
+        val: those to validate on, behind each epoch; with `train`.
+        test: those to test the trained model on; with `train`, may be missing.
+        split: JSON file with the ids of "train", "val" and "test".
+        fractions: shares of train, val and test.
+        id_column: name of the column with the ids; found by itself where it has a usual name.
+        primitive: learn from primitive cells. The model's predictions do not depend on the cell; small ones are faster.
+        strict: stop at the first crystal that cannot be read; else they are listed in problems.csv and left out.
+        cache: folder that keeps parsed structures and image lists for other trainings.
+        workers: processes that parse structures, which pays from some ten thousand on, and threads that build the image
+            lists; 0 parses in this process and builds with torch's threads.
+    """
+
+    data: Path | None = None  # strings too, as for the other paths
+    train: Path | None = None
+    val: Path | None = None
+    test: Path | None = None
+    split: Path | None = None
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    id_column: str | None = None
+    primitive: bool = False
+    strict: bool = False
+    cache: Path | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("data", "train", "val", "test", "split", "cache"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+        if (self.data is None) == (self.train is None):
+            raise DataError("give the crystals with either data or train, val and test")
+        if self.data is None and self.val is None:
+            raise DataError("val must be given with train: a training validates behind each epoch")
+        if self.data is None and self.split is not None:
+            raise DataError("split must be given with data: train and val are split already")
+
+    def read(self, targets: Sequence[str], seed: int) -> tuple[dict[str, Samples], list[Problem]]:
+        """The crystals of train, val and test, and the rows that cannot be used.
+
+        Raises:
+            DataError: for data that cannot be used.
+        """
+        problems: list[Problem] = []
+
+        def samples(path: Path) -> Samples:
+            with progress_bar(f"  reading {path.name}") as advance:
+                read, bad = read_samples(
+                    path,
+                    targets,
+                    id_column=self.id_column,
+                    primitive=self.primitive,
+                    strict=self.strict,
+                    workers=self.workers,
+                    cache=self.cache,
+                    progress=advance,
+                )
+            problems.extend(bad)
+            if not len(read):
+                raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
+            return read
+
+        try:
+            if self.data is None:
+                given = {"train": self.train, "val": self.val, "test": self.test}
+                return {name: samples(path) for name, path in given.items() if path is not None}, problems
+            everything = samples(self.data)
+            chosen = split(everything.ids, self.fractions, seed) if self.split is None else read_split(self.split)
+            bad = {problem.id for problem in problems}
+            good = {name: [id for id in ids if id not in bad] for name, ids in chosen.items()}
+            parts = {name: everything.select(ids) for name, ids in good.items() if ids}
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        for name in ("train", "val"):
+            if name not in parts:
+                raise DataError(f"{name} must hold at least one crystal, not none: see the split or its fractions")
+        return parts, problems
+
+
+def train(
+    out: str | Path,
+    target: str | Sequence[str],
+    source: DataSource,
+    recipe: Recipe | None = None,
+    model: CrystalformerConfig | None = None,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    accelerator: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    loaders: int = 0,
+) -> Predictor:
+    """Trains a model and writes a folder with all that belongs to it; see docs/tutorial.md.
+
+    Args:
+        out: the folder, new or empty unless the training is resumed.
+        target: name of the column to learn, or several.
+        source: of the crystals.
+        recipe: the paper's for Materials Project data if None.
+        model: its sizes and physics, the paper's if None; the targets are filled in.
+        seed: of the split, the first weights, the order of the crystals and dropout.
+        resume: go on with the training in `out`, behind its last whole epoch.
+        accelerator, devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
+        loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        DataError: for data that cannot be used.
+        FileExistsError: if `out` holds something already, and is not to be resumed.
+        CheckpointError: if the training cannot be resumed.
+    """
+    out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
+    recipe = recipe or Recipe()
+    config = dataclasses.replace(model or CrystalformerConfig(), num_targets=len(names) or 1, target_names=names)
+    if not names:
+        raise DataError("target must name at least one column")
+    first = _rank() == 0
+    if first:
+        _check_folder(out, resume)
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise DataError("accelerator must be cpu or auto, not gpu: torch finds no GPU")
+    parts, problems = source.read(names, seed)
+    settings = _settings(names, source, recipe, config, seed, accelerator, devices, nodes, loaders)
+    torch.manual_seed(seed)
+    network = Crystalformer(config)
+    datasets = {}
+    for name, samples in parts.items():
+        with progress_bar(f"  images, {name}") as advance:
+            crystals = build_crystals(
+                samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
+            )
+        datasets[name] = CrystalDataset(crystals, samples.targets, network)
+    batches = {
+        name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch, loaders)
+        for name, data in datasets.items()
+    }
+    first_batch = datasets["train"][next(iter(batches["train"].sampler))]
+    try:
+        network.calibrate(first_batch.crystals)
+    except ValueError as error:
+        raise DataError(f"the first batch of train: {error}") from error
+    mean, deviation = standardisation(datasets["train"].targets)
+    task = Regression(network, mean, deviation, names, recipe.lr, recipe.betas, recipe.weight_decay, recipe.decay_steps)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (out / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        if problems:
+            write_problems(out / PROBLEMS, problems)
+            print(f"{len(problems)} rows cannot be used and are left out: {out / PROBLEMS}", file=sys.stderr)
+        if source.data is not None:
+            write_split(out / SPLIT, {name: parts[name].ids if name in parts else () for name in SETS})
+    identity = _identity(seed, recipe, config, datasets)
+    history = fit(
+        task,
+        batches["train"],
+        batches["val"],
+        recipe.epochs,
+        [AverageLastEpochs(recipe.averaged), Progress(names[0])] if recipe.averaged else [Progress(names[0])],
+        seed=seed,
+        gradient_norm=recipe.gradient_norm,
+        checkpoints=out / CHECKPOINTS,
+        identity=identity,
+        accelerator=accelerator,
+        devices=devices,
+        nodes=nodes,
+    )
+    predictor = Predictor(network)
+    if first:
+        network.save_pretrained(out / MODEL_FOLDER)
+        report.write(out, predictor, parts, datasets, mean, history, settings, problems)
+    return predictor
+
+
+def _rank() -> int:
+    """This process's number, before lightning has started the others too."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if resume:
+        if not (out / CONFIG).is_file():
+            raise CheckpointError(f"out must be the folder of a training to resume it: no {out / CONFIG}")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out must be a new or an empty folder, not {out}; --resume goes on with its training")
+
+
+def _settings(
+    names: Sequence[str], source: DataSource, recipe: Recipe, config: CrystalformerConfig, seed: int, *machine: Any
+) -> dict[str, Any]:
+    """What config.yaml says: the options of `crystalformer train`."""
+    model = dataclasses.asdict(config)
+    for name in ("num_targets", "target_names"):
+        del model[name]
+    options = {"target": list(names), **dataclasses.asdict(source), **dataclasses.asdict(recipe), "seed": seed}
+    options |= dict(zip(("accelerator", "devices", "nodes", "loaders"), machine, strict=True))
+    return _plain(options | {"model": model})
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it."""
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(x) for x in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _identity(
+    seed: int, recipe: Recipe, config: CrystalformerConfig, datasets: dict[str, CrystalDataset]
+) -> dict[str, Any]:
+    """What must be the same for a training to be resumed."""
+    model = {f"model.{name}": value for name, value in dataclasses.asdict(config).items()}
+    digests = {f"the data of {name}": _digest(datasets[name]) for name in ("train", "val")}
+    return {"seed": seed, **dataclasses.asdict(recipe), **model, **digests}
+
+
+def _digest(data: CrystalDataset) -> str:
+    state = hashlib.sha256(data.targets.numpy().tobytes())
+    for x in data.crystals:
+        assert isinstance(x, CrystalBatch)
+        for tensor in (x.species, x.positions, x.lattice):
+            state.update(tensor.numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int], object]]:
+    """A bar for what tells how many are done and of how many; on a terminal only."""
+    hidden = not sys.stderr.isatty() or _rank() > 0
+    with tqdm(desc=text, unit=" crystals", disable=hidden, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance

@@ -1,0 +1,29 @@
+"""Training with the paper's recipe, on lightning. Needs the extra [train].
+
+train = CrystalDataset(structures, targets, model)                 # targets (C,T)
+loader = train.loader(batch_size=128, seed=0)
+model.calibrate(next(iter(loader))[0])                             # once, before training
+task = Regression(model, *standardisation(train.targets))
+history = fit(task, loader, validation.loader(128), epochs=500)    # then the model predicts in the targets' units
+
+`crystalformer.runs.train` does all of this from files to a folder with the model and a report.
+"""
+
+from ..data.dataset import CrystalDataset
+from .callbacks import AverageLastEpochs, History, Progress
+from .loop import fit, predict
+from .recipe import PRESETS, Recipe
+from .regression import Regression, standardisation
+
+__all__ = [
+    "PRESETS",
+    "AverageLastEpochs",
+    "CrystalDataset",
+    "History",
+    "Progress",
+    "Recipe",
+    "Regression",
+    "fit",
+    "predict",
+    "standardisation",
+]

@@ -1,0 +1,124 @@
+"""What happens beside the steps of a training: the weight average, the record, the progress bar."""
+
+import sys
+import time
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from tqdm import tqdm
+
+from ..data.dataset import BoundedBatches
+from .regression import Regression
+
+
+class History(Callback):
+    """Keeps what is logged and the seconds it took: `rows`, one dictionary an epoch. They are part of checkpoints."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        metrics = {name: float(x) for name, x in trainer.callback_metrics.items()}
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics}
+        self.rows.append(row | {"seconds": time.perf_counter() - self.start})
+        if not np.isfinite(metrics["train_loss"]):
+            raise FloatingPointError(f"the training loss of epoch {trainer.current_epoch + 1} is not finite: lower lr")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+
+class SeedEpochs(Callback):
+    """Seeds what is random in a step, dropout, by seed, epoch and process: a resumed training goes on as it would have.
+
+    Args:
+        seed: of the training.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        words = np.random.SeedSequence((self.seed, trainer.current_epoch, trainer.global_rank)).generate_state(1)
+        torch.manual_seed(int(words[0]))
+
+
+class AverageLastEpochs(WeightAveraging):
+    """Validates and ends with the mean of the weights over the steps of the last epochs, once these have begun.
+
+    The learning rate is held in these epochs, as in the paper's code.
+
+    Args:
+        epochs: how many of them.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__(use_buffers=False)
+        self.epochs = epochs
+        self.begun = False
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Regression)
+        self.begun = pl_module.rate_held = trainer.current_epoch >= (trainer.max_epochs or 0) - self.epochs
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return self.begun and step_idx is not None
+
+    # Lightning's own callback would also put its copy of the first weights in place before there is any mean.
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.begun:
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.begun:
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.begun:
+            super().on_train_end(trainer, pl_module)
+
+
+class Progress(Callback):
+    """One bar for the whole training, with the last validation error and the time left; lines where it is no terminal.
+
+    Args:
+        name: of the target whose error is shown.
+        unit: of it.
+    """
+
+    def __init__(self, name: str, unit: str = "") -> None:
+        self.name, self.unit = name, unit
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.bar = tqdm(
+            total=trainer.max_epochs,
+            initial=trainer.current_epoch,
+            bar_format="{desc} {percentage:3.0f} % |{bar:30}| epoch {n:.1f} of {total}, {remaining} left{postfix}",
+            desc="  training",
+            disable=not sys.stderr.isatty() or trainer.global_rank > 0,
+        )
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        sampler = trainer.train_dataloader.sampler  # type: ignore[union-attr]
+        assert isinstance(sampler, BoundedBatches)
+        self.bar.update(1 / len(sampler.batches))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        mae = float(trainer.callback_metrics[f"val_mae/{self.name}"])
+        error = f"validation MAE of {self.name} {mae:.3g} {self.unit}".rstrip()
+        self.bar.set_postfix_str(error)
+        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
+        if self.bar.disable and trainer.global_rank == 0 and (epoch % max(1, epochs // 10) == 0 or epoch == epochs):
+            print(f"  epoch {epoch:3d} of {epochs}   {error}", flush=True)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.bar.close()

@@ -1,0 +1,111 @@
+"""The state of a training on disk: whole at any moment, so that a stop loses at most the epoch that is under way."""
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class CheckpointError(ValueError):
+    """A training cannot be resumed. The message says why in one line."""
+
+
+def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Writes a file so that at any moment, power cuts included, `path` or `keep` is whole.
+
+    Args:
+        keep: where the file goes that `path` is now; None to lose it.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if keep is not None and path.exists():
+        path.replace(keep)
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Lightning's files, written atomically, the one before kept."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        # In memory first: torch.save into a file hides a full disk behind errors of its own.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue(), path.with_name(PREVIOUS))
+
+
+class Checkpoints(Checkpoint):
+    """Saves the training behind every epoch.
+
+    Args:
+        folder: for last.ckpt and previous.ckpt.
+        identity: what makes this the training it is, names to JSON values; `latest` refuses another one.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder, self.identity = folder, json.dumps(identity)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / LAST)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"identity": self.identity}
+
+
+def latest(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """Path and content of the last whole checkpoint in a folder, or None if there is no checkpoint.
+
+    Warns if the last one cannot be read and the one before it takes its place.
+
+    Raises:
+        CheckpointError: if none can be read, or it is of another training.
+    """
+    errors = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            stored = json.loads(content["callbacks"]["Checkpoints"]["identity"])
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # whatever a torn or foreign file brings torch to raise
+            errors.append(f"{path} is no whole checkpoint of this program ({type(error).__name__})")
+            continue
+        _check_identity(path, stored, json.loads(json.dumps(identity)))
+        if errors:
+            warnings.warn(f"{errors[0]}: going on from {path}, one epoch earlier", stacklevel=2)
+        return path, content
+    if errors:
+        raise CheckpointError("; ".join(errors))
+    return None
+
+
+def _check_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in sorted({*stored, *wanted}):
+        if stored.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{name} must be {stored.get(name)!r}, as when the training in {path.parent} began, not "
+                f"{wanted.get(name)!r}: a resumed training cannot change it"
+            )

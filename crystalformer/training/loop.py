@@ -1,0 +1,136 @@
+"""Training and predicting, by lightning's Trainer."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.dataset import BoundedBatches, Example
+from ..model import Crystalformer
+from .callbacks import History, SeedEpochs
+from .checkpoints import AtomicIO, Checkpoints, latest
+from .recipe import Recipe
+from .regression import Regression
+
+
+def fit(
+    task: Regression,
+    train: DataLoader[Example],
+    val: DataLoader[Example],
+    epochs: int,
+    callbacks: Sequence[Callback] = (),
+    max_seconds: float | None = None,
+    *,
+    seed: int = 0,
+    gradient_norm: float = Recipe.gradient_norm,
+    checkpoints: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+) -> list[dict[str, float]]:
+    """Trains, validating after each epoch, and folds the units into the model (`Regression.finish`).
+
+    With several devices or nodes, or under torchrun, every process computes its share of each batch: the training is
+    the same as on one process, up to rounding.
+
+    Args:
+        train, val: loaders of `CrystalDataset`.
+        epochs: of the whole training.
+        max_seconds: stops behind this time, between epochs.
+        seed: of dropout. The order of the crystals has its seed in the loader.
+        gradient_norm: longer gradients are shortened to this.
+        checkpoints: a folder to save the training in behind every epoch. If it holds one already, that is gone on
+            with; on the CPU it ends with the same bits as if it had never been stopped.
+        identity: what tells this training from others, for its checkpoints.
+        accelerator, devices, nodes: as lightning's Trainer takes them; under torchrun, its processes.
+
+    Returns:
+        One row an epoch: epoch, step, what the task logs, and the seconds that it took.
+
+    Raises:
+        CheckpointError: for checkpoints of another training, or that cannot be read.
+        FloatingPointError: if the loss is not finite.
+    """
+    history = History()
+    path = None
+    more: list[Callback] = [SeedEpochs(seed)]
+    if checkpoints is not None:
+        more.append(Checkpoints(checkpoints, identity or {}))
+        if found := latest(checkpoints, identity or {}):
+            path, content = found
+            history.load_state_dict(content["callbacks"]["History"])
+            if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
+                task.load_state_dict(content["state_dict"])
+                task.finish()
+                return history.rows
+    # Lightning starts to draw the first epoch's batches before it says which epoch it is.
+    assert isinstance(train.sampler, BoundedBatches)
+    train.sampler.set_epoch(len(history.rows))
+    if TorchElasticEnvironment.detect():
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
+    with quiet_lightning():
+        trainer = lightning.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if devices * nodes > 1 else "auto",
+            plugins=[AtomicIO()],
+            use_distributed_sampler=False,  # the loaders share the batches out
+            max_epochs=epochs,
+            max_time=None if max_seconds is None else timedelta(seconds=max_seconds),
+            gradient_clip_val=gradient_norm,
+            deterministic=True,
+            callbacks=[history, *callbacks, *more],
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=checkpoints is not None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
+    task.finish()
+    return history.rows
+
+
+@torch.no_grad()
+def predict(model: Crystalformer, loader: DataLoader[Example]) -> Tensor:
+    """(C,T) the model's predictions for all batches of a loader, in their order, on the CPU.
+
+    Every process computes all of them, also where a training has several.
+    """
+    model.eval()
+    device, sampler = next(model.parameters()).device, loader.sampler
+    assert isinstance(sampler, BoundedBatches)
+    examples = (loader.dataset[sampler.shard(batch, 0, 1)] for batch in sampler.batches)
+    return torch.cat([model(example.crystals.to(device)).cpu() for example in examples])
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without lightning's banners and its advice on loader processes: batches are only joined, which takes no time."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # Lightning's own use of torch's trees, of no concern to us.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,57 @@
+"""The numbers of the paper's training, for each of its data sets."""
+
+import math
+from dataclasses import dataclass
+
+from .. import checks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. L1 loss on standardised targets, AdamW, learning rate lr·sqrt(T / (T + t)) in step t.
+
+    Attributes:
+        epochs: passes over the training crystals.
+        batch_size: crystals a step, of all processes together.
+        max_images_per_batch: images a step, of all processes together; a batch ends before it exceeds them, and a
+            crystal that has more is a batch of its own. The default leaves the paper's batches whole.
+        lr: learning rate of the first step.
+        betas: of AdamW.
+        weight_decay: of AdamW, not on biases.
+        decay_steps: T above.
+        gradient_norm: longer gradients are shortened to this.
+        average_epochs: the model is the mean of the weights over the steps of so many last epochs, in which the
+            learning rate is held; at most a third of all epochs.
+    """
+
+    epochs: int = 500
+    batch_size: int = 128
+    max_images_per_batch: int = 1 << 22
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 1e-5
+    decay_steps: int = 4000
+    gradient_norm: float = 1.0
+    average_epochs: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_images_per_batch", "decay_steps"):
+            checks.check_integer(name, getattr(self, name), 1)
+        checks.check_integer("average_epochs", self.average_epochs, 0)
+        for name in ("lr", "gradient_norm"):
+            checks.check_number(name, getattr(self, name))
+        checks.check_number("weight_decay", self.weight_decay, closed=True)
+        for beta in self.betas:
+            checks.check_number("betas", beta, high=1.0, closed=True)
+
+    @property
+    def averaged(self) -> int:
+        """How many epochs the average is over: of a short training the last third."""
+        return min(self.average_epochs, math.ceil(self.epochs / 3))
+
+
+PRESETS = {
+    "mp": Recipe(epochs=500, batch_size=128),
+    "jarvis": Recipe(epochs=800, batch_size=256),
+    "jarvis-mbj": Recipe(epochs=1600, batch_size=256),
+}

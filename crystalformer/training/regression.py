@@ -1,0 +1,126 @@
+"""What is learnt: standardised targets, by an L1 loss."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from ..data import CrystalBatch
+from ..data.dataset import Example
+from ..model import Crystalformer
+from .recipe import Recipe
+
+
+def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (T) of targets (C,T); the deviation is 1 where the targets are all equal."""
+    deviation = targets.std(0, correction=0)
+    return targets.mean(0), torch.where(deviation > 0, deviation, 1.0)
+
+
+class Mean(Metric):
+    """Mean of what is counted, over all processes; torchmetrics' own looks for NaN in every batch, or at no weight."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.get_default_dtype()), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, counted: Tensor) -> None:
+        """Takes values (C) where counted (C) is 1, not where it is 0."""
+        self.total += values @ counted
+        self.count += counted.sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class Regression(lightning.LightningModule):
+    """A Crystalformer learning standardised targets by the paper's recipe (`Recipe`).
+
+    Logs train_loss and val_loss, in standard deviations, and train_mae/NAME and val_mae/NAME of each target, in its own
+    units: means over all crystals of an epoch, whatever the batches and the number of processes.
+
+    Args:
+        model: predicts the standardised targets while it is trained; `finish` makes it predict in units.
+        mean, deviation: (T), of the training targets.
+        names: of the targets, for the log.
+        lr, betas, weight_decay, decay_steps: see `Recipe`.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self,
+        model: Crystalformer,
+        mean: Tensor,
+        deviation: Tensor,
+        names: Sequence[str] = ("target",),
+        lr: float = Recipe.lr,
+        betas: tuple[float, float] = Recipe.betas,
+        weight_decay: float = Recipe.weight_decay,
+        decay_steps: int = Recipe.decay_steps,
+    ) -> None:
+        super().__init__()
+        number = model.config.num_targets
+        if not len(names) == len(mean) == len(deviation) == number:
+            raise ValueError(f"names, mean and deviation must be of {number} targets, as the model, not {len(names)}")
+        self.model, self.names = model, tuple(names)
+        self.lr, self.betas, self.weight_decay, self.decay_steps = lr, betas, weight_decay, decay_steps
+        self.rate_held = False
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        # Of the loss, then of the targets' errors.
+        self.train_means, self.val_means = (nn.ModuleList(Mean() for _ in range(number + 1)) for _ in range(2))
+
+    def forward(self, batch: CrystalBatch) -> Tensor:
+        """(C,T), in the units of the targets."""
+        return self.model(batch) * self.deviation + self.mean
+
+    def training_step(self, example: Example, index: int) -> Tensor:
+        try:
+            return self._step("train", self.train_means, example)
+        except ValueError as error:  # of the attention, which checks what it gets
+            if "must be finite" not in str(error):
+                raise
+            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
+
+    def validation_step(self, example: Example, index: int) -> None:
+        self._step("val", self.val_means, example)
+
+    def _step(self, stage: str, means: nn.ModuleList, example: Example) -> Tensor:
+        crystals, targets, weight = example
+        errors = (self.model(crystals) - (targets - self.mean) / self.deviation).abs()
+        losses = errors.mean(1)
+        columns = [losses.detach(), *(errors.detach() * self.deviation).T]
+        names = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in self.names)]
+        counted = (weight > 0).to(losses.dtype)
+        for name, mean, column in zip(names, means, columns, strict=True):
+            assert isinstance(mean, Mean)
+            mean.update(column, counted)
+            self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(crystals))
+        return losses @ weight
+
+    def configure_optimizers(self) -> Any:
+        biases = [x for name, x in self.named_parameters() if name.endswith("bias")]
+        weights = [x for name, x in self.named_parameters() if not name.endswith("bias")]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        steps = self.decay_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: math.sqrt(steps / (steps + t)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not self.rate_held:
+            scheduler.step()
+
+    def finish(self) -> Crystalformer:
+        """The model, predicting in the units of the targets from now on, in eval mode."""
+        return self.model.rescale_(self.mean, self.deviation).eval()

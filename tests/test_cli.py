@@ -1,0 +1,346 @@
+"""The command line as a new user tries it: what works, and one clear line for what cannot."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_convert import PARAMS, official_state
+
+import crystalformer
+from crystalformer import cli
+from crystalformer.data.ionic import ionic_crystals
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
+SIZES = "model_dim=16 num_heads=2 num_blocks=1 ff_dim=32 readout_dims=16 num_basis=8 r0=0.7 tol=1e-3"
+SMALL = [f"--model.{x}" for x in SIZES.split()] + ["--batch-size=8", "--epochs=3", "--lr=0.02"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With crystals in salts.csv, a row of it not readable, and a CIF."""
+    folder = tmp_path_factory.mktemp("cli")
+    with (folder / "salts.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["material_id", "energy", "volume", "cif"])
+        for number, x in enumerate(ionic_crystals(30, seed=1)):
+            structure = x.structure.remove_oxidation_states()
+            cif = "no CIF" if number == 7 else structure.to(fmt="cif")
+            table.writerow([f"salt-{number}", x.energy, structure.volume, cif])
+    structure.to(str(folder / "last.cif"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Path:
+    """The folder of a training."""
+    out = folder / "run"
+    arguments = [
+        "train",
+        "--data",
+        str(folder / "salts.csv"),
+        "--target",
+        "energy",
+        "volume",
+        "--out",
+        str(out),
+        *SMALL,
+    ]
+    assert cli.main(arguments) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def refused(capsys, *arguments) -> str:
+    """The line that a command ends with; it must be the only one, with exit code 2."""
+    capsys.readouterr()
+    assert cli.main([str(x) for x in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("crystalformer: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_folder_of_a_training(run, folder):
+    names = {path.name for path in run.iterdir()}
+    plots = {f"{kind}_{x}.png" for kind in ("parity", "residuals", "learning_curve") for x in ("energy", "volume")}
+    files = {"README.md", "config.yaml", "history.csv", "metrics.json", "predictions.csv", "problems.csv", "split.json"}
+    assert names == files | plots | {"model", "checkpoints"}
+    for name in plots:
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["crystals"] == {"train": 23, "val": 3, "test": 3}
+    assert metrics["left_out"] == 1
+    (problem,) = rows(run / "problems.csv")
+    assert problem["id"] == "salt-7"
+    assert len(rows(run / "history.csv")) == 3
+
+    # What is written about the model is what the model does.
+    with (folder / "salts.csv").open(newline="") as file:
+        samples = {row["material_id"]: row for row in csv.DictReader(file)}
+    tested = [row for row in rows(run / "predictions.csv") if row["set"] == "test"]
+    assert [row["id"] for row in tested] == json.loads((run / "split.json").read_text())["test"]
+    from pymatgen.core import Structure
+
+    structures = [Structure.from_str(samples[row["id"]]["cif"], "cif") for row in tested]
+    predicted = crystalformer.load(run).predict(structures)
+    for column, name in enumerate(("energy", "volume")):
+        true = torch.tensor([float(samples[row["id"]][name]) for row in tested])
+        assert predicted[:, column].tolist() == pytest.approx([float(row[f"{name}_predicted"]) for row in tested], 1e-4)
+        assert metrics["mae"]["test"][name] == pytest.approx(float((predicted[:, column] - true).abs().mean()), 1e-4)
+        train = json.loads((run / "split.json").read_text())["train"]
+        mean = torch.tensor([float(samples[id][name]) for id in train]).mean()
+        assert metrics["baseline_mae"]["test"][name] == pytest.approx(float((true - mean).abs().mean()), 1e-4)
+        assert f"| {name} | test | 3 | {metrics['mae']['test'][name]:.4g} |" in (run / "README.md").read_text()
+
+
+def test_a_config_repeats_the_training(run, folder):
+    again = folder / "again"
+    assert cli.main(["train", "--config", str(run / "config.yaml"), "--out", str(again)]) == 0
+    for name in ("predictions.csv", "split.json", "config.yaml"):
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+    assert (again / "model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+
+
+def test_resume(run, folder, capsys):
+    before = (run / "predictions.csv").read_bytes()
+    assert cli.main(["train", "--out", str(run), "--resume"]) == 0
+    assert (run / "predictions.csv").read_bytes() == before
+    assert cli.main(["train", "--out", str(run), "--resume", "--model.num_basis", "4"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # behind that of the row that is left out
+    assert "model.num_basis must be 8, as when the training" in line
+    assert "not 4" in line
+    assert "must be the folder of a training" in refused(
+        capsys, "train", "--out", folder / "none", "--resume", "--data", folder / "salts.csv", "--target", "energy"
+    )
+
+
+def test_presets_and_print_config(capsys, tmp_path):
+    def printed(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", *arguments, "--print_config"])
+        assert stop.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    for preset, epochs, batch_size in (("mp", 500, 128), ("jarvis", 800, 256), ("jarvis-mbj", 1600, 256)):
+        config = printed("--preset", preset)
+        assert (config["epochs"], config["batch_size"], config["average_epochs"]) == (epochs, batch_size, 50)
+        assert (config["lr"], config["betas"], config["weight_decay"]) == (5e-4, [0.9, 0.98], 1e-5)
+    assert printed("--epochs", "7", "--preset=jarvis")["epochs"] == 7
+    file = tmp_path / "config.yaml"
+    file.write_text("preset: jarvis-mbj\nbatch_size: 3\ntarget: energy\nmodel: {domain: multihead, r0: 0.9}\n")
+    config = printed("--config", str(file))
+    assert (config["epochs"], config["batch_size"], config["model"]["domain"]) == (1600, 3, "multihead")
+    assert (config["target"], config["model"]["r0"]) == (["energy"], [0.9])
+
+
+def test_a_training_that_diverges(folder, capsys, tmp_path):
+    data = ["--data", str(folder / "salts.csv"), "--target", "energy", "--out", str(tmp_path / "out")]
+    assert cli.main(["train", *data, *SMALL, "--lr=1e30"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("not finite in step 1: lower lr")
+
+
+def test_predict(run, folder, capsys, tmp_path):
+    predictor = crystalformer.load(run)
+    arguments = ["predict", str(run), str(folder / "last.cif")]
+    assert cli.main(arguments) == 0
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert list(row) == ["id", "energy", "volume"]
+    assert row["id"] == "last"
+    from pymatgen.core import Structure
+
+    value = predictor.predict([Structure.from_file(folder / "last.cif")])[0]
+    assert [float(row["energy"]), float(row["volume"])] == pytest.approx(value.tolist(), 1e-4)
+
+    assert cli.main([*arguments, "--out", str(tmp_path / "out.csv")]) == 0
+    assert rows(tmp_path / "out.csv") == [row]
+    assert capsys.readouterr().out == ""
+
+    # The row that cannot be read is named; the others are predicted.
+    assert cli.main(["predict", str(run), str(folder / "salts.csv"), str(folder / "last.cif")]) == 1
+    out, err = capsys.readouterr()
+    predicted = list(csv.DictReader(out.splitlines()))
+    assert len(predicted) == 30
+    assert predicted[-1] == row
+    assert "salt-7" in err.splitlines()[0]
+    assert err.splitlines()[-1] == "crystalformer: 1 of 31 rows could not be predicted"
+    assert cli.main([*arguments, str(folder / "last.cif")]) == 0
+    ids = [row["id"] for row in csv.DictReader(capsys.readouterr().out.splitlines())]
+    assert ids == [f"{folder / 'last.cif'}:last"] * 2
+
+
+def test_evaluate_and_info(run, folder, capsys):
+    split = ["--split", str(run / "split.json"), "--set", "test"]
+    assert cli.main(["evaluate", str(run), "--data", str(folder / "salts.csv"), *split]) == 1
+    out, err = capsys.readouterr()
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name in ("energy", "volume"):
+        (line,) = (line.split() for line in out.splitlines() if line.startswith(name))
+        expected = [metrics["mae"]["test"][name], metrics["baseline_mae"]["test"][name]]
+        assert [float(line[1]), float(line[3])] == pytest.approx(expected, rel=1e-3)
+    assert "1 rows could not be used" in err
+    assert cli.main(["info", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "energy, volume" in out
+    assert f"{metrics['mae']['test']['energy']:.4g}" in out
+    assert cli.main(["info", str(run / "model")]) == 0
+
+
+def test_python(run):
+    structures = [x.structure for x in ionic_crystals(5, seed=2)]
+    predictor = crystalformer.load(run)
+    assert predictor.names == ("energy", "volume")
+    predicted = predictor.predict(structures)
+    assert predicted.shape == (5, 2)
+    mixed = [structures[0].to_ase_atoms(), *structures[1:]]
+    torch.testing.assert_close(predictor.predict(mixed), predicted)
+    torch.testing.assert_close(predictor.predict([structures[3] * (2, 1, 1)]), predicted[3:4], rtol=1e-2, atol=1e-2)
+
+    features, atoms = predictor.encode(structures), predictor.encode(structures, atoms=True)
+    assert features.shape == (5, 16)
+    assert [len(x) for x in atoms] == [len(x) for x in structures]
+    torch.testing.assert_close(torch.stack([x.mean(0) for x in atoms]), features)
+    with torch.no_grad():
+        torch.testing.assert_close(predictor.model.readout(features), predicted)
+    with pytest.raises(ValueError, match="at least one structure"):
+        predictor.predict([])
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: crystalformer {command}")
+
+
+def test_overview_and_doctor(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {command} " in out for command in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for text in ("triton", "reference   ready", "lightning", "pymatgen", torch.__version__):
+        assert text in out
+
+
+def test_doctor_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(cli.EXTRAS, "data", ("reading structures", ("numpy", "no-such-package")))
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "pip install 'crystalformer[data]' or pip install no-such-package" in out
+
+
+def test_a_missing_library(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert "jsonargparse is missing: pip install 'crystalformer[data,train]'" in refused(capsys, "info", "x")
+
+
+def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data = ("train", "--data", folder / "salts.csv")
+    out = ("--out", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    for arguments, text in (
+        (("tarin",), "must be one of train, predict"),
+        (("train",), "required"),
+        ((*data, "--target", "energy"), "required"),
+        ((*data, *out), "target"),
+        ((*data, *out, "--target", "gap"), "no column 'gap'"),
+        ((*data, *out, "--target", "energy", "--epochs", "many"), "epochs"),
+        ((*data, *out, "--target", "energy", "--epochs", "0"), "epochs must be an integer, at least 1, not 0"),
+        ((*data, *out, "--target", "energy", "--model.num_heads", "3"), "model_dim must be a multiple of num_heads=3"),
+        ((*data, *out, "--target", "energy", "--fractions", "0.5", "0.1", "0.1"), "fractions must be"),
+        ((*data, *out, "--target", "energy", "--fractions", "0.9", "0", "0.1"), "val must hold at least one"),
+        ((*data, *out, "--target", "energy", "--split", tmp_path / "no.json"), "no.json: no such file"),
+        ((*data, *out, "--target", "energy", "--config", tmp_path / "no.yaml"), "no.yaml"),
+        ((*data, *out, "--target", "energy", "--train", "x"), "either data or train"),
+        ((*data, *out, "--target", "energy", "--strict"), "salt-7"),
+        ((*data, *out, "--target", "energy", "--accelerator", "gpu"), "torch finds no GPU"),
+        (("train", *out, "--target", "energy"), "either data or train"),
+        (("train", *out, "--target", "energy", "--train", folder / "salts.csv"), "val must be given with train"),
+        (("train", "--data", tmp_path / "no.csv", *out, "--target", "energy"), "no.csv: no such file"),
+        (("train", "--data", tmp_path / "empty", *out, "--target", "energy"), "empty"),
+        ((*data, "--out", tmp_path / "full", "--target", "energy"), "must be a new or an empty folder"),
+        (("predict", run), "files"),
+        (("predict", run, tmp_path / "no.cif"), "no.cif: no such file"),
+        (("predict", tmp_path / "empty", folder / "last.cif"), "config.json"),
+        (("predict", run, folder / "last.cif", "--out", tmp_path / "no/such.csv"), "No such file"),
+        (("predict", run, folder / "last.cif", "--device", "abacus"), "abacus"),
+        (("evaluate", run, "--data", folder / "salts.csv", "--target", "energy"), "target must name 2 columns"),
+        (("info", tmp_path / "no"), "config.json"),
+        (("convert", folder / "salts.csv", *out), "must be a checkpoint that torch.load reads"),
+        (("convert", tmp_path / "no.ckpt", *out), "No such file"),
+    ):
+        assert text in refused(capsys, *arguments), arguments
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_other_versions(run, folder, capsys, tmp_path):
+    def changed(name, **values):
+        model = crystalformer.Crystalformer.from_pretrained(run / "model")
+        model.save_pretrained(tmp_path / name)
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return tmp_path / name
+
+    line = refused(capsys, "info", changed("newer", format=2, crystalformer="9.1"))
+    for text in ("format 1", f"crystalformer {crystalformer.__version__} reads", "not 2", "crystalformer==9.1"):
+        assert text in line
+    line = refused(capsys, "predict", changed("unknown", flux=1, crystalformer="9.1"), folder / "last.cif")
+    for text in ("not flux", "crystalformer 9.1", f"this is {crystalformer.__version__}"):
+        assert text in line
+    assert "weights that fit" in refused(capsys, "info", changed("other", num_basis=4))
+    path = changed("torn")
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
+    assert "model.safetensors" in refused(capsys, "info", path)
+    (path / "config.json").write_text("{")
+    assert "config.json" in refused(capsys, "info", path)
+
+
+def test_convert(capsys, tmp_path):
+    torch.save(official_state(), tmp_path / "model.pt")
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    out = tmp_path / "model"
+    arguments = ["convert", str(tmp_path / "model.pt"), "--params", str(tmp_path / "params.json"), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert crystalformer.load(out).names == ("bandgap",)
+    assert "must be a new or an empty folder" in refused(capsys, *arguments)
+
+
+def test_stopped_and_resumed_as_a_program(run, folder, tmp_path):
+    """By SIGTERM: its exit code, one line that says how to go on, and the same result after that."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--data", str(folder / "salts.csv"), "--target", "energy", "volume", "--out", str(out)]
+    code = f"""
+import os, signal, sys, torch; torch.set_num_threads(1)
+from crystalformer import cli
+from crystalformer.training import Progress
+after = Progress.on_train_batch_end
+def stop(self, trainer, *args):
+    after(self, trainer, *args)
+    if trainer.global_step == 4: os.kill(os.getpid(), signal.SIGTERM)
+Progress.on_train_batch_end = stop
+sys.exit(cli.main(["train", *{arguments!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"crystalformer: stopped; go on with: crystalformer train --out {out} --resume"
+    )
+    assert "Traceback" not in done.stderr
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
