@@ -83,25 +83,25 @@ def _basis(edge_weight: Tensor, basis: Sequence[float]) -> RadialBasis | None:
 
 
 def _attention_shapes(  # type: ignore[no-untyped-def]
-    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol
+    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol, tf32
 ):
     return v.shape, decay.shape, (*decay.shape, edge_weight.shape[2])
 
 
 def _attention_parts(  # type: ignore[no-untyped-def]
-    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol
+    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol, tf32
 ):
     return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(edge_weight, basis))
 
 
 def _encoding_shapes(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol, tf32
 ):
     return (num_pairs, decay.shape[1]), (num_pairs, decay.shape[1], edge_weight.shape[1])
 
 
 def _encoding_parts(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol, tf32
 ):
     return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(edge_weight, basis))
 
@@ -115,9 +115,9 @@ def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, decay_
 
 
 LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
-# Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. Few arguments, because
-# torch.library takes a time that grows with their square.
-BASIS = "float[] basis, float tol"
+# Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. `tf32` allows a backend
+# tf32 products. Few arguments, because torch.library takes a time that grows with their square.
+BASIS = "float[] basis, float tol, bool tf32"
 ATTENTION = Op(
     name="attention",
     inputs=("q", "k", "v", "decay", "edge_weight", "positions", "lattice"),

@@ -5,6 +5,7 @@ for the architecture, and the tools that come with Triton say what it takes. One
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,12 @@ from crystalformer.kernels import images
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-# The paper's shape for all tiles; the ends of the range for one.
+PAPER, TILE = (8, 16, 16, 64), (8, 4)
+# Shape, tile, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range for one.
 CASES = [
-    *(((8, 16, 16, 64), tile) for tile in images.SHAPES),
-    *((shape, (8, 4)) for shape in ((16, 64, 64, 128), (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
+    *((PAPER, tile, False) for tile in images.SHAPES),
+    *((shape, TILE, False) for shape in ((16, 64, 64, 128), (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
+    *((shape, TILE, True) for shape in (PAPER, (16, 64, 64, 128))),
 ]
 
 
@@ -39,27 +42,36 @@ def launches():
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
-    for (heads, dim, value_dim, num), tile in CASES:
+    for (heads, dim, value_dim, num), tile, tf32 in CASES:
         images.SHAPES = (tile,)
         x = problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1)).to(
             torch.float32
         )
         geometry = (x.positions, x.lattice, x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
         c = x.decay.new_zeros(*x.decay.shape, num)
-        y, weight, settings = torch.zeros_like(x.v), x.edge_weight[..., :num], ((6.0, 1.0), 0.0)
-        layout = images.pack(*geometry, num, *settings, by_pair=False, merge=False)
+        y, weight, settings = torch.zeros_like(x.v), x.edge_weight[..., :num], ((6.0, 1.0), 0.0, tf32)
+        layout = images.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
         inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
         kernels.OPERATORS["attention"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["attention_backward"](y, x.decay, *inputs, y, x.decay, c, moving)
-        if tile != CASES[0][1]:
+        if tile != TILE:
             continue
-        layout = images.pack(*geometry, num, *settings, by_pair=True, merge=False)
+        layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)
     return noted.values()
+
+
+def loop_instructions(sass):
+    """Instructions of the longest loop, from the disassembly."""
+    code = {int(at, 16): rest for at, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)}
+    places = sorted(code)
+    jumps = [(at, int(to.group(1), 16)) for at in places if (to := re.search(r"BRA.* 0x([0-9a-f]+)", code[at]))]
+    spans = [sum(to <= place <= at for place in places) for at, to in jumps if to < at]
+    return max(spans, default=0)
 
 
 def resources(function, types, kwargs, arch):
@@ -76,6 +88,8 @@ def resources(function, types, kwargs, arch):
         file.flush()
         command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [TOOLS / "cuobjdump", "--dump-sass", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1 and word[-1].isdigit())
     shape = {name: value for name, value in constants.items() if name.isupper()}
     return {
@@ -85,6 +99,7 @@ def resources(function, types, kwargs, arch):
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "loop": loop_instructions(sass),
         **shape,
     }
 

@@ -70,17 +70,19 @@ CASES = [
     ),
     ("tol", 0.0, ValueError, r"tol must be larger than 0 and smaller than 1, not 0\.0"),
     ("tol", "small", TypeError, "tol must be a number, not str"),
+    ("precision", "fast", ValueError, "precision must be 'exact' or 'tf32', not 'fast'"),
     ("decay_min", -1.0, ValueError, r"decay_min must be larger than 0 and finite, not -1\.0"),
 ]
 ARGUMENTS = {
-    "attention": ("q", "k", "v", "decay", "positions", "lattice", "images", "edge_weight", "basis"),
-    "encoding": ("decay", "positions", "lattice", "images", "edge_weight", "basis"),
+    "attention": ("q", "k", "v", "decay", "positions", "lattice", "images", "edge_weight", "basis", "precision"),
+    "encoding": ("decay", "positions", "lattice", "images", "edge_weight", "basis", "precision"),
     "reciprocal": ("q", "k", "v", "decay", "positions", "lattice", "ptr", "tol", "decay_min"),
 }
 
 
 def call(op: str, **change):
-    values = {field.name: getattr(X, field.name) for field in dataclasses.fields(X)} | {"tol": 1e-6, "decay_min": 0.5}
+    values = {field.name: getattr(X, field.name) for field in dataclasses.fields(X)}
+    values |= {"tol": 1e-6, "decay_min": 0.5, "precision": "exact"}
     values = {name: change.get(name, values[name]) for name in ARGUMENTS[op]}
     if op == "reciprocal":
         return cf.reciprocal_attention(decay_reciprocal=values.pop("decay"), **values)

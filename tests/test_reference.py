@@ -84,6 +84,14 @@ def test_without_edge_weight_is_the_simplified_model(backend):
     torch.testing.assert_close(alpha, x.encoding(backend=backend)[0])
 
 
+def test_tf32_is_a_permission_that_these_backends_do_not_use(backend):
+    x = problem(every_pair=True).to(torch.float32)
+    assert torch.equal(x.attention(backend=backend, precision="tf32"), x.attention(backend=backend))
+    args = (x.decay, x.positions, x.lattice, x.images, x.edge_weight, x.basis, backend)
+    for one, other in zip(cf.periodic_encoding(*args, precision="tf32"), cf.periodic_encoding(*args), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_reciprocal_is_the_written_out_sum():
     x = problem(kinds=(("cubic", 2), ("left_handed", 3)))
     y, exact = x.reciprocal(tol=1e-14), []

@@ -57,25 +57,25 @@ def weights(outputs, seed=1):
     return [torch.randn(y.shape, generator=rng, dtype=torch.float64).to(y) for y in outputs]
 
 
-def attention(x, backend, with_basis=True, geometry=True):
+def attention(x, backend, with_basis=True, geometry=True, **options):
     """y, lse and their gradients, by name."""
     names = ["q", "k", "v", "decay", *(["positions", "lattice"] if geometry else []), *(["W"] if with_basis else [])]
     given = dict(zip(["q", "k", "v", "decay", "positions", "lattice", "W"], x.inputs, strict=True))
     given |= {name: given[name].clone().requires_grad_() for name in names}
-    options = {} if with_basis else {"edge_weight": None, "basis": None}
+    options |= {} if with_basis else {"edge_weight": None, "basis": None}
     outputs = x.attention(*given.values(), backend=backend, return_lse=True, **options)
     grads = torch.autograd.grad(outputs, [given[name] for name in names], weights(outputs))
     return dict(zip(["y", "lse", *names], (*(y.detach() for y in outputs), *grads), strict=True))
 
 
-def encoding(x, backend, with_basis=True, geometry=True):
+def encoding(x, backend, with_basis=True, geometry=True, **options):
     """alpha, beta and their gradients, by name."""
     names = ["decay", *(["positions", "lattice"] if geometry else []), *(["W"] if with_basis else [])]
     given = dict(decay=x.decay, positions=x.positions, lattice=x.lattice, W=x.edge_weight)
     given |= {name: given[name].clone().requires_grad_() for name in names}
     if not with_basis:
         given["W"] = None
-    outputs = cf.periodic_encoding(*list(given.values())[:3], x.images, given["W"], x.basis, backend)
+    outputs = cf.periodic_encoding(*list(given.values())[:3], x.images, given["W"], x.basis, backend, **options)
     outputs = outputs if with_basis else outputs[:1]
     grads = torch.autograd.grad(outputs, [given[name] for name in names], weights(outputs))
     return dict(
@@ -105,6 +105,16 @@ def test_encoding(size):
 @pytest.mark.parametrize("function", [attention, encoding])
 def test_without_basis(function):
     assert_as_good_as_the_reference(function, problem(every_pair=True), with_basis=False)
+
+
+@pytest.mark.parametrize("function", [attention, encoding])
+def test_tf32(function):
+    """Within a few roundings of tf32, 2^-11; and not exact, or the mode would do nothing."""
+    x = problem(**SIZES["plain"], every_pair=True)
+    exact, found = function(x, "reference"), function(on_device(x), "triton", precision="tf32")
+    errors = {name: relative_error(found[name].cpu(), exact[name]) for name in exact}
+    assert max(errors.values()) < 4 * 2**-11
+    assert errors["y" if function is attention else "beta"] > 2**-17
 
 
 @pytest.mark.parametrize("function", [attention, encoding])
@@ -175,11 +185,11 @@ def test_takes_fp32_alone():
 
 def attention_arguments(x):
     """Inputs and settings of the operators `triton_attention` and `reference_attention`."""
-    return x.op_inputs, (*x.lists("triton"), *x.basis_and_tol)
+    return x.op_inputs, (*x.lists("triton"), *x.settings)
 
 
 def encoding_arguments(x):
-    settings = (*x.lists("triton", by_pair=True), x.images.num_pairs, *x.basis_and_tol)
+    settings = (*x.lists("triton", by_pair=True), x.images.num_pairs, *x.settings)
     return (x.decay, x.edge_weight, x.positions, x.lattice), settings
 
 
