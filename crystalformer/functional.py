@@ -12,6 +12,7 @@ from .basis import RadialBasis
 from .images import ImageList
 from .layouts import layout as make_layout
 
+HALF = (torch.bfloat16, torch.float16)
 Precision = Literal["exact", "tf32"]
 
 
@@ -85,10 +86,11 @@ def periodic_attention(
         precision: "exact", or "tf32" to allow tf32 products with the basis: faster with triton, with relative errors
             of about 2e-4 in y and 1e-3 in gradients. Backends without tf32 compute exactly.
 
-    All tensors have one dtype, fp32 or fp64, and one device.
+    All tensors have one device and one dtype, fp32 or fp64. Beside fp32, q, k and v may be bf16 or fp16, as they are
+    under autocast: their products are summed in fp32, and y and the gradients of q, k and v rounded once, at the end.
 
     Returns:
-        y (N,H,Dv), or y and lse (N,H).
+        y (N,H,Dv), of v's dtype, or y and lse (N,H), of decay's.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -96,17 +98,27 @@ def periodic_attention(
     """
     known: dict[str, int] = {}
     checks.check_tensor("q", q, "N H D", known)
-    checks.check_dtype("q", q, torch.float32, torch.float64)
+    checks.check_dtype("q", q, torch.float32, torch.float64, *HALF)
     checks.check_tensor("k", k, "N H D", known, like=q)
     checks.check_tensor("v", v, "N H Dv", known, like=q)
-    _check_atoms("decay", decay, positions, lattice, known, like=q)
+    like = q
+    if q.dtype in HALF:
+        checks.check_tensor("decay", decay, "N H", known)
+        checks.check_dtype("decay", decay, torch.float32)
+        like = q.new_empty(0, dtype=torch.float32)
+    _check_atoms("decay", decay, positions, lattice, known, like)
     _check_images(images, decay, known)
-    weight, numbers = _check_value_encoding(edge_weight, basis, known, v)
+    weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
     _refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
+    backend = choose_backend(backend, positions.device, "attention", positions.dtype)
     run, lists, settings = _op("attention", backend, images, positions, lattice, weight.shape[2], numbers, precision)
+    dtype = v.dtype
+    if backend != "triton":  # the only one that reads half precision
+        q, k, v = (x.to(decay.dtype) for x in (q, k, v))
     y, lse, _ = run(q, k, v, decay, weight, positions, lattice, *lists, *settings)
+    y = y.to(dtype)
     return (y, lse) if return_lse else y
 
 
@@ -151,6 +163,7 @@ def periodic_encoding(
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
     weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
     _refuse_forward_mode(decay, positions, lattice, edge_weight)
+    backend = choose_backend(backend, positions.device, "encoding", positions.dtype)
     run, lists, settings = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers, precision)
     alpha, beta = run(decay, weight, positions, lattice, *lists, images.num_pairs, *settings)
     return alpha, None if edge_weight is None else beta
@@ -223,10 +236,9 @@ def _op(
     basis: tuple[float, ...],
     precision: Precision,
 ) -> tuple[Any, tuple[Tensor, ...], tuple[Any, ...]]:
-    """The backend's op, the list as the op takes it, and its settings: basis, tol and tf32."""
+    """A backend's op, the list as the op takes it, and its settings: basis, tol and tf32."""
     if precision not in ("exact", "tf32"):
         raise ValueError(f"precision must be 'exact' or 'tf32', not {precision!r}")
-    backend = choose_backend(backend, positions.device, name, positions.dtype)
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
     tol = 0.0 if moving else images.tol or 0.0

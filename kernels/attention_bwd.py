@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crystalformer.ops import without_autocast
+
 from .functions import LOG2E, basis, dot, gather_heads, load_columns, load_heads, store_heads
 from .geometry import spread
 from .images import scale, unpack
@@ -191,7 +193,7 @@ def attention_backward(
     q_scale = 1 / math.sqrt(q.shape[2])
     results = (dq, d_decay, p_group, ds_group, force)
     scales = (q_scale * log2e, -log2e / x_scale**2, 2 * x_scale**2 / log2e)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), without_autocast(q):
         grad_c = torch.einsum("hdk,nhd->nhk", edge_weight, grad_y).contiguous()
         d_edge_weight = torch.einsum("nhd,nhk->hdk", grad_y, c)
         inputs = (q, k, v, decay, y, lse, grad_y, grad_lse, grad_c, tiles.records, tiles.first, tiles.mu)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crystalformer.ops import without_autocast
+
 from .functions import LN2, basis, dot, gather_heads, load_heads, store_heads
 from .images import scale, unpack
 from .table import forward_blocks, head_blocks
@@ -105,11 +107,11 @@ def attention(
     num = edge_weight.shape[2]
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
     tiles = unpack(layout, len(q), len(col), num)
-    y, lse, c = torch.empty_like(v), torch.empty_like(decay), decay.new_empty(*decay.shape, num)
+    y, lse, c = (decay.new_empty(shape) for shape in (v.shape, decay.shape, (*decay.shape, num)))
     q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
     decay_scale = -math.log2(math.e) / scale(num, basis) ** 2
     tensors = (q, k, v, decay, tiles.records, tiles.first, tiles.mu, y, lse, c)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), without_autocast(q):
         attention_fwd[len(q), head_blocks(q.shape[1])](
             *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape), TF32=tf32
         )

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crystalformer.ops import without_autocast
+
 from .functions import LN2, LOG2E, basis, dot, load_columns, load_heads
 from .geometry import spread, sum_segments
 from .images import FAR, Layout, scale, unpack
@@ -154,7 +156,7 @@ def encoding(
     decay, pairs = decay.contiguous(), unpack(layout, num_pairs, len(col), num)
     alpha = decay.new_empty(num_pairs, decay.shape[1])
     beta = decay.new_empty(*alpha.shape, edge_weight.shape[1])
-    with torch.cuda.device_of(decay):
+    with torch.cuda.device_of(decay), without_autocast(decay):
         for some in _chunks(alpha, num):
             c = _coefficients(decay, pairs, some, alpha[some], num, basis, tf32)
             if num:
@@ -191,7 +193,7 @@ def encoding_backward(
     force = decay.new_empty(len(col) if geometry else 0, blocks)
     x_scale, log2e = scale(num, basis), math.log2(math.e)
     sizes = encoding_backward_blocks(decay, beta, num)
-    with torch.cuda.device_of(decay):
+    with torch.cuda.device_of(decay), without_autocast(decay):
         for some in _chunks(alpha, num):
             g, u = grad_beta[some], alpha.new_empty(0)
             if num:

@@ -22,14 +22,24 @@ from crystalformer import kernels
 from crystalformer.kernels import images
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 PAPER, TILE = (8, 16, 16, 64), (8, 4)
-# Shape, tile, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range for one.
+LARGEST, FP32 = (16, 64, 64, 128), torch.float32
+# Shape, tile, dtype of q, k, v, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range of
+# shapes, tf32 and half precision for one.
 CASES = [
-    *((PAPER, tile, False) for tile in images.SHAPES),
-    *((shape, TILE, False) for shape in ((16, 64, 64, 128), (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
-    *((shape, TILE, True) for shape in (PAPER, (16, 64, 64, 128))),
+    *((PAPER, tile, FP32, False) for tile in images.SHAPES),
+    *((shape, TILE, FP32, False) for shape in (LARGEST, (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
+    *((shape, TILE, FP32, True) for shape in (PAPER, LARGEST)),
+    *((shape, TILE, torch.bfloat16, False) for shape in (PAPER, LARGEST)),
+    *((PAPER, TILE, dtype, True) for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 
@@ -42,14 +52,20 @@ def launches():
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
-    for (heads, dim, value_dim, num), tile, tf32 in CASES:
+    for (heads, dim, value_dim, num), tile, dtype, tf32 in CASES:
         images.SHAPES = (tile,)
-        x = problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1)).to(
-            torch.float32
+        x = (
+            problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1))
+            .to(torch.float32)
+            .half(dtype)
         )
         geometry = (x.positions, x.lattice, x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
         c = x.decay.new_zeros(*x.decay.shape, num)
-        y, weight, settings = torch.zeros_like(x.v), x.edge_weight[..., :num], ((6.0, 1.0), 0.0, tf32)
+        y, weight, settings = (
+            torch.zeros_like(x.v, dtype=torch.float32),
+            x.edge_weight[..., :num],
+            ((6.0, 1.0), 0.0, tf32),
+        )
         layout = images.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
         inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
         kernels.OPERATORS["attention"](*inputs)
@@ -100,6 +116,7 @@ def resources(function, types, kwargs, arch):
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "loop": loop_instructions(sass),
+        "inputs": signature.get("q_p", "*fp32")[1:],
         **shape,
     }
 

@@ -66,6 +66,10 @@ class Problem:
         names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 
+    def half(self, dtype: torch.dtype) -> "Problem":
+        """The same with q, k, v in half precision."""
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+
 
 def problem(
     kinds=MIXED,

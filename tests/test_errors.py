@@ -22,7 +22,7 @@ def spoiled(x: torch.Tensor, value: float) -> torch.Tensor:
 CASES = [
     ("q", X.q.numpy(), TypeError, "q must be a torch.Tensor, not ndarray"),
     ("q", X.q[0], ValueError, r"q must have shape \(N, H, D\), not \(2, 3\)"),
-    ("q", X.q.half(), TypeError, "q must be torch.float32 or torch.float64, not torch.float16"),
+    ("q", X.q.int(), TypeError, r"q must be torch.float32 or torch.float64\b.*, not torch.int32"),
     ("q", spoiled(X.q, NAN), ValueError, r"q must be finite, but q\[0, 0, 1\] is nan"),
     ("k", X.k[:, :, :2], ValueError, r"k must have shape \(N=6, H=2, D=3\), not \(6, 2, 2\)"),
     ("k", X.k.float(), TypeError, "k must be torch.float64, as the other arguments, not torch.float32"),
@@ -111,6 +111,17 @@ def test_decays_below_what_the_images_are_for():
         with pytest.raises(ValueError, match=message):
             call(op, decay=decay)
     call("attention", decay=decay, images=cf.build_images(X.positions, X.lattice, X.ptr, cutoff=6.0))
+
+
+def test_half_precision_is_for_q_k_and_v():
+    half = {name: getattr(X, name).bfloat16() for name in ("q", "k", "v", "decay", "positions", "lattice")}
+    with pytest.raises(TypeError, match=r"k must be torch.bfloat16, as the other arguments, not torch.float16"):
+        call("attention", **half | {"k": X.k.half()})
+    with pytest.raises(TypeError, match=r"decay must be torch.float32, not torch.bfloat16"):
+        call("attention", **half)
+    full = {name: getattr(X, name).float() for name in ("decay", "positions", "lattice")}
+    with pytest.raises(TypeError, match=r"edge_weight must be torch.float32, as the other arguments, not torch.bfloat"):
+        call("attention", **half | full, edge_weight=X.edge_weight.bfloat16())
 
 
 def test_encoding_needs_the_images_of_every_pair():
