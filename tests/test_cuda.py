@@ -1,5 +1,6 @@
 """On an NVIDIA GPU: `make gpu`. The reference and the image lists give there what they give on the CPU."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,22 @@ def test_images_are_the_same():
         there = cf.build_images(x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda(), **options)
         for name in ("row_ptr", "col", "shift", "ptr"):
             assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lists_wait_for_sizes_alone():
+    """As test_images.py counts on the CPU; here PyTorch counts."""
+    x = problem()
+    geometry = (x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda())
+    cf.build_images(*geometry)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            cf.build_images(*geometry)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) <= 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
