@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench gpu aot-36 clean
+.PHONY: demo test lint bench bench-results gpu aot-36 clean
 
 demo: $(INSTALLED)  ## the main job on real crystals, in under five minutes
 	$(BIN)/python -m crystalformer.demo --out demo-output
@@ -18,12 +18,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## speed on this machine
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+bench: $(INSTALLED)  ## is it still as fast? ratios between providers on this machine
+	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+bench-results: $(INSTALLED)  ## bench/results/ and the README's table and plots; OFFICIAL=checkout adds the paper's code
+	$(BIN)/python -m bench all --out bench/results
+	$(BIN)/python -m bench report
 
 gpu:  ## what needs an NVIDIA GPU; takes the Python it finds, with torch, triton, numpy and pytest
 	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py
-	PYTHONPATH=. $(PYTHON) bench/gpu.py
+	PYTHONPATH=. $(PYTHON) -m bench all --device cuda --repeat 200 --out bench/results
 
 aot-36:  ## the Triton kernels on Triton 3.6.0, without a GPU
 	test -x $(VENV)-36/bin/python || $(PYTHON) -m venv $(VENV)-36

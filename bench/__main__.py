@@ -1,0 +1,152 @@
+"""The command line: python -m bench COMMAND. Every command takes --smoke, which does all of it on a few atoms."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import error, gradients, problems, results, speed
+
+CPU_CELLS = ("bigcell-20", "bigcell-80", "bigcell-320", "bigcell-1000")
+CELLS = (*CPU_CELLS, "bigcell-4000")
+# What `all` measures: operations, problems, sizes, providers (none: all). On a CPU the slow providers
+# have the small problems, so that all of it takes ten minutes on two cores.
+FAST, SLOW = ("cpu", "radial-grid"), ("reference", "dense", "edge-list", "paper")
+PLANS: dict[str, list[dict[str, Any]]] = {
+    "cpu": [
+        {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
+        {"ops": ("attention",), "problems": ("w32",), "sizes": ("simple",)},
+        {"ops": ("attention",), "problems": ("w32",), "dtype": "fp64", "providers": ("cpu", "reference")},
+        {"ops": ("attention",), "problems": ("jarvis256", "mp128"), "providers": (*FAST, *SLOW)},
+        {"ops": ("images",), "problems": ("jarvis256", "mp128")},
+        {"ops": ("attention",), "problems": ("tiny", "needle")},
+        {"ops": ("attention",), "problems": CPU_CELLS, "providers": (*FAST, *SLOW)},
+        {"ops": ("attention",), "problems": CELLS[-1:], "providers": (*FAST, *SLOW[1:])},
+    ],
+    "cuda": [
+        {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
+        {"ops": ("attention",), "problems": ("w32",), "sizes": ("simple",)},
+        {
+            "ops": ("attention",),
+            "problems": ("jarvis256", "mp128", "tiny", "needle", *CELLS),
+            "providers": ("triton", "triton-tf32", "triton-graph", "radial-grid", *SLOW, "paper-cuda"),
+        },
+    ],
+}
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "cpu": [{"problems": ("w32",)}, {"problems": ("jarvis256",), "providers": FAST}],
+    "cuda": [{"problems": ("w32", "jarvis256", "mp128")}],
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Speed, memory and exactness, side by side.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("speed", "times and memory of the operators and of building images"),
+        ("memory", "peak memory alone"),
+        ("training", "times and memory of training steps"),
+        ("gradients", "errors of all outputs and gradients against fp64; exit code 1 if a bound is broken"),
+        ("error", "error against the cutoff and the tolerance"),
+        ("all", "everything above, as the README has it"),
+        ("report", "the README's table and plots from the results"),
+    ):
+        _arguments(commands.add_parser(name, help=what, description=what), name)
+    options = parser.parse_args(arguments)
+    if options.command == "report":
+        from . import report
+
+        report.write(options.out)
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.command == "all":
+        return _all(options)
+    if options.command == "gradients":
+        return _gradients(options, options.problems[0])
+    if options.command == "error":
+        return _save(options, "error", error.COLUMNS, error.measure(tuple(options.problems), options.smoke))
+    ops = {"training": ["training"]}.get(options.command) or options.ops
+    plan = {"ops": ops, "problems": options.problems, "sizes": options.sizes, "providers": options.providers}
+    plan |= {"dtype": options.dtype}
+    return _speed(options, options.command, [plan])
+
+
+def _arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    parser.add_argument("--out", type=Path, default=None, help="folder for the CSV; none is written without")
+    if command == "report":
+        parser.set_defaults(out=results.FOLDER)
+        return
+    parser.add_argument("--smoke", action="store_true", help="a few atoms and one turn, to test this program")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU (torch's own choice)")
+    if command in ("speed", "memory", "training", "gradients", "all"):
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if command in ("gradients", "all"):
+        parser.add_argument("--repeat", type=int, default=20, help="runs that must give the same bits (%(default)s)")
+    if command in ("speed", "training", "all"):
+        parser.add_argument("--seconds", type=float, default=1.0, help="to time each call for (%(default)s)")
+    if command == "all":
+        return
+    known = f"{', '.join(problems.NAMES)} or bigcell-N"
+    default = {"memory": CPU_CELLS, "error": ("w32", "needle")}.get(command, ("w32",))
+    parser.add_argument("--problems", nargs="+", default=list(default), help=f"of {known}")
+    if command in ("speed", "memory", "training"):
+        parser.add_argument("--providers", nargs="+", default=[], help="by name (all)")
+        parser.add_argument("--sizes", nargs="+", default=["paper"], choices=problems.SIZES)
+        parser.add_argument("--dtype", default="fp32", choices=speed.DTYPES)
+    if command in ("speed", "memory"):
+        ops = ("attention", "encoding", "images")
+        parser.add_argument("--ops", nargs="+", default=list(ops if command == "speed" else ops[:1]), choices=ops)
+
+
+def _speed(options: argparse.Namespace, name: str, plans: Iterable[Mapping[str, Any]]) -> int:
+    seconds = 0.0 if name == "memory" else options.seconds
+
+    def rows() -> Iterable[dict[str, Any]]:
+        for plan in plans:
+            if options.smoke:
+                plan = {**plan, "sizes": ("smoke",), "seconds": min(seconds, 1e-3)}
+            yield from speed.measure(
+                speed.Plan(**{"seconds": seconds, **plan}, device=options.device, smoke=options.smoke)
+            )
+
+    return _save(options, name, speed.COLUMNS, rows())
+
+
+def _gradients(options: argparse.Namespace, problem: str) -> int:
+    size = "smoke" if options.smoke else "paper"
+    rows = list(gradients.measure(problem, size, options.device, options.repeat, options.smoke))
+    _save(options, "gradients", gradients.COLUMNS, rows)
+    broken = [row for row in rows if not row.get("ok", True)]
+    for row in broken:
+        name = f"{row['op']} {row['backend']} {row['dtype']} {row['precision']} {row['result']}"
+        print(f"BROKEN: {name}: {row['error']:.1e}, more than {row['bound']:.0e}")
+    return 1 if broken else 0
+
+
+def _all(options: argparse.Namespace) -> int:
+    kind = torch.device(options.device).type
+    code = _gradients(options, "w32")
+    if kind == "cpu":
+        _save(options, "error", error.COLUMNS, error.measure(smoke=options.smoke))
+    _speed(options, "speed", PLANS[kind])
+    _speed(options, "training", [{"ops": ("training",), **plan} for plan in STEPS[kind]])
+    return code
+
+
+def _save(options: argparse.Namespace, command: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    device = torch.device(getattr(options, "device", "cpu"))
+    machine = results.environment(device)
+    rows = list(rows)
+    if options.out:
+        file = results.path(command, device, options.out)
+        results.write(file, columns, rows, machine)
+        print(f"{len(rows)} rows written to {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

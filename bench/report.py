@@ -1,0 +1,184 @@
+"""README's table and the plots in bench/results/, from the CSV files there: `report`. Nobody edits them by hand."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from .results import FOLDER, Row, read
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- written by python -m bench report -->", "<!-- end of the report -->"
+PLOTS = ("time.svg", "memory.svg", "error.svg")
+ATTENTION_PROBLEMS = ("w32", "jarvis256", "mp128", "bigcell-1000", "bigcell-4000")
+IMAGE_PROBLEMS = ("w32", "jarvis256", "mp128")
+OURS = ("cpu", "triton", "triton-tf32", "triton-graph", "reference")
+COLORS = {
+    "cpu": "#2563a8", "triton": "#2563a8", "reference": "#7fa8d1", "triton-tf32": "#4b8bc8", "radial-grid": "#3a9a78",
+    "dense": "#d9772b", "edge-list": "#a05195", "paper": "#8a8f98", "paper-cuda": "#8a8f98",
+}  # fmt: skip
+
+
+def write(folder: Path = FOLDER, readme: Path = README) -> None:
+    """Puts the tables between the markers of the README and the plots into the folder.
+
+    Raises:
+        ValueError: if the README has no markers.
+    """
+    text = readme.read_text()
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme} must hold {START!r} and {END!r}, each once")
+    before, rest = text.split(START)
+    readme.write_text(f"{before}{START}\n\n{tables(folder)}\n\n{END}{rest.split(END)[1]}")
+    plots(folder)
+
+
+def tables(folder: Path = FOLDER) -> str:
+    """The tables of all devices as markdown."""
+    speed, training = _rows(folder, "speed"), _rows(folder, "training")
+    parts = [_device(device, speed, training) for device in _devices(speed)]
+    if not any(row["driver"] != "none" for row in speed):
+        parts.append(
+            "**NVIDIA GPU**: absent, none has been measured yet. `make gpu` on a machine with one adds its rows."
+        )
+    return "\n\n".join(parts)
+
+
+def _device(device: str, speed: Sequence[Row], training: Sequence[Row]) -> str:
+    speed = [row for row in speed if row["device"] == device and row["dtype"] == "fp32"]
+    training = [row for row in training if row["device"] == device and row["dtype"] == "fp32"]
+    x = speed[0]
+    versions = f"torch {x['torch']}" + (
+        f", triton {x['triton']}, driver {x['driver']}" if x["driver"] != "none" else ""
+    )
+    threads = "" if x["driver"] != "none" else f", {x['threads']} thread{'s' if x['threads'] != '1' else ''}"
+    title = f"**{device}**{threads}; {versions}; commit {x['commit']}, {x['date']}."
+
+    def attention(row: Row) -> bool:
+        return row["op"] == "attention" and row["size"] == "paper"
+
+    parts = [
+        title,
+        "One attention call of the paper's size, forward and backward, fp32, milliseconds:",
+        _table([row for row in speed if attention(row)], ATTENTION_PROBLEMS, "forward and backward"),
+    ]
+    if training:
+        parts += [
+            "One training step of the paper's model (forward, backward, AdamW), milliseconds; in every row but the "
+            "paper's, our network around that attention:",
+            _table(training, sorted({row["problem"] for row in training}, key=_order), "step"),
+        ]
+    images = [row for row in speed if row["op"] == "images" and row["size"] == "paper"]
+    if images:
+        parts += ["Building the image lists, sorted, milliseconds:", _table(images, IMAGE_PROBLEMS, "build")]
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Row], problems: Iterable[str], direction: str) -> str:
+    """Providers down, problems across; the largest error on the first problem behind them; then why cells are empty."""
+    problems = [name for name in problems if any(row["problem"] == name for row in rows)]
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    found = {(row["provider"], row["problem"]): row for row in rows if row["direction"] == direction and row["ms"]}
+    timed = [name for name in names if any((name, problem) in found for problem in problems)]
+    timed.sort(key=lambda name: float(found[name, problems[0]]["ms"]) if (name, problems[0]) in found else 1e9)
+    counts = {row["problem"]: f"{int(row['atoms']):,} atoms" for row in rows}
+    lines = ["| |" + "".join(f" {name}, {counts[name]} |" for name in problems) + " error |"]
+    lines.append("|---|" + "---|" * (len(problems) + 1))
+    for name in timed:
+        cells = [found.get((name, problem)) for problem in problems]
+        error = max((float(row["error"]) for row in cells if row and row["error"]), default=0.0)
+        texts = [_milliseconds(row) if row else "—" for row in cells] + [f"{error:.0e}" if error else "none"]
+        lines.append(f"| {f'**`{name}`**' if name in OURS else f'`{name}`'} |" + "".join(f" {t} |" for t in texts))
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"] and row["problem"] in problems and (row["provider"], row["problem"]) not in found:
+            reasons.setdefault(re.sub(r"^absent: ", "", row["note"]), []).append(f"`{row['provider']}`")
+    said = [f"{', '.join(dict.fromkeys(who))}: {why}" for why, who in reasons.items()]
+    return "\n".join(lines) + (f"\n\nAbsent: {'; '.join(said)}." if said else "")
+
+
+def _milliseconds(row: Row) -> str:
+    return f"{float(row['ms']):.3g}" if float(row["ms"]) < 1000 else f"{float(row['ms']):.0f}"
+
+
+def _order(problem: str) -> int:
+    return ATTENTION_PROBLEMS.index(problem) if problem in ATTENTION_PROBLEMS else len(ATTENTION_PROBLEMS)
+
+
+def _rows(folder: Path, command: str) -> list[Row]:
+    return [row for file in sorted(folder.glob(f"{command}-*.csv")) for row in read(file)]
+
+
+def _devices(rows: Iterable[Row]) -> list[str]:
+    """GPUs first."""
+    drivers = {row["device"]: row["driver"] for row in rows}
+    return sorted(drivers, key=lambda device: (drivers[device] == "none", device))
+
+
+def plots(folder: Path) -> None:
+    """Time and memory against the cell's size, and error against tol, as SVG files that depend on the rows alone."""
+    import matplotlib
+
+    speed = _rows(folder, "speed")
+    cells = [row for row in speed if row["problem"].startswith("bigcell-") and row["size"] == "paper"]
+    cells = [row for row in cells if row["direction"] == "forward and backward" and row["dtype"] == "fp32"]
+    with matplotlib.rc_context({"svg.hashsalt": "crystalformer", "svg.fonttype": "none", "font.size": 9}):
+        _against_cells(folder / PLOTS[0], cells, "ms", "forward and backward (ms)")
+        _against_cells(folder / PLOTS[1], cells, "peak_mib", "peak memory (MiB)")
+        _error(folder / PLOTS[2], _rows(folder, "error"))
+
+
+def _figure(file: Path, draw: Callable[..., None]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure((5.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e6e8eb", linewidth=0.6)
+    axes.set_axisbelow(True)
+    draw(axes)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, metadata={"Date": None, "Creator": None})
+    # Trailing spaces of matplotlib's, which editors and git complain about.
+    file.write_text(re.sub(r" +$", "", file.read_text(), flags=re.MULTILINE))
+
+
+def _against_cells(file: Path, rows: Sequence[Row], column: str, label: str) -> None:
+    devices = _devices(rows)
+
+    def draw(axes) -> None:
+        for device in devices:
+            for name in dict.fromkeys(row["provider"] for row in rows if row["device"] == device):
+                points = [
+                    (int(row["atoms"]), max(float(row[column]), 0.5 if column == "peak_mib" else 0.0))
+                    for row in rows
+                    if row["device"] == device and row["provider"] == name and row[column]
+                ]
+                style = "o-" if device == devices[0] else "o--"
+                title = name if len(devices) == 1 else f"{name}, {device}"
+                line = {"markersize": 4, "color": COLORS.get(name), "label": title}
+                axes.plot(*zip(*sorted(points), strict=True), style, **line)
+        axes.set(xscale="log", yscale="log", xlabel="atoms in the cell", ylabel=label)
+
+    _figure(file, draw)
+
+
+def _error(file: Path, rows: Sequence[Row]) -> None:
+    decay = min((row["decay"] for row in rows), default="")
+    rows = [row for row in rows if row["decay"] == decay]
+
+    def draw(axes) -> None:
+        for problem, style in zip(dict.fromkeys(row["problem"] for row in rows), ("o-", "s--", "^:"), strict=False):
+            mine = [row for row in rows if row["problem"] == problem and row["rule"] == "tol"]
+            points = [(float(row["value"]), float(row["max"])) for row in mine]
+            axes.plot(*zip(*points, strict=True), style, markersize=4, color="#2563a8", label=f"tol, {problem}")
+            for rule, value, color in (("box", 2.0, "#d9772b"), ("adaptive", 3.5, "#8a8f98")):
+                there = [r for r in rows if (r["problem"], r["rule"], float(r["value"])) == (problem, rule, value)]
+                for row in there:
+                    text = {"box": "the paper's box ±2", "adaptive": "the paper's 3.5 sigma"}[rule]
+                    dash = {"color": color, "linewidth": 1.2, "linestyle": "-" if style == "o-" else "--"}
+                    axes.axhline(float(row["max"]), label=f"{text}, {problem}", **dash)
+        ends = [1e-10, 1e-2]
+        axes.plot(ends, ends, color="#c9ced6", linewidth=1, zorder=0, label="error = tol")
+        axes.set(xscale="log", yscale="log", xlabel="tol", ylabel="largest relative error of an atom")
+
+    _figure(file, draw)
