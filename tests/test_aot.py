@@ -56,6 +56,11 @@ def test_nothing_spills(kernels):
     assert [x for x in kernels if x["spilled"]] == []
 
 
+def test_large_arrays_have_wide_offsets(kernels):
+    """Indices beyond int32 are right: no offset of 32 bits comes from an atom, a pair, a tile or an image."""
+    assert [x for x in kernels if x["narrow"]] == []
+
+
 @pytest.mark.skipif(not version("triton").startswith("3.7."), reason="the budget is for the Triton of constraints.txt")
 def test_registers(kernels):
     paper = dict(H=8, D=16, DV=16, K=64, G=8, BG=4)
