@@ -62,10 +62,12 @@ def dot(x, y, TF32: tl.constexpr):
     x_high = high(x)
     y_high = high(y)
     if TF32:
-        return tl.dot(x_high, y_high, input_precision="tf32")
-    product = tl.dot(x - x_high, y_high, input_precision="tf32")
-    product = tl.dot(x_high, y - y_high, product, input_precision="tf32")
-    return tl.dot(x_high, y_high, product, input_precision="tf32")
+        product = tl.dot(x_high, y_high, input_precision="tf32")
+    else:
+        product = tl.dot(x - x_high, y_high, input_precision="tf32")
+        product = tl.dot(x_high, y - y_high, product, input_precision="tf32")
+        product = tl.dot(x_high, y_high, product, input_precision="tf32")
+    return product
 
 
 @triton.jit
