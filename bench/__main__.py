@@ -32,7 +32,16 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         {
             "ops": ("attention",),
             "problems": ("jarvis256", "mp128", "tiny", "needle", *CELLS),
-            "providers": ("triton", "triton-tf32", "triton-graph", "radial-grid", *SLOW, "paper", "paper-cuda"),
+            "providers": (
+                "triton",
+                "triton-tf32",
+                "triton-bf16",
+                "triton-graph",
+                "radial-grid",
+                *SLOW,
+                "paper",
+                "paper-cuda",
+            ),
         },
     ],
 }

@@ -5,7 +5,7 @@ results that are checked before any of them is.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Provider:
         bound: largest error of any result, relative to the largest value of that result; more is not timed.
         prepare: makes the case of a problem, or raises Absent.
         graph: time the replay of a CUDA graph.
+        instructions: by direction, that a warp issues for an image of a problem of the paper's size, as compiled.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Provider:
     bound: float
     prepare: Callable[[Problem], Case]
     graph: bool = False
+    instructions: Mapping[str, float] = field(default_factory=dict)
 
 
 def function_case(

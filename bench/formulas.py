@@ -18,15 +18,23 @@ atoms forward q, k, v, y (4 H D), decay (H), positions (3); backward q, k, v, y,
 their gradients (3 H), c (H K); W once, and its gradient. The encoding has pairs in the place of atoms in y: it writes
 alpha and beta, (1 + D) P H numbers, and has no q·k.
 
+A kernel that is bound by instructions takes at least as long as all warps' schedulers need to issue them: M images by
+the instructions a warp issues for one (as compiled for sm_90, see `Provider`), over 4 a cycle and multiprocessor at the
+highest clock. `issue_percent` is this time over the measured one; what a loop does not hold, and places of a tile
+without an image, are not in it.
+
 An implementation that leaves out terms below its tolerance does less than this, and may pass 100 % of the roofline.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
 
 from .measure import clock
 from .problems import Problem
+from .results import first_line
 
 
 @dataclass(frozen=True)
@@ -90,3 +98,19 @@ def measure_roof(device: torch.device, smoke: bool = False) -> Roof:
         return min(clock(function, device) for _ in range(40)) / 1e3
 
     return Roof(2 * edge**3 / best(lambda: a @ a), 2 * x.numel() * 4 / best(lambda: y.copy_(x)))
+
+
+@functools.lru_cache
+def issue_rate(device: torch.device) -> float:
+    """Instructions a second that the warps of a GPU can issue together; NaN where its clock is not known."""
+    query = ("--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
+    try:
+        megahertz = float(first_line("nvidia-smi", "-i", str(device.index or 0), *query))
+    except ValueError:
+        return math.nan
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count * 1e6 * megahertz
+
+
+def issue_percent(x: Problem, instructions: float, milliseconds: float, rate: float) -> float:
+    """The share of a time that the issue of so many instructions an image needs."""
+    return 1e5 * x.images.num_images * instructions / rate / milliseconds

@@ -28,10 +28,10 @@ def environment(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "triton": triton,
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if device.type == "cuda"
         else "none",
-        "commit": _first_line("git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": first_line("git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude=*"),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
     )
 
 
-def _first_line(*command: str) -> str:
+def first_line(*command: str) -> str:
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
         return found[0].strip() or "unknown"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .cases import Absent, Case, Provider, truth
-from .formulas import Roof, measure_roof, work
+from .formulas import Roof, issue_percent, issue_rate, measure_roof, work
 from .measure import alternate, captured, peak_memory
 from .problems import Problem, make
 from .providers import PROVIDERS
@@ -16,7 +16,7 @@ from .verify import Wrong, verify
 
 COLUMNS = (
     "op", "problem", "size", "dtype", "provider", "direction", "ms", "p20", "p80", "runs", "peak_mib", "crystals",
-    "atoms", "images", "images_per_s", "gflop", "mbyte", "roofline_percent", "error", "bound", "note",
+    "atoms", "images", "images_per_s", "gflop", "mbyte", "roofline_percent", "issue_percent", "error", "bound", "note",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -86,6 +86,9 @@ def _measure(x: Problem, op: str, plan: Plan, roof: Roof | None) -> Iterator[dic
         row["peak_mib"] = peak_memory(call, x.device)
         if spent := times.get((name, direction)):
             row |= _times(x, op, direction, spent, roof)
+            if direction in provider.instructions and x.size_name == "paper" and x.device.type == "cuda":
+                instructions = provider.instructions[direction]
+                row["issue_percent"] = issue_percent(x, instructions, row["ms"], issue_rate(x.device))
         yield row
     for name, (provider, case, _) in cases.items():
         for direction, note in case.notes.items():

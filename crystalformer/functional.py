@@ -15,6 +15,9 @@ from .layouts import layout as make_layout
 from .reference import pair_atoms
 from .wave_vectors import WaveVectors, build_wave_vectors
 
+HALF = (torch.bfloat16, torch.float16)
+Precision = Literal["exact", "tf32"]
+
 
 @overload
 def periodic_attention(
@@ -29,6 +32,7 @@ def periodic_attention(
     basis: RadialBasis | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
+    precision: Precision = ...,
 ) -> Tensor: ...
 @overload
 def periodic_attention(
@@ -44,6 +48,7 @@ def periodic_attention(
     backend: str = ...,
     *,
     return_lse: Literal[True],
+    precision: Precision = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def periodic_attention(
     q: Tensor,
@@ -57,6 +62,7 @@ def periodic_attention(
     basis: RadialBasis | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    precision: Precision = "exact",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Infinitely connected attention: every atom attends to every periodic image of every atom of its crystal.
 
@@ -80,11 +86,14 @@ def periodic_attention(
         basis: b, with `basis.num` = K; needed with edge_weight.
         backend: "auto", "triton", "cpu" or "reference"; see `available_backends`.
         return_lse: also return log sum_e exp(s_e), differentiable too.
+        precision: "exact", or "tf32" to allow tf32 products with the basis: faster with triton, with relative errors
+            of about 2e-4 in y and 1e-3 in gradients. Backends without tf32 compute exactly.
 
-    All tensors have one dtype, fp32 or fp64, and one device.
+    All tensors have one device and one dtype, fp32 or fp64. Beside fp32, q, k and v may be bf16 or fp16, as they are
+    under autocast: their products are summed in fp32, and y and the gradients of q, k and v rounded once, at the end.
 
     Returns:
-        y (N,H,Dv), or y and lse (N,H).
+        y (N,H,Dv), of v's dtype, or y and lse (N,H), of decay's.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -92,17 +101,27 @@ def periodic_attention(
     """
     known: dict[str, int] = {}
     checks.check_tensor("q", q, "N H D", known)
-    checks.check_dtype("q", q, torch.float32, torch.float64)
+    checks.check_dtype("q", q, torch.float32, torch.float64, *HALF)
     checks.check_tensor("k", k, "N H D", known, like=q)
     checks.check_tensor("v", v, "N H Dv", known, like=q)
-    _check_atoms("decay", decay, positions, lattice, known, like=q)
+    like = q
+    if q.dtype in HALF:
+        checks.check_tensor("decay", decay, "N H", known)
+        checks.check_dtype("decay", decay, torch.float32)
+        like = q.new_empty(0, dtype=torch.float32)
+    _check_atoms("decay", decay, positions, lattice, known, like)
     _check_images(images, decay, known)
-    weight, numbers = _check_value_encoding(edge_weight, basis, known, v)
+    weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
     _refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
-    run, lists, tol = _op("attention", backend, images, positions, lattice, weight.shape[2], numbers)
-    y, lse, _ = run(q, k, v, decay, weight, positions, lattice, *lists, numbers, tol)
+    backend = choose_backend(backend, positions.device, "attention", positions.dtype)
+    run, lists, settings = _op("attention", backend, images, positions, lattice, weight.shape[2], numbers, precision)
+    dtype = v.dtype
+    if backend != "triton":  # the only one that reads half precision
+        q, k, v = (x.to(decay.dtype) for x in (q, k, v))
+    y, lse, _ = run(q, k, v, decay, weight, positions, lattice, *lists, *settings)
+    y = y.to(dtype)
     return (y, lse) if return_lse else y
 
 
@@ -114,6 +133,7 @@ def periodic_encoding(
     edge_weight: Tensor | None = None,
     basis: RadialBasis | None = None,
     backend: str = "auto",
+    precision: Precision = "exact",
 ) -> tuple[Tensor, Tensor | None]:
     """The paper's periodic spatial and value encodings of every pair of atoms, to use in an attention of your own.
 
@@ -126,7 +146,7 @@ def periodic_encoding(
 
     Args:
         decay: (N,H), Å^-2, at least the `decay_min` that images were built for.
-        positions, lattice, edge_weight, basis, backend: as for `periodic_attention`.
+        positions, lattice, edge_weight, basis, backend, precision: as for `periodic_attention`.
         images: from `build_images` with every_pair=True, so that each pair's own sum is within `tol`. With
             reciprocal=True too, alpha without edge_weight is summed in the cheaper of the two spaces; for the sum over
             wave vectors "triton" takes the reference's matrix products.
@@ -148,10 +168,11 @@ def periodic_encoding(
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
     weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
     _refuse_forward_mode(decay, positions, lattice, edge_weight)
+    backend = choose_backend(backend, positions.device, "encoding", positions.dtype)
 
     def real(decay: Tensor) -> tuple[Tensor, Tensor]:
-        run, lists, tol = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers)
-        return run(decay, weight, positions, lattice, *lists, images.num_pairs, numbers, tol)
+        run, lists, settings = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers, precision)
+        return run(decay, weight, positions, lattice, *lists, images.num_pairs, *settings)
 
     if edge_weight is not None or images.crossover is None:
         alpha, beta = real(decay)
@@ -264,15 +285,17 @@ def _op(
     lattice: Tensor,
     num: int,
     basis: tuple[float, ...],
-) -> tuple[Any, tuple[Tensor, ...], float]:
-    """The backend's op, the list as the op takes it, and how much of the weight the op may leave out."""
-    backend = choose_backend(backend, positions.device, name, positions.dtype)
+    precision: Precision,
+) -> tuple[Any, tuple[Tensor, ...], tuple[Any, ...]]:
+    """A backend's op, the list as the op takes it, and its settings: basis, tol and tf32."""
+    if precision not in ("exact", "tf32"):
+        raise ValueError(f"precision must be 'exact' or 'tf32', not {precision!r}")
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
     tol = 0.0 if moving else images.tol or 0.0
     layout = make_layout(backend, images, positions, lattice, num, basis, tol, name == "encoding", merge=not moving)
     run = getattr(torch.ops.crystalformer, f"{backend}_{name}")
-    return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), tol
+    return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), (basis, tol, precision == "tf32")
 
 
 def _refuse_forward_mode(*inputs: Tensor | None) -> None:

@@ -86,8 +86,8 @@ class PeriodicAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: CrystalBatch) -> Tensor:
         """(N,model_dim) to (N,model_dim)."""
-        # Under autocast the projections come in half precision, the sums are in that of the geometry.
-        q, k, v = (self._heads(proj(x).to(batch.positions.dtype)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # In half precision under autocast. What is summed over the images is in the dtype of the geometry.
+        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         score = self.decay(q)
         real, reciprocal = slice(0, self.num_real), slice(self.num_real, self.num_heads)
         outputs = []
@@ -99,7 +99,7 @@ class PeriodicAttention(nn.Module):
             outputs.append(periodic_attention(*heads, *geometry, self.edge_weight, self.basis, self.backend))
         if self.num_real < self.num_heads:
             c = rho(score[:, reciprocal], self.bound_reciprocal) * self.r0_reciprocal**2 / 2
-            heads = (q[:, reciprocal], k[:, reciprocal], v[:, reciprocal], c)
+            heads = (q[:, reciprocal].to(c.dtype), k[:, reciprocal].to(c.dtype), v[:, reciprocal].to(c.dtype), c)
             crystal = (batch.positions, batch.lattice, batch.ptr)
             waves = batch.wave_vectors
             outputs.append(reciprocal_attention(*heads, *crystal, backend=self.reciprocal_backend, wave_vectors=waves))

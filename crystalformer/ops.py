@@ -11,6 +11,7 @@ because they cost extra. Without them it returns empty tensors in their place.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,10 @@ class Op:
     def results(self) -> tuple[str, ...]:
         return (*self.outputs, *self.saved)
 
+    def empty(self, *args: Any) -> tuple[Tensor, ...]:
+        """Results to be filled in, in the geometry's dtype: q, k and v may be in half precision, no sum ever is."""
+        return tuple(args[len(self.inputs) - 1].new_empty(shape) for shape in self.shapes(*args))
+
     @property
     def forward_schema(self) -> str:
         return f"({_tensors(self.inputs)}, {self.settings}) -> {_results(len(self.results))}"
@@ -84,25 +89,25 @@ def _basis(edge_weight: Tensor, basis: Sequence[float]) -> RadialBasis | None:
 
 
 def _attention_shapes(  # type: ignore[no-untyped-def]
-    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol
+    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol, tf32
 ):
     return v.shape, decay.shape, (*decay.shape, edge_weight.shape[2])
 
 
 def _attention_parts(  # type: ignore[no-untyped-def]
-    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol
+    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol, tf32
 ):
     return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(edge_weight, basis))
 
 
 def _encoding_shapes(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol, tf32
 ):
     return (num_pairs, decay.shape[1]), (num_pairs, decay.shape[1], edge_weight.shape[1])
 
 
 def _encoding_parts(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol
+    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol, tf32
 ):
     return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(edge_weight, basis))
 
@@ -130,9 +135,9 @@ def _reciprocal_sum_parts(  # type: ignore[no-untyped-def]
 
 LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
 WAVES = "Tensor ptr, Tensor g_ptr, Tensor g, int max_atoms, int max_vectors"
-# Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. Few arguments, because
-# torch.library takes a time that grows with their square.
-BASIS = "float[] basis, float tol"
+# Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. `tf32` allows a backend
+# tf32 products. Few arguments, because torch.library takes a time that grows with their square.
+BASIS = "float[] basis, float tol, bool tf32"
 ATTENTION = Op(
     name="attention",
     inputs=("q", "k", "v", "decay", "edge_weight", "positions", "lattice"),
@@ -185,7 +190,7 @@ def register(op: Op, backend: str) -> None:
 
     @torch.library.register_fake(forward)
     def _(*args: Any) -> Any:
-        results = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
+        results = op.empty(*args)
         return results if num_results > 1 else results[0]
 
     @torch.library.register_fake(backward)
@@ -237,24 +242,32 @@ def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """What an op computes on the device of x, it computes in its arguments' dtypes: autocast reaches inside ops."""
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+
+
 def implement_reference(op: Op) -> None:
     """Implements the reference backend of an op, on every device, part by part."""
     num_inputs, num_outputs, num_results = len(op.inputs), len(op.outputs), len(op.results)
 
     def forward(*args: Any) -> Any:
-        results = tuple(args[0].new_empty(shape) for shape in op.shapes(*args))
-        for part in op.parts(*args):
-            for result, value in zip(results, part.forward(*args[:num_inputs]), strict=True):
-                result[part.span] = value
+        results = op.empty(*args)
+        with without_autocast(args[0]):
+            for part in op.parts(*args):
+                for result, value in zip(results, part.forward(*args[:num_inputs]), strict=True):
+                    result[part.span] = value
         return results if num_results > 1 else results[0]
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
         grads, arguments, geometry = args[:num_outputs], args[num_outputs : -num_results - 1], args[-1]
         inputs, results = arguments[:num_inputs], args[-num_results - 1 : -1]
         totals = tuple(x.new_zeros(_grad_shape(x, i, num_inputs, geometry)) for i, x in enumerate(inputs))
-        for part in op.parts(*arguments):
-            here = [[x[part.span] for x in tensors] for tensors in (grads, results)]
-            op.part_backward(here[0], inputs, here[1], totals, geometry, **part.settings)
+        with without_autocast(args[0]):
+            for part in op.parts(*arguments):
+                here = [[x[part.span] for x in tensors] for tensors in (grads, results)]
+                op.part_backward(here[0], inputs, here[1], totals, geometry, **part.settings)
         return totals
 
     torch.library.impl(f"{NAMESPACE}::reference_{op.name}", "CompositeExplicitAutograd")(forward)
@@ -267,19 +280,22 @@ def _differentiate_twice(
     """Derivatives of an op's backward with respect to the output gradients and the inputs, through the reference."""
     num_inputs, num_outputs = len(op.inputs), len(op.outputs)
     wanted = num_inputs if geometry else num_inputs - 2
+    dtype = arguments[num_inputs - 1].dtype
     if not arguments[0].numel():  # no atoms
         return tuple(torch.zeros_like(x) for x in (*cotangents, *arguments[:num_inputs]))
 
     def whole(*x: Tensor) -> tuple[Tensor, ...]:
-        pieces = [part.forward(*x, *arguments[wanted:num_inputs]) for part in op.parts(*arguments)]
+        inputs = [t.to(dtype) for t in (*x, *arguments[wanted:num_inputs])]
+        pieces = [part.forward(*inputs) for part in op.parts(*arguments)]
         return tuple(torch.cat(piece) for piece in list(zip(*pieces, strict=True))[:num_outputs])
 
     def backward(*g_and_x: Tensor) -> tuple[Tensor, ...]:
         transpose = torch.func.vjp(whole, *g_and_x[num_outputs:])[1]
         return transpose(g_and_x[:num_outputs])
 
-    results, transpose = torch.func.vjp(backward, *cotangents, *arguments[:wanted])[:2]
-    second = transpose(tuple(_or_zeros(g, r) for g, r in zip(grads, results, strict=False)))
+    with without_autocast(cotangents[0]):
+        results, transpose = torch.func.vjp(backward, *cotangents, *arguments[:wanted])[:2]
+        second = transpose(tuple(_or_zeros(g, r) for g, r in zip(grads, results, strict=False)))
     return (*second, *[None] * (num_inputs - wanted))
 
 

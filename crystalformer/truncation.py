@@ -16,8 +16,8 @@ MAX_LOGIT_RANGE = 500.0
 # Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. A shell
 # that leaves out just this little less than `tol` is not taken for the last, and with a steep decay the next is far.
 BEYOND = 0.01
-# Trial values of b/a in the bound exp(-(a-b) R²) sum exp(-b d²); the best is taken.
-SPLITS = torch.linspace(0.02, 0.5, 25, dtype=torch.float64)
+# First and last trial value of b/a in the bound exp(-(a-b) R²) sum exp(-b d²), and their number; the best is taken.
+SPLITS = (0.02, 0.5, 25)
 # The cutoff is bisected to this fraction of the squared outer radius.
 BISECTIONS = 12
 
@@ -31,7 +31,7 @@ def tail_radius2(t: Tensor, a: float | Tensor, slack: Tensor, lattice: Tensor | 
         slack: (S) logarithms of the bounds to reach.
         lattice: (S) which of the lattices each is for; one each by default.
     """
-    b = SPLITS.to(t.device)[:, None] * a
+    b = torch.linspace(*SPLITS, dtype=t.dtype, device=t.device)[:, None] * a
     b = b.expand(-1, len(t))
     bound, rest = gaussian_sum_bound(t, b), a - b
     if lattice is not None:
@@ -70,7 +70,7 @@ def row_cutoff2(
         excess = weight.new_zeros(num_pairs).index_add_(0, pair, tail) + beyond[crystal] - tol * whole
         excess = torch.where(excess > 0, excess * math.exp(logit_range), excess)
         excess = weight.new_zeros(len(row_crystal)).index_add_(0, pair_row, excess)
-        return torch.bincount(row_crystal[excess > 0], minlength=len(outer2)) == 0
+        return torch.zeros_like(outer2).scatter_reduce_(0, row_crystal, excess, "amax") == 0
 
     return _bisect(holds, outer2)
 

@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& 
                                                  const Tensor& edge_weight, const Tensor& positions,
                                                  const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
                                                  const Tensor& col, const Tensor& shift, const Tensor& layout,
-                                                 at::ArrayRef<double> basis, double tol) {
+                                                 at::ArrayRef<double> basis, double tol, bool /*tf32*/) {
     const AttentionArguments x{q.contiguous(),           k.contiguous(),         v.contiguous(),       decay.contiguous(),
                                edge_weight.contiguous(), positions.contiguous(), lattice.contiguous(), ptr,
                                shift,                    layout,                 basis,                tol};
@@ -162,8 +162,8 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
                                     const Tensor& v, const Tensor& decay, const Tensor& edge_weight,
                                     const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
                                     const Tensor& row_ptr, const Tensor& col, const Tensor& shift, const Tensor& layout,
-                                    at::ArrayRef<double> basis, double tol, const Tensor& y, const Tensor& lse,
-                                    const Tensor& c, bool geometry) {
+                                    at::ArrayRef<double> basis, double tol, bool /*tf32*/, const Tensor& y,
+                                    const Tensor& lse, const Tensor& c, bool geometry) {
     const AttentionArguments x{q.contiguous(),           k.contiguous(),         v.contiguous(),       decay.contiguous(),
                                edge_weight.contiguous(), positions.contiguous(), lattice.contiguous(), ptr,
                                shift,                    layout,                 basis,                tol};
@@ -219,7 +219,7 @@ EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight
 std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
                                         const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
                                         const Tensor& col, const Tensor& shift, const Tensor& layout, int64_t num_pairs,
-                                        at::ArrayRef<double> basis, double tol) {
+                                        at::ArrayRef<double> basis, double tol, bool /*tf32*/) {
     const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const Tensor alpha = at::empty({num_pairs, decay.size(1)}, decay.options());
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor& grad_alpha, const Tensor& grad_beta, const Tensor& decay, const Tensor& edge_weight,
     const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr, const Tensor& col,
     const Tensor& shift, const Tensor& layout, int64_t num_pairs, at::ArrayRef<double> basis, double tol,
-    const Tensor& alpha, const Tensor& beta, bool geometry) {
+    bool /*tf32*/, const Tensor& alpha, const Tensor& beta, bool geometry) {
     const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crystalformer.ops import without_autocast
+
 from .functions import LOG2E, basis, dot, gather_heads, load_columns, load_heads, store_heads
 from .geometry import spread
 from .images import scale, unpack
@@ -51,6 +53,7 @@ def attention_bwd_rows(
     G: tl.constexpr,
     BG: tl.constexpr,
     GEOMETRY: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     BE: tl.constexpr = G * BG
     i = tl.program_id(0).to(tl.int64)
@@ -91,9 +94,9 @@ def attention_bwd_rows(
                     mu = tl.load(mu_p + k)
                     u = load_columns(grad_c_p, i, h, k, H, K)
                 b, from_center = basis(tl.reshape(x, (BE,))[:, None], mu[None, :])  # [BE, BU]
-                weight += dot(b, u)
+                weight += dot(b, u, TF32)
                 if GEOMETRY:
-                    slope += dot(b * from_center, u)
+                    slope += dot(b * from_center, u, TF32)
             weight = tl.reshape(weight, (G, BG, BH))
         ds = p * weight
         ds_group = tl.sum(ds, 0)  # [BG, BH]
@@ -171,6 +174,7 @@ def attention_backward(
     layout: Tensor,
     basis: list[float],
     tol: float,
+    tf32: bool,
     y: Tensor,
     lse: Tensor,
     c: Tensor,
@@ -189,11 +193,12 @@ def attention_backward(
     q_scale = 1 / math.sqrt(q.shape[2])
     results = (dq, d_decay, p_group, ds_group, force)
     scales = (q_scale * log2e, -log2e / x_scale**2, 2 * x_scale**2 / log2e)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), without_autocast(q):
         grad_c = torch.einsum("hdk,nhd->nhk", edge_weight, grad_y).contiguous()
         d_edge_weight = torch.einsum("nhd,nhk->hdk", grad_y, c)
         inputs = (q, k, v, decay, y, lse, grad_y, grad_lse, grad_c, tiles.records, tiles.first, tiles.mu)
-        attention_bwd_rows[grid](*inputs, *results, *scales, **row_blocks(q, v, num, tiles.shape, geometry))
+        blocks = row_blocks(q, v, num, tiles.shape, geometry)
+        attention_bwd_rows[grid](*inputs, *results, *scales, **blocks, TF32=tf32)
         attention_bwd_columns[grid](
             *(q, grad_y, p_group, ds_group, tiles.records, tiles.first, dk, dv),
             q_scale,

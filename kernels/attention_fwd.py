@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crystalformer.ops import without_autocast
+
 from .functions import LN2, basis, dot, gather_heads, load_heads, store_heads
 from .images import scale, unpack
 from .table import forward_blocks, head_blocks
@@ -40,6 +42,7 @@ def attention_fwd(
     BK: tl.constexpr,
     G: tl.constexpr,
     BG: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     BE: tl.constexpr = G * BG
     i = tl.program_id(0).to(tl.int64)
@@ -72,7 +75,7 @@ def attention_fwd(
         o = o * shrink[None, :, None] + p_group[:, :, None] * gather_heads(v_p, j, h, H, DV, BV)
         if K > 0:
             b, _ = basis(tl.reshape(x, (BE,))[None, :], mu[:, None])  # [BK, BE]
-            c = c * shrink[None, :] + dot(b, tl.reshape(tl.permute(p, (0, 2, 1)), (BE, BH)))
+            c = c * shrink[None, :] + dot(b, tl.reshape(tl.permute(p, (0, 2, 1)), (BE, BH)), TF32)
     total = tl.sum(total, 0)
     o = tl.sum(o, 0) / total[:, None]
     store_heads(o_p, i, h, o, H, DV, BV)
@@ -98,18 +101,19 @@ def attention(
     layout: Tensor,
     basis: list[float],
     tol: float,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N,H,Dv), lse (N,H), c (N,H,K): the operator `triton_attention`."""
     num = edge_weight.shape[2]
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
     tiles = unpack(layout, len(q), len(col), num)
-    y, lse, c = torch.empty_like(v), torch.empty_like(decay), decay.new_empty(*decay.shape, num)
+    y, lse, c = (decay.new_empty(shape) for shape in (v.shape, decay.shape, (*decay.shape, num)))
     q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
     decay_scale = -math.log2(math.e) / scale(num, basis) ** 2
     tensors = (q, k, v, decay, tiles.records, tiles.first, tiles.mu, y, lse, c)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q), without_autocast(q):
         attention_fwd[len(q), head_blocks(q.shape[1])](
-            *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape)
+            *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape), TF32=tf32
         )
         if num:
             y.transpose(0, 1).baddbmm_(c.transpose(0, 1), edge_weight.mT)

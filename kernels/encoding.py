@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crystalformer.ops import without_autocast
+
 from .functions import LN2, LOG2E, basis, dot, load_columns, load_heads
 from .geometry import spread, sum_segments
 from .images import FAR, Layout, scale, unpack
@@ -36,6 +38,7 @@ def encoding_fwd(
     BK: tl.constexpr,
     BE: tl.constexpr,
     FAR: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -57,7 +60,7 @@ def encoding_fwd(
         total += tl.sum(p, 0)
         if K > 0:
             b, _ = basis(x[None, :], mu[:, None])  # [BK, BE]
-            c += dot(b, p)
+            c += dot(b, p, TF32)
     tl.store(alpha_p + pair * H + h, (top + tl.log2(total)) * LN2, mask=h < H)
     if K > 0:
         k = tl.arange(0, BK)
@@ -90,6 +93,7 @@ def encoding_bwd(
     BE: tl.constexpr,
     FAR: tl.constexpr,
     GEOMETRY: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -117,9 +121,9 @@ def encoding_bwd(
                 k = o_k + tl.arange(0, BU)
                 u = load_columns(grad_c_p, pair, h, k, H, K)  # [BU, BH]
                 b, from_center = basis(x[:, None], tl.load(mu_p + k)[None, :])  # [BE, BU]
-                ds += dot(b, u)
+                ds += dot(b, u, TF32)
                 if GEOMETRY:
-                    slope += dot(b * from_center, u)
+                    slope += dot(b * from_center, u, TF32)
         ds = p * ds
         d_decay += tl.sum(ds * x2, 0)
         if GEOMETRY:
@@ -145,15 +149,16 @@ def encoding(
     num_pairs: int,
     basis: list[float],
     tol: float,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """alpha (P,H) and beta (P,H,Dv): the operator `triton_encoding`."""
     num = edge_weight.shape[2]
     decay, pairs = decay.contiguous(), unpack(layout, num_pairs, len(col), num)
     alpha = decay.new_empty(num_pairs, decay.shape[1])
     beta = decay.new_empty(*alpha.shape, edge_weight.shape[1])
-    with torch.cuda.device_of(decay):
+    with torch.cuda.device_of(decay), without_autocast(decay):
         for some in _chunks(alpha, num):
-            c = _coefficients(decay, pairs, some, alpha[some], num, basis)
+            c = _coefficients(decay, pairs, some, alpha[some], num, basis, tf32)
             if num:
                 beta[some] = torch.einsum("hdk,nhk->nhd", edge_weight, c)
     return alpha, beta
@@ -174,6 +179,7 @@ def encoding_backward(
     num_pairs: int,
     basis: list[float],
     tol: float,
+    tf32: bool,
     alpha: Tensor,
     beta: Tensor,
     geometry: bool,
@@ -187,18 +193,18 @@ def encoding_backward(
     force = decay.new_empty(len(col) if geometry else 0, blocks)
     x_scale, log2e = scale(num, basis), math.log2(math.e)
     sizes = encoding_backward_blocks(decay, beta, num)
-    with torch.cuda.device_of(decay):
+    with torch.cuda.device_of(decay), without_autocast(decay):
         for some in _chunks(alpha, num):
             g, u = grad_beta[some], alpha.new_empty(0)
             if num:
-                c = _coefficients(decay, pairs, some, torch.empty_like(alpha[some]), num, basis)
+                c = _coefficients(decay, pairs, some, torch.empty_like(alpha[some]), num, basis, tf32)
                 d_edge_weight += torch.einsum("nhd,nhk->hdk", g, c)
                 u = torch.einsum("hdk,nhd->nhk", edge_weight, g).contiguous()
             encoding_bwd[len(g), blocks](
                 *(decay, pairs.records.view(torch.float32), pairs.first[some.start :], pairs.atom[some], pairs.mu),
                 *(alpha[some], beta[some], grad_alpha[some], g, u, d_pair[some], force),
                 *(-log2e / x_scale**2, 2 * x_scale**2 / log2e),
-                **sizes, FAR=FAR, GEOMETRY=geometry,
+                **sizes, FAR=FAR, GEOMETRY=geometry, TF32=tf32,
             )  # fmt: skip
         size = ptr.diff()
         pairs_of_atom = torch.repeat_interleave(size, size, output_size=len(decay))
@@ -214,12 +220,14 @@ def _chunks(alpha: Tensor, num: int) -> list[slice]:
     return [slice(first, min(first + step, len(alpha))) for first in range(0, len(alpha), step)]
 
 
-def _coefficients(decay: Tensor, pairs: Layout, some: slice, alpha: Tensor, num: int, basis: list[float]) -> Tensor:
+def _coefficients(
+    decay: Tensor, pairs: Layout, some: slice, alpha: Tensor, num: int, basis: list[float], tf32: bool
+) -> Tensor:
     """c (n,H,K) of some pairs, whose alpha is written to `alpha`."""
     c = alpha.new_empty(*alpha.shape, num)
     encoding_fwd[len(alpha), head_blocks(alpha.shape[1])](
         *(decay, pairs.records.view(torch.float32), pairs.first[some.start :], pairs.atom[some], pairs.mu, alpha, c),
         *(-math.log2(math.e) / scale(num, basis) ** 2,),
-        **encoding_blocks(decay, num), FAR=FAR,
+        **encoding_blocks(decay, num), FAR=FAR, TF32=tf32,
     )  # fmt: skip
     return c

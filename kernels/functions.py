@@ -54,16 +54,20 @@ def high(x):
 
 
 @triton.jit
-def dot(x, y):
-    """x @ y in three tf32 products; what they leave out, low·low, is below fp32's rounding.
+def dot(x, y, TF32: tl.constexpr):
+    """x @ y in three tf32 products; what they leave out, low·low, is below fp32's rounding. With TF32 in one.
 
     The small terms come first, and nothing large is there yet: tensor cores cut their sums off, they do not round.
     """
     x_high = high(x)
     y_high = high(y)
-    product = tl.dot(x - x_high, y_high, input_precision="tf32")
-    product = tl.dot(x_high, y - y_high, product, input_precision="tf32")
-    return tl.dot(x_high, y_high, product, input_precision="tf32")
+    if TF32:
+        product = tl.dot(x_high, y_high, input_precision="tf32")
+    else:
+        product = tl.dot(x - x_high, y_high, input_precision="tf32")
+        product = tl.dot(x_high, y - y_high, product, input_precision="tf32")
+        product = tl.dot(x_high, y_high, product, input_precision="tf32")
+    return product
 
 
 @triton.jit

@@ -5,6 +5,7 @@ for the architecture, and the tools that come with Triton say what it takes. One
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,23 @@ from crystalformer import kernels
 from crystalformer.kernels import images
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-# The paper's shape for all tiles; the ends of the range for one.
+PAPER, TILE = (8, 16, 16, 64), (8, 4)
+LARGEST, FP32 = (16, 64, 64, 128), torch.float32
+# Shape, tile, dtype of q, k, v, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range of
+# shapes, tf32 and half precision for one.
 CASES = [
-    *(((8, 16, 16, 64), tile) for tile in images.SHAPES),
-    *((shape, (8, 4)) for shape in ((16, 64, 64, 128), (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
+    *((PAPER, tile, FP32, False) for tile in images.SHAPES),
+    *((shape, TILE, FP32, False) for shape in (LARGEST, (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
+    *((shape, TILE, torch.bfloat16, False) for shape in (PAPER, LARGEST)),
+    *((PAPER, TILE, dtype, True) for dtype in (FP32, torch.float16)),
 ]
 
 
@@ -39,27 +51,74 @@ def launches():
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
-    for (heads, dim, value_dim, num), tile in CASES:
+    for (heads, dim, value_dim, num), tile, dtype, tf32 in CASES:
         images.SHAPES = (tile,)
-        x = problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1)).to(
-            torch.float32
+        x = (
+            problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1))
+            .to(torch.float32)
+            .half(dtype)
         )
         geometry = (x.positions, x.lattice, x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
         c = x.decay.new_zeros(*x.decay.shape, num)
-        y, weight, settings = torch.zeros_like(x.v), x.edge_weight[..., :num], ((6.0, 1.0), 0.0)
-        layout = images.pack(*geometry, num, *settings, by_pair=False, merge=False)
+        y, weight, settings = (
+            torch.zeros_like(x.v, dtype=torch.float32),
+            x.edge_weight[..., :num],
+            ((6.0, 1.0), 0.0, tf32),
+        )
+        layout = images.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
         inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
         kernels.OPERATORS["attention"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["attention_backward"](y, x.decay, *inputs, y, x.decay, c, moving)
-        if tile != CASES[0][1]:
+        if tile != TILE:
             continue
-        layout = images.pack(*geometry, num, *settings, by_pair=True, merge=False)
+        layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)
     return noted.values()
+
+
+def loop_instructions(sass):
+    """Instructions of the longest loop, from the disassembly."""
+    code = {int(at, 16): rest for at, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)}
+    places = sorted(code)
+    jumps = [(at, int(to.group(1), 16)) for at in places if (to := re.search(r"BRA.* 0x([0-9a-f]+)", code[at]))]
+    spans = [sum(to <= place <= at for place in places) for at, to in jumps if to < at]
+    return max(spans, default=0)
+
+
+def narrow_offsets(ttir):
+    """Integers of 32 bits, added or multiplied, that come from data or from the number of an atom's or pair's program.
+
+    They overflow where arrays are large. Constants, tl.arange and the number of the head block are bounded by the
+    shape, and additions to pointers are wide whatever the offset.
+    """
+    comes_from = {}
+    for line in ttir.splitlines():
+        made, _, source = line.partition(" = ")
+        names = re.findall(r"%[\w#]+", line.partition(" loc(")[0])
+        if "scf.for" in line:  # the counter and what is carried come from the bounds and from before the loop
+            comes_from |= dict.fromkeys(names, (source, names))
+        for name in re.findall(r"%\w+", made):
+            comes_from[name] = (source, names)
+
+    def unbounded(name, seen):
+        if name in seen or name not in comes_from:
+            return False
+        seen.add(name)
+        source, names = comes_from[name]
+        if "tt.bitcast" in source:  # the bits of a float
+            return False
+        return (
+            "tt.load" in source or "get_program_id x" in source or any(unbounded(x.split("#")[0], seen) for x in names)
+        )
+
+    offset = r"tt\.addptr %[\w#]+, (%[\w#]+) : .*(?:x|, )i32>?(?: loc|$)"
+    result = r"(%\w+) = arith\.(?:muli|addi|subi) .* : (?:tensor<[\dx]+xi32>|i32)(?: loc|$)"
+    names = re.findall(offset, ttir, re.MULTILINE) + re.findall(result, ttir, re.MULTILINE)
+    return sum(unbounded(name.split("#")[0], set()) for name in names)
 
 
 def resources(function, types, kwargs, arch):
@@ -74,8 +133,16 @@ def resources(function, types, kwargs, arch):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        def dump(what):
+            command = [TOOLS / "cuobjdump", f"--dump-{what}", file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dump("resource-usage")
+        # To disassemble takes as long as to compile.
+        paper = zip(("H", "D", "DV", "K", "G", "BG"), (*PAPER, *TILE), strict=True)
+        counted = all(constants.get(name, size) == size for name, size in paper)
+        loop = loop_instructions(dump("sass")) if counted else None
     found = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1 and word[-1].isdigit())
     shape = {name: value for name, value in constants.items() if name.isupper()}
     return {
@@ -85,6 +152,9 @@ def resources(function, types, kwargs, arch):
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "loop": loop,
+        "narrow": narrow_offsets(compiled.asm["ttir"]),
+        "inputs": signature.get("q_p", "*fp32")[1:],
         **shape,
     }
 

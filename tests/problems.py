@@ -38,13 +38,13 @@ class Problem:
         return (self.q, self.k, self.v, self.decay, self.edge_weight, self.positions, self.lattice)
 
     @property
-    def basis_and_tol(self) -> tuple[tuple[float, float], float]:
+    def settings(self) -> tuple[tuple[float, float], float, bool]:
         """The last arguments of the ops; they may leave out nothing but what rounding loses."""
-        return (self.basis.r_max, self.basis.width), 0.0
+        return (self.basis.r_max, self.basis.width), 0.0, False
 
     def lists(self, backend: str, by_pair: bool = False) -> tuple[Tensor, ...]:
         """The image list as the ops of a backend take it."""
-        settings = (self.basis.num, *self.basis_and_tol, by_pair, False)
+        settings = (self.basis.num, *self.settings[:2], by_pair, False)
         layout = make_layout(backend, self.images, self.positions, self.lattice, *settings)
         return (self.ptr, self.images.row_ptr, self.images.col, self.images.shift, layout)
 
@@ -70,6 +70,10 @@ class Problem:
     def to(self, dtype: torch.dtype) -> "Problem":
         names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+    def half(self, dtype: torch.dtype) -> "Problem":
+        """The same with q, k, v in half precision."""
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
 
 def problem(

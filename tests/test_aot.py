@@ -56,6 +56,28 @@ def test_nothing_spills(kernels):
     assert [x for x in kernels if x["spilled"]] == []
 
 
+@pytest.mark.skipif(not version("triton").startswith("3.7."), reason="counted with the Triton of constraints.txt")
+def test_instructions_are_what_the_bench_says(kernels):
+    from bench.providers.library import INSTRUCTIONS
+
+    tile = dict(H=8, D=16, DV=16, K=64, G=8, BG=4)
+    for name, dtype, tf32 in (("triton", "fp32", False), ("triton-tf32", "fp32", True), ("triton-bf16", "bf16", False)):
+        found = {}
+        for x in kernels:
+            same = x["inputs"] == dtype and x.get("TF32", tf32) == tf32
+            if x["arch"] == 90 and same and all(x.get(key, size) == size for key, size in tile.items()) and "G" in x:
+                found[x["kernel"], x.get("GEOMETRY")] = x["loop"] * x["warps"] / 32
+        forward, columns = found["attention_fwd", None], found["attention_bwd_columns", None]
+        backward = forward + columns + found["attention_bwd_rows", False]
+        assert INSTRUCTIONS[name]["forward"] == pytest.approx(forward, rel=0.02)
+        assert INSTRUCTIONS[name]["forward and backward"] == pytest.approx(backward, rel=0.02)
+
+
+def test_large_arrays_have_wide_offsets(kernels):
+    """Indices beyond int32 are right: no offset of 32 bits comes from an atom, a pair, a tile or an image."""
+    assert [x for x in kernels if x["narrow"]] == []
+
+
 @pytest.mark.skipif(not version("triton").startswith("3.7."), reason="the budget is for the Triton of constraints.txt")
 def test_registers(kernels):
     paper = dict(H=8, D=16, DV=16, K=64, G=8, BG=4)

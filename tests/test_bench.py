@@ -12,7 +12,7 @@ import torch
 
 import crystalformer as cf
 from bench import __main__ as program
-from bench import cases, error, gradients, problems, report, results, speed
+from bench import cases, error, formulas, gradients, problems, report, results, speed
 from bench.measure import alternate, peak_memory
 from bench.providers import PROVIDERS
 from bench.verify import Wrong, verify
@@ -160,6 +160,12 @@ def test_smoke_of_speed_memory_and_training(tmp_path, capsys):
             assert "absent" in next(row["note"] for row in rows if row["provider"] == "triton")
     roofline = [row for row in rows if row["roofline_percent"]]
     assert not roofline  # no formula for a whole step
+
+
+def test_share_of_the_issue_bound(small):
+    """A GPU of 132 multiprocessors at 1.98 GHz that takes twice as long as its schedulers need."""
+    needed = 1e3 * small.images.num_images * 22.7 / (4 * 132 * 1.98e9)
+    assert formulas.issue_percent(small, 22.7, 2 * needed, 4 * 132 * 1.98e9) == pytest.approx(50)
 
 
 def test_smoke_of_gradients_and_of_a_broken_bound(tmp_path, monkeypatch, capsys):

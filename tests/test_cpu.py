@@ -221,13 +221,13 @@ def test_operators_refuse_what_they_cannot_read():
     basis = (x.basis.r_max, x.basis.width)
     run, backward = torch.ops.crystalformer.cpu_attention, torch.ops.crystalformer.cpu_attention_backward
     with pytest.raises(RuntimeError, match="need the layout that cpu_layout makes"):
-        run(*x.op_inputs, *lists, torch.empty(0, dtype=torch.uint8), basis, 1e-6)
+        run(*x.op_inputs, *lists, torch.empty(0, dtype=torch.uint8), basis, 1e-6, False)
     merged = torch.ops.crystalformer.cpu_layout(*x.inputs[4:6], *lists, x.basis.num, basis, 1e-6, False, True)
-    outputs = run(*x.op_inputs, *lists, merged, basis, 1e-6)
+    outputs = run(*x.op_inputs, *lists, merged, basis, 1e-6, False)
     with pytest.raises(RuntimeError, match="need a layout made with merge=False"):
-        backward(*outputs[:2], *x.op_inputs, *lists, merged, basis, 1e-6, *outputs, True)
+        backward(*outputs[:2], *x.op_inputs, *lists, merged, basis, 1e-6, False, *outputs, True)
     with pytest.raises(RuntimeError, match="needs contiguous CPU tensors"):
-        run(*x.op_inputs, *lists[:3], x.images.shift.T.contiguous().T, merged, basis, 1e-6)
+        run(*x.op_inputs, *lists[:3], x.images.shift.T.contiguous().T, merged, basis, 1e-6, False)
     g_ptr, g, *sizes = x.wave_vectors()[1:]
     with pytest.raises(RuntimeError, match="ptr and g_ptr must be of the same crystals"):
         torch.ops.crystalformer.cpu_reciprocal(*x.inputs[:6], x.ptr, g_ptr[:-1], g, *sizes)

@@ -1,12 +1,21 @@
 """On an NVIDIA GPU: `make gpu`. The reference and the image lists give there what they give on the CPU."""
 
+import os
+import shutil
+import subprocess
+import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from problems import problem, relative_error
 
 import crystalformer as cf
+from bench.cases import attention_case, library_attention
+from bench.measure import peak_memory
+from bench.problems import make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -18,6 +27,22 @@ def test_images_are_the_same():
         there = cf.build_images(x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda(), **options)
         for name in ("row_ptr", "col", "shift", "ptr"):
             assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lists_wait_for_sizes_alone():
+    """As test_images.py counts on the CPU; here PyTorch counts."""
+    x = problem()
+    geometry = (x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda())
+    cf.build_images(*geometry)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            cf.build_images(*geometry)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) <= 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -60,6 +85,20 @@ def test_auto_is_triton_for_fp32():
     x = on_gpu()
     assert torch.equal(x.attention(backend="auto"), x.attention(backend="triton"))
     assert torch.equal(x.to(torch.float64).attention(backend="auto"), x.to(torch.float64).attention())
+
+
+@needs_triton
+def test_model_under_autocast():
+    torch.manual_seed(0)
+    model = cf.Crystalformer(cf.CrystalformerConfig(num_blocks=2)).cuda()
+    x = problem()
+    batch = cf.CrystalBatch(torch.arange(1, 1 + len(x.positions)), x.positions, x.lattice, x.ptr).to(torch.float32)
+    expected = model(batch.to("cuda"))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = model(batch.to("cuda"))
+    assert relative_error(out, expected) < 0.1
+    out.float().abs().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @needs_triton
@@ -107,6 +146,28 @@ def test_layouts_follow_writes_to_the_positions():
     after = x.attention(backend="triton")
     assert relative_error(after, before) > 1e-4
     assert relative_error(after, x.attention()) < 1e-5
+
+
+@needs_triton
+def test_a_cell_of_4000_atoms_fits_in_a_gib():
+    """Packing the list, forward and backward, with the gradients of positions and lattice."""
+    x = make("bigcell-4000", device="cuda")
+    case = attention_case(x, library_attention(x, "triton"), geometry=True)
+    assert peak_memory(case.calls["with positions and lattice"], x.device) < 1024
+
+
+@needs_triton
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer, of the CUDA toolkit")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_finds_nothing(tool):
+    script = "import triton_contract as t; x = t.problem(every_pair=True); x = t.on_device(x)\n"
+    script += "for function in (t.attention, t.encoding): function(x, 'triton')\n"
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", script]
+    # Without a cache of memory, to see what is beyond a tensor's end.
+    paths = os.pathsep.join([*(str(Path(__file__).parents[k]) for k in (0, 1)), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
 
 
 @needs_triton

@@ -22,7 +22,7 @@ def spoiled(x: torch.Tensor, value: float) -> torch.Tensor:
 CASES = [
     ("q", X.q.numpy(), TypeError, "q must be a torch.Tensor, not ndarray"),
     ("q", X.q[0], ValueError, r"q must have shape \(N, H, D\), not \(2, 3\)"),
-    ("q", X.q.half(), TypeError, "q must be torch.float32 or torch.float64, not torch.float16"),
+    ("q", X.q.int(), TypeError, r"q must be torch.float32 or torch.float64\b.*, not torch.int32"),
     ("q", spoiled(X.q, NAN), ValueError, r"q must be finite, but q\[0, 0, 1\] is nan"),
     ("k", X.k[:, :, :2], ValueError, r"k must have shape \(N=6, H=2, D=3\), not \(6, 2, 2\)"),
     ("k", X.k.float(), TypeError, "k must be torch.float64, as the other arguments, not torch.float32"),
@@ -70,17 +70,19 @@ CASES = [
     ),
     ("tol", 0.0, ValueError, r"tol must be larger than 0 and smaller than 1, not 0\.0"),
     ("tol", "small", TypeError, "tol must be a number, not str"),
+    ("precision", "fast", ValueError, "precision must be 'exact' or 'tf32', not 'fast'"),
     ("decay_min", -1.0, ValueError, r"decay_min must be larger than 0 and finite, not -1\.0"),
 ]
 ARGUMENTS = {
-    "attention": ("q", "k", "v", "decay", "positions", "lattice", "images", "edge_weight", "basis"),
-    "encoding": ("decay", "positions", "lattice", "images", "edge_weight", "basis"),
+    "attention": ("q", "k", "v", "decay", "positions", "lattice", "images", "edge_weight", "basis", "precision"),
+    "encoding": ("decay", "positions", "lattice", "images", "edge_weight", "basis", "precision"),
     "reciprocal": ("q", "k", "v", "decay", "positions", "lattice", "ptr", "tol", "decay_min"),
 }
 
 
 def call(op: str, **change):
-    values = {field.name: getattr(X, field.name) for field in dataclasses.fields(X)} | {"tol": 1e-6, "decay_min": 0.5}
+    values = {field.name: getattr(X, field.name) for field in dataclasses.fields(X)}
+    values |= {"tol": 1e-6, "decay_min": 0.5, "precision": "exact"}
     values = {name: change.get(name, values[name]) for name in ARGUMENTS[op]}
     if op == "reciprocal":
         return cf.reciprocal_attention(decay_reciprocal=values.pop("decay"), **values)
@@ -109,6 +111,17 @@ def test_decays_below_what_the_images_are_for():
         with pytest.raises(ValueError, match=message):
             call(op, decay=decay)
     call("attention", decay=decay, images=cf.build_images(X.positions, X.lattice, X.ptr, cutoff=6.0))
+
+
+def test_half_precision_is_for_q_k_and_v():
+    half = {name: getattr(X, name).bfloat16() for name in ("q", "k", "v", "decay", "positions", "lattice")}
+    with pytest.raises(TypeError, match=r"k must be torch.bfloat16, as the other arguments, not torch.float16"):
+        call("attention", **half | {"k": X.k.half()})
+    with pytest.raises(TypeError, match=r"decay must be torch.float32, not torch.bfloat16"):
+        call("attention", **half)
+    full = {name: getattr(X, name).float() for name in ("decay", "positions", "lattice")}
+    with pytest.raises(TypeError, match=r"edge_weight must be torch.float32, as the other arguments, not torch.bfloat"):
+        call("attention", **half | full, edge_weight=X.edge_weight.bfloat16())
 
 
 def test_encoding_needs_the_images_of_every_pair():

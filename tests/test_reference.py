@@ -84,6 +84,45 @@ def test_without_edge_weight_is_the_simplified_model(backend):
     torch.testing.assert_close(alpha, x.encoding(backend=backend)[0])
 
 
+def test_tf32_is_a_permission_that_these_backends_do_not_use(backend):
+    x = problem(every_pair=True).to(torch.float32)
+    assert torch.equal(x.attention(backend=backend, precision="tf32"), x.attention(backend=backend))
+    args = (x.decay, x.positions, x.lattice, x.images, x.edge_weight, x.basis, backend)
+    for one, other in zip(cf.periodic_encoding(*args, precision="tf32"), cf.periodic_encoding(*args), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(backend, dtype):
+    def run(x):
+        inputs = [t.clone().requires_grad_() for t in x.inputs]
+        y, lse = x.attention(*inputs, backend=backend, return_lse=True)
+        ones = [torch.ones_like(y), torch.ones_like(lse)]
+        return y.detach(), lse.detach(), *torch.autograd.grad((y, lse), inputs, ones)
+
+    x = problem().to(torch.float32).half(dtype)
+    dtypes = [dtype, torch.float32, *[dtype] * 3, *[torch.float32] * 4]
+    for found, expected, kind in zip(run(x), run(x.to(torch.float32)), dtypes, strict=True):
+        assert torch.equal(found, expected.to(kind))
+        assert found.dtype == kind
+
+
+def test_autocast_does_not_reach_the_sums(backend):
+    def run():
+        inputs = [t.clone().requires_grad_() for t in x.inputs]
+        y = x.attention(*inputs, backend=backend)
+        first = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+        # Not through square or sum of y, which autocast may do in half precision.
+        second = torch.autograd.grad(first[0], inputs[1:], torch.ones_like(first[0]))
+        return y.detach(), *(g.detach() for g in first), *second
+
+    x = problem().to(torch.float32)
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for one, other in zip(run(), expected, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_reciprocal_is_the_written_out_sum(backend):
     x = problem(kinds=(("cubic", 2), ("left_handed", 3)))
     y, exact = x.reciprocal(backend=backend, tol=1e-14), []

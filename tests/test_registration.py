@@ -10,7 +10,7 @@ from crystalformer import ops
 
 def arguments(op: ops.Op, backend: str):
     x = problem(every_pair=True)
-    lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.basis_and_tol
+    lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.settings
     if op is ops.ENCODING:
         return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
     if op is ops.ATTENTION:

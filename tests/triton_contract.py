@@ -25,7 +25,7 @@ SIZES = {
     "odd": dict(heads=3, dim=5, value_dim=9, num_basis=20),
     "head blocks": dict(heads=12, dim=8, value_dim=16, num_basis=16, decay_min=1.0),
     "basis blocks": dict(heads=2, dim=16, value_dim=8, num_basis=70, decay_min=1.0),
-    "one head, one atom": dict(kinds=(("skewed", 1),), heads=1, dim=64, value_dim=8, num_basis=16),
+    "one head": dict(kinds=(("skewed", 1), ("cubic", 2)), decay_min=2.0, heads=1, dim=64, value_dim=8, num_basis=16),
     "one image a pair": dict(
         kinds=(("cubic", 12), ("plate", 1)), heads=2, dim=8, value_dim=8, num_basis=16, decay_min=2.0
     ),
@@ -52,30 +52,30 @@ def on_device(x):
 
 
 def weights(outputs, seed=1):
-    """Random numbers that turn outputs into one."""
+    """Random numbers that turn outputs into one, the same in every dtype."""
     rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(y.shape, generator=rng, dtype=torch.float64).to(y) for y in outputs]
+    return [torch.randn(y.shape, generator=rng, dtype=torch.bfloat16).to(y) for y in outputs]
 
 
-def attention(x, backend, with_basis=True, geometry=True):
+def attention(x, backend, with_basis=True, geometry=True, **options):
     """y, lse and their gradients, by name."""
     names = ["q", "k", "v", "decay", *(["positions", "lattice"] if geometry else []), *(["W"] if with_basis else [])]
     given = dict(zip(["q", "k", "v", "decay", "positions", "lattice", "W"], x.inputs, strict=True))
     given |= {name: given[name].clone().requires_grad_() for name in names}
-    options = {} if with_basis else {"edge_weight": None, "basis": None}
+    options |= {} if with_basis else {"edge_weight": None, "basis": None}
     outputs = x.attention(*given.values(), backend=backend, return_lse=True, **options)
     grads = torch.autograd.grad(outputs, [given[name] for name in names], weights(outputs))
     return dict(zip(["y", "lse", *names], (*(y.detach() for y in outputs), *grads), strict=True))
 
 
-def encoding(x, backend, with_basis=True, geometry=True):
+def encoding(x, backend, with_basis=True, geometry=True, **options):
     """alpha, beta and their gradients, by name."""
     names = ["decay", *(["positions", "lattice"] if geometry else []), *(["W"] if with_basis else [])]
     given = dict(decay=x.decay, positions=x.positions, lattice=x.lattice, W=x.edge_weight)
     given |= {name: given[name].clone().requires_grad_() for name in names}
     if not with_basis:
         given["W"] = None
-    outputs = cf.periodic_encoding(*list(given.values())[:3], x.images, given["W"], x.basis, backend)
+    outputs = cf.periodic_encoding(*list(given.values())[:3], x.images, given["W"], x.basis, backend, **options)
     outputs = outputs if with_basis else outputs[:1]
     grads = torch.autograd.grad(outputs, [given[name] for name in names], weights(outputs))
     return dict(
@@ -105,6 +105,54 @@ def test_encoding(size):
 @pytest.mark.parametrize("function", [attention, encoding])
 def test_without_basis(function):
     assert_as_good_as_the_reference(function, problem(every_pair=True), with_basis=False)
+
+
+@pytest.mark.parametrize("function", [attention, encoding])
+def test_tf32(function):
+    """Within a few roundings of tf32, 2^-11; and not exact, or the mode would do nothing."""
+    x = problem(**SIZES["plain"], every_pair=True)
+    exact, found = function(x, "reference"), function(on_device(x), "triton", precision="tf32")
+    errors = {name: relative_error(found[name].cpu(), exact[name]) for name in exact}
+    assert max(errors.values()) < 4 * 2**-11
+    assert errors["y" if function is attention else "beta"] > 2**-17
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """The error-ratio rule from the same rounded q, k, v; what has their dtype is rounded once, at the end."""
+    x = problem(**SIZES["odd"]).half(dtype)
+    exact, plain = (attention(x.to(other), "reference") for other in (torch.float64, torch.float32))
+    # Triton's interpreter cuts bf16 off, a GPU rounds.
+    rounding = torch.finfo(dtype).eps / (1 if DEVICE == "cpu" else 2)
+    for name, found in attention(on_device(x).half(dtype), "triton").items():
+        rounded = name in ("y", "q", "k", "v")
+        assert found.dtype == (dtype if rounded else torch.float32), name
+        bound = 2 * relative_error(plain[name], exact[name]) + (rounding if rounded else 1e-6)
+        assert relative_error(found.cpu(), exact[name]) < bound, name
+
+
+def test_second_derivatives_in_half_precision():
+    """A loss on forces, of q, k, v in bf16."""
+
+    def gradients(x, backend):
+        inputs = [t.clone().requires_grad_() for t in x.inputs]
+        y = x.attention(*inputs, backend=backend)
+        (force,) = torch.autograd.grad(y, inputs[4], weights([y])[0], create_graph=True)
+        return torch.autograd.grad(force.square().sum(), inputs)
+
+    x = problem(kinds=(("skewed", 2),)).half(torch.bfloat16)
+    found = gradients(on_device(x).half(torch.bfloat16), "triton")
+    for one, other in zip(found, gradients(x.to(torch.float64), "reference"), strict=True):
+        assert relative_error(one.cpu(), other) < (2**-8 if one.dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("function", [attention, encoding])
+def test_autocast_does_not_reach_the_sums(function):
+    x = on_device(problem(every_pair=True))
+    expected = function(x, "triton")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        for name, value in function(x, "triton").items():
+            assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("function", [attention, encoding])
@@ -175,17 +223,25 @@ def test_takes_fp32_alone():
 
 def attention_arguments(x):
     """Inputs and settings of the operators `triton_attention` and `reference_attention`."""
-    return x.op_inputs, (*x.lists("triton"), *x.basis_and_tol)
+    return x.op_inputs, (*x.lists("triton"), *x.settings)
 
 
 def encoding_arguments(x):
-    settings = (*x.lists("triton", by_pair=True), x.images.num_pairs, *x.basis_and_tol)
+    settings = (*x.lists("triton", by_pair=True), x.images.num_pairs, *x.settings)
     return (x.decay, x.edge_weight, x.positions, x.lattice), settings
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("attention", attention_arguments), ("encoding", encoding_arguments)])
-def test_opcheck(name, arguments):
-    inputs, settings = arguments(on_device(problem(kinds=(("cubic", 2),), decay_min=2.0, every_pair=True)))
+@pytest.mark.parametrize(
+    ("name", "arguments", "dtype"),
+    [
+        ("attention", attention_arguments, torch.float32),
+        ("attention", attention_arguments, torch.float16),
+        ("encoding", encoding_arguments, torch.float32),
+    ],
+)
+def test_opcheck(name, arguments, dtype):
+    x = on_device(problem(kinds=(("cubic", 2),), decay_min=2.0, every_pair=True)).half(dtype)
+    inputs, settings = arguments(x)
     forward = getattr(torch.ops.crystalformer, f"triton_{name}").default
     torch.library.opcheck(forward, (*(t.clone().requires_grad_() for t in inputs), *settings))
     outputs = forward(*inputs, *settings)
