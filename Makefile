@@ -17,6 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 bench: $(INSTALLED)  ## is it still as fast? ratios between providers on this machine
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name

@@ -17,7 +17,10 @@ struct Grouped {
     Buffer<T> q, k, v, grad_y;
 
     Grouped(const AttentionInputs<T>& in, const T* grad, const Threads& threads)
-        : q(size(in, in.dim)), k(size(in, in.dim)), v(size(in, in.value_dim)), grad_y(grad ? size(in, in.value_dim) : 0) {
+        : q(size(in, in.dim)),
+          k(size(in, in.dim)),
+          v(size(in, in.value_dim)),
+          grad_y(grad ? size(in, in.value_dim) : 0) {
         threads.for_chunks(in.atoms, 32, [&] {
             return [&](int64_t first, int64_t last) {
                 const auto group = kernels<T>().group_heads;
@@ -137,9 +140,9 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
     sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);
 }
 
-#define INSTANTIATE(T)                                                                                           \
-    template void attention(const AttentionInputs<T>&, const AttentionOutputs<T>&, const Threads&);              \
-    template void attention_backward(const AttentionOutputs<const T>&, const AttentionInputs<T>&,                \
+#define INSTANTIATE(T)                                                                              \
+    template void attention(const AttentionInputs<T>&, const AttentionOutputs<T>&, const Threads&); \
+    template void attention_backward(const AttentionOutputs<const T>&, const AttentionInputs<T>&,   \
                                      const AttentionOutputs<const T>&, const AttentionGrads<T>&, const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -9,12 +9,12 @@ template <class T>
 struct AttentionInputs {
     int64_t atoms, crystals;
     int heads, dim, value_dim;
-    const T *q, *k, *v, *decay;            // (N,H,D) (N,H,D) (N,H,Dv) (N,H)
-    const T* edge_weight;                  // (H,Dv,K)
-    const T *positions, *lattice;          // (N,3) (C,3,3), read for the gradients of the geometry only
-    const int64_t* ptr;                    // (C+1)
-    const int32_t* shift;                  // (M,3)
-    double tol;                            // largest fraction of the weight that may be left out
+    const T *q, *k, *v, *decay;    // (N,H,D) (N,H,D) (N,H,Dv) (N,H)
+    const T* edge_weight;          // (H,Dv,K)
+    const T *positions, *lattice;  // (N,3) (C,3,3), read for the gradients of the geometry only
+    const int64_t* ptr;            // (C+1)
+    const int32_t* shift;          // (M,3)
+    double tol;                    // largest fraction of the weight that may be left out
     Layout<T> layout;
     Window window;
 };

@@ -11,8 +11,8 @@ namespace crystalformer::LEVEL {
 
 // result (dim,8) = the sum over some slots of weight x[atom], or += .
 template <class T, class Weight>
-INLINE void weighted_sum(const int32_t* slots, int64_t count, const int32_t* atom, Weight weight, const T* x, int groups,
-                         int group, int dim, bool add, T* result) {
+INLINE void weighted_sum(const int32_t* slots, int64_t count, const int32_t* atom, Weight weight, const T* x,
+                         int groups, int group, int dim, bool add, T* result) {
     constexpr int WIDE = REGISTER_BYTES == 64 ? 16 : 8;  // dimensions at once
     for (int d = 0; d < dim; d += WIDE) {
         const int n = dim - d < WIDE ? dim - d : WIDE;
@@ -96,8 +96,9 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
             Heads<T> whole = Heads<T>::all(0);
             for (int64_t s = 0; s < count; ++s) whole += Heads<T>::load(slot_sum + HEADS * near[s]);
             const Heads<T> inverse = Heads<T>::all(1) / whole;
-            weighted_sum(near, count, atom, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim,
-                         false, grouped);
+            weighted_sum(
+                near, count, atom, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim, false,
+                grouped);
             ungroup_heads(grouped, inverse, in.heads, g, in.value_dim, x.out.y + i * in.heads * in.value_dim);
             store_heads((log2(whole) + norm) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
             T scales[HEADS];
@@ -109,11 +110,13 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
             }
         }
         const int64_t together = (i - first) % x.TOGETHER + 1;
-        if (in.window.num && (together == x.TOGETHER || i + 1 == last)) add_values(x, i + 1 - together, int(together), scratch);
+        if (in.window.num && (together == x.TOGETHER || i + 1 == last))
+            add_values(x, i + 1 - together, int(together), scratch);
     }
 }
 
-// Equations (B2) to (B8), what belongs to the rows: gradients of q and decay, and the sums over the images of each pair.
+// Equations (B2) to (B8), what belongs to the rows: gradients of q and decay, and the sums over the images of each
+// pair.
 template <class T>
 void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
     const AttentionInputs<T>& in = x.in;
@@ -153,8 +156,8 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
                 const int64_t row = (head + h) * in.value_dim;
                 lanes[h] = dot_flat(x.grad.y + row, x.saved.y + row, in.value_dim) - x.grad.lse[head + h];
             }
-            heads_last(grad_c + (HEADS * g * x.TOGETHER + together) * columns, x.TOGETHER * columns, real, in.window.num,
-                       u + HEADS * (half + 1));
+            heads_last(grad_c + (HEADS * g * x.TOGETHER + together) * columns, x.TOGETHER * columns, real,
+                       in.window.num, u + HEADS * (half + 1));
             const Heads<T> delta = Heads<T>::load(lanes);
 
             Transposed<T> t;
@@ -186,8 +189,9 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
             }
             transpose_segment(layout, in.window, w, t, basis);
             store_heads(t.grad_decay, in.heads, g, x.result.decay + i * in.heads);
-            weighted_sum(near, count, atom, [&](int64_t s) { return t.slot_ds + HEADS * s; }, x.k, groups, g, in.dim, false,
-                         grouped);
+            weighted_sum(
+                near, count, atom, [&](int64_t s) { return t.slot_ds + HEADS * s; }, x.k, groups, g, in.dim, false,
+                grouped);
             ungroup_heads(grouped, Heads<T>::all(scale * T(LN_2)), in.heads, g, in.dim,
                           x.result.q + i * in.heads * in.dim);
         }
@@ -223,7 +227,8 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
                 __builtin_prefetch(at(x.pair_ds)(s));  // mirror images lie in rows far apart
                 __builtin_prefetch(at(x.pair_p)(s));
                 near[count] = int32_t(s);
-                count += layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
+                count +=
+                    layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
             }
             const int64_t row = (i * groups + g) * HEADS;
             weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, add, x.grad_k + row * in.dim);

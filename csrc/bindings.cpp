@@ -82,9 +82,9 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     const Window window = window_of(num, basis, tol);
     Tensor block;
     AT_DISPATCH_FLOATING_TYPES(positions.scalar_type(), "cpu_layout", [&] {
-        const Images<scalar_t> images{positions.size(0),     ptr.size(0) - 1,         col.size(0),
-                                      pointer<int64_t>(ptr), pointer<int64_t>(row_ptr), pointer<int32_t>(col),
-                                      pointer<int32_t>(shift), pointer<scalar_t>(p),  pointer<scalar_t>(l)};
+        const Images<scalar_t> images{positions.size(0),       ptr.size(0) - 1,           col.size(0),
+                                      pointer<int64_t>(ptr),   pointer<int64_t>(row_ptr), pointer<int32_t>(col),
+                                      pointer<int32_t>(shift), pointer<scalar_t>(p),      pointer<scalar_t>(l)};
         const LayoutSizes sizes = layout_sizes(images, by_pair, merge);
         int64_t bytes;
         place_layout<scalar_t>(sizes, nullptr, &bytes);
@@ -98,8 +98,12 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     return block;
 }
 
-Tensor like(const Tensor& x) { return at::empty(x.sizes(), x.options()); }
-Tensor like_if(bool wanted, const Tensor& x) { return wanted ? like(x) : at::empty({0}, x.options()); }
+Tensor like(const Tensor& x) {
+    return at::empty(x.sizes(), x.options());
+}
+Tensor like_if(bool wanted, const Tensor& x) {
+    return wanted ? like(x) : at::empty({0}, x.options());
+}
 
 void check_members(bool geometry, const int64_t* entry) {
     TORCH_CHECK(!geometry || entry, "the gradients of positions and lattice need a layout made with merge=False");
@@ -142,9 +146,18 @@ std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& 
                                                  const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
                                                  const Tensor& col, const Tensor& shift, const Tensor& layout,
                                                  at::ArrayRef<double> basis, double tol, bool /*tf32*/) {
-    const AttentionArguments x{q.contiguous(),           k.contiguous(),         v.contiguous(),       decay.contiguous(),
-                               edge_weight.contiguous(), positions.contiguous(), lattice.contiguous(), ptr,
-                               shift,                    layout,                 basis,                tol};
+    const AttentionArguments x{q.contiguous(),
+                               k.contiguous(),
+                               v.contiguous(),
+                               decay.contiguous(),
+                               edge_weight.contiguous(),
+                               positions.contiguous(),
+                               lattice.contiguous(),
+                               ptr,
+                               shift,
+                               layout,
+                               basis,
+                               tol};
     const Tensor y = at::empty(v.sizes(), v.options()), lse = at::empty(decay.sizes(), v.options());
     const Tensor c = at::empty({v.size(0), v.size(1), edge_weight.size(2)}, v.options());
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention", [&] {
@@ -164,14 +177,26 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
                                     const Tensor& row_ptr, const Tensor& col, const Tensor& shift, const Tensor& layout,
                                     at::ArrayRef<double> basis, double tol, bool /*tf32*/, const Tensor& y,
                                     const Tensor& lse, const Tensor& c, bool geometry) {
-    const AttentionArguments x{q.contiguous(),           k.contiguous(),         v.contiguous(),       decay.contiguous(),
-                               edge_weight.contiguous(), positions.contiguous(), lattice.contiguous(), ptr,
-                               shift,                    layout,                 basis,                tol};
+    const AttentionArguments x{q.contiguous(),
+                               k.contiguous(),
+                               v.contiguous(),
+                               decay.contiguous(),
+                               edge_weight.contiguous(),
+                               positions.contiguous(),
+                               lattice.contiguous(),
+                               ptr,
+                               shift,
+                               layout,
+                               basis,
+                               tol};
     const Tensor grads[] = {grad_y.contiguous(), grad_lse.contiguous()};
     const Tensor outputs[] = {y.contiguous(), lse.contiguous(), c.contiguous()};
-    const SevenTensors result{like(q),           like(k),
-                              like(v),           like(decay),
-                              like(edge_weight), like_if(geometry, positions),
+    const SevenTensors result{like(q),
+                              like(k),
+                              like(v),
+                              like(decay),
+                              like(edge_weight),
+                              like_if(geometry, positions),
                               like_if(geometry, lattice)};
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention_backward", [&] {
         const AttentionOutputs<const scalar_t> grad{pointer<scalar_t>(grads[0]), pointer<scalar_t>(grads[1]), nullptr};
@@ -236,8 +261,8 @@ std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor& grad_alpha, const Tensor& grad_beta, const Tensor& decay, const Tensor& edge_weight,
     const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr, const Tensor& col,
-    const Tensor& shift, const Tensor& layout, int64_t num_pairs, at::ArrayRef<double> basis, double tol,
-    bool /*tf32*/, const Tensor& alpha, const Tensor& beta, bool geometry) {
+    const Tensor& shift, const Tensor& layout, int64_t num_pairs, at::ArrayRef<double> basis, double tol, bool /*tf32*/,
+    const Tensor& alpha, const Tensor& beta, bool geometry) {
     const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};
@@ -291,9 +316,17 @@ struct ReciprocalArguments {
 };
 
 Tensor cpu_reciprocal(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& positions,
-                      const Tensor& lattice, const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t, int64_t) {
-    const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                                positions.contiguous(), lattice.contiguous(), ptr,            g_ptr, g};
+                      const Tensor& lattice, const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t,
+                      int64_t) {
+    const ReciprocalArguments x{q.contiguous(),
+                                k.contiguous(),
+                                v.contiguous(),
+                                decay.contiguous(),
+                                positions.contiguous(),
+                                lattice.contiguous(),
+                                ptr,
+                                g_ptr,
+                                g};
     const Tensor y = at::empty(v.sizes(), v.options());
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal", [&] {
         const auto inputs = x.inputs<scalar_t>();
@@ -310,11 +343,18 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
                                    const Tensor& decay, const Tensor& positions, const Tensor& lattice,
                                    const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t, int64_t,
                                    const Tensor& y, bool geometry) {
-    const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                                positions.contiguous(), lattice.contiguous(), ptr,            g_ptr, g};
+    const ReciprocalArguments x{q.contiguous(),
+                                k.contiguous(),
+                                v.contiguous(),
+                                decay.contiguous(),
+                                positions.contiguous(),
+                                lattice.contiguous(),
+                                ptr,
+                                g_ptr,
+                                g};
     const Tensor grad = grad_y.contiguous(), saved = y.contiguous();
-    const SixTensors result{like(x.q),     like(x.k), like(x.v), like(x.decay), like_if(geometry, x.positions),
-                            like_if(geometry, x.lattice)};
+    const SixTensors result{
+        like(x.q), like(x.k), like(x.v), like(x.decay), like_if(geometry, x.positions), like_if(geometry, x.lattice)};
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal_backward", [&] {
         const ReciprocalGrads<scalar_t> to{
             output<scalar_t>(std::get<0>(result)),
@@ -365,7 +405,8 @@ Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Te
 std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& grad_total, const Tensor& decay,
                                                                const Tensor& positions, const Tensor& lattice,
                                                                const Tensor& ptr, const Tensor& g_ptr, const Tensor& g,
-                                                               int64_t, int64_t, int64_t, const Tensor&, bool geometry) {
+                                                               int64_t, int64_t, int64_t, const Tensor&,
+                                                               bool geometry) {
     const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
     const Tensor grad = grad_total.contiguous();
     const auto result = std::make_tuple(like(c), like_if(geometry, p), like_if(geometry, l));
@@ -387,8 +428,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_images(const Tensor& positions, c
                                                       const Tensor& decay_min, double tol, double logit_range,
                                                       double beyond, std::optional<double> cutoff, bool every_pair) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
-    const ImageRequest request{positions.size(0), ptr.size(0) - 1, pointer<double>(p),
-                               pointer<double>(l), pointer<int64_t>(ptr), pointer<double>(a), tol, logit_range, beyond, cutoff, every_pair};
+    const ImageRequest request{positions.size(0),
+                               ptr.size(0) - 1,
+                               pointer<double>(p),
+                               pointer<double>(l),
+                               pointer<int64_t>(ptr),
+                               pointer<double>(a),
+                               tol,
+                               logit_range,
+                               beyond,
+                               cutoff,
+                               every_pair};
     const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
     const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
     Tensor col, shift;
@@ -403,8 +453,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_images(const Tensor& positions, c
     return {row_ptr, col, shift, radius};
 }
 
-PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", "The CPU kernels: importing it registers them.", -1,
-                                 nullptr,               nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module_definition = {PyModuleDef_HEAD_INIT,
+                                 "_C",
+                                 "The CPU kernels: importing it registers them.",
+                                 -1,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr};
 
 }  // namespace
 
@@ -421,4 +478,6 @@ TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
     m.impl("cpu_reciprocal_sum_backward", &cpu_reciprocal_sum_backward);
 }
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module_definition); }
+PyMODINIT_FUNC PyInit__C() {
+    return PyModule_Create(&module_definition);
+}

@@ -23,8 +23,7 @@ template <class T>
 void encoding(const EncodingInputs<T>& in, const EncodingOutputs<T>& out, const Threads& threads) {
     const int64_t values = in.value_dim, num = in.window.num;
     const auto weight = weight_by_basis(in.edge_weight, in.heads, values, num);
-    const EncodingRows<T> rows{
-        .in = in, .out = out, .weight_by_basis = weight.data(), .scratch = scratch_size(in)};
+    const EncodingRows<T> rows{.in = in, .out = out, .weight_by_basis = weight.data(), .scratch = scratch_size(in)};
     threads.for_chunks(in.atoms, 1, [&] {
         return [&, scratch = Buffer<T>(rows.scratch)](int64_t first, int64_t last) mutable {
             kernels<T>().encoding_rows(rows, first, last, scratch.data());
@@ -82,9 +81,9 @@ void encoding_backward(const EncodingOutputs<const T>& grad, const EncodingInput
     sum_by_crystal(row_lattice.data(), in.ptr, in.crystals, result.lattice);
 }
 
-#define INSTANTIATE(T)                                                                                        \
-    template void encoding(const EncodingInputs<T>&, const EncodingOutputs<T>&, const Threads&);              \
-    template void encoding_backward(const EncodingOutputs<const T>&, const EncodingInputs<T>&,                \
+#define INSTANTIATE(T)                                                                           \
+    template void encoding(const EncodingInputs<T>&, const EncodingOutputs<T>&, const Threads&); \
+    template void encoding_backward(const EncodingOutputs<const T>&, const EncodingInputs<T>&,   \
                                     const EncodingOutputs<const T>&, const EncodingGrads<T>&, const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -29,12 +29,13 @@ void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scr
                 for (int m = 0; m < HEADS * padded; ++m) c[m] = 0;
                 Heads<T>::all(0).store(slot_sum);
                 sum_segment(layout, in.window, w, slot, slot_sum, c, basis);
-                store_heads((log2(Heads<T>::load(slot_sum)) + norm) * T(LN_2), in.heads, g, x.out.alpha + pair * in.heads);
+                store_heads((log2(Heads<T>::load(slot_sum)) + norm) * T(LN_2), in.heads, g,
+                            x.out.alpha + pair * in.heads);
                 for (int h = 0; h < HEADS && HEADS * g + h < in.heads && values; ++h) {
                     const int64_t head = HEADS * g + h;
                     for (int d = 0; d < values; ++d) beta[d] = 0;
-                    add_rows<1>(x.weight_by_basis + head * num * values, num, values, c + h * padded + in.window.half + 1, 0,
-                                1, beta, 0);
+                    add_rows<1>(x.weight_by_basis + head * num * values, num, values,
+                                c + h * padded + in.window.half + 1, 0, 1, beta, 0);
                     T* to = x.out.beta + (pair * in.heads + head) * in.value_dim;
                     for (int d = 0; d < in.value_dim; ++d) to[d] = slot_sum[h] > 0 ? beta[d] / slot_sum[h] : T(0);
                 }
@@ -101,12 +102,12 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
                 store_heads(t.grad_decay, in.heads, g, x.result.decay + i * in.heads);
                 for (int h = 0; h < real; ++h)
                     for (int d = 0; d < in.value_dim; ++d)
-                        add_rows<1>(c + h * padded + begin, 1, columns, x.grad.beta + (head + h) * in.value_dim + d, 0, 1,
-                                    grad_weight + (int64_t(HEADS * g + h) * in.value_dim + d) * columns, 0);
+                        add_rows<1>(c + h * padded + begin, 1, columns, x.grad.beta + (head + h) * in.value_dim + d, 0,
+                                    1, grad_weight + (int64_t(HEADS * g + h) * in.value_dim + d) * columns, 0);
             }
             if (slope)
-                add_forces(layout, in.positions, in.lattice + 9 * x.crystal[i], in.shift, pair, 1, layout.pair_col + pair,
-                           i, slope, x.pair_force + 3 * pair, x.row_lattice + 9 * i);
+                add_forces(layout, in.positions, in.lattice + 9 * x.crystal[i], in.shift, pair, 1,
+                           layout.pair_col + pair, i, slope, x.pair_force + 3 * pair, x.row_lattice + 9 * i);
         }
     }
 }

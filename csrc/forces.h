@@ -9,8 +9,9 @@ namespace crystalformer::LEVEL {
 // force (slots,3) = sum over a slot's images of (dloss/dd / d) r, and lattice (9) += sum n (dloss/dd / d) r.
 // slope: (members) of the segment, dloss/dd / d.
 template <class T>
-INLINE void add_forces(const Layout<T>& layout, const T* positions, const T* cell, const int32_t* shift, int64_t segment,
-                       int64_t slots, const int32_t* atom, int64_t i, const T* slope, T* force, T* lattice) {
+INLINE void add_forces(const Layout<T>& layout, const T* positions, const T* cell, const int32_t* shift,
+                       int64_t segment, int64_t slots, const int32_t* atom, int64_t i, const T* slope, T* force,
+                       T* lattice) {
     for (int64_t x = 0; x < 3 * slots; ++x) force[x] = 0;
     const int64_t first = layout.entry_ptr[segment], end = layout.shell_end[segment];
     if (end == first) return;

@@ -15,7 +15,9 @@ constexpr int SPLITS = 25, BISECTIONS = 12, GRID = 1 << BISECTIONS;
 
 using Vector = std::array<double, 3>;
 
-double dot(const Vector& a, const Vector& b) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
+double dot(const Vector& a, const Vector& b) {
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
+}
 
 // L = T Q, T upper triangular with a positive diagonal, Q orthogonal: Gram-Schmidt from the last row up.
 struct Cell {
@@ -33,7 +35,9 @@ struct Cell {
             for (int x = 0; x < 3; ++x) q[row][x] = rest[x] / t[row][row];
         }
     }
-    Vector rotate(const double* p) const { return {dot({p[0], p[1], p[2]}, q[0]), dot({p[0], p[1], p[2]}, q[1]), dot({p[0], p[1], p[2]}, q[2])}; }
+    Vector rotate(const double* p) const {
+        return {dot({p[0], p[1], p[2]}, q[0]), dot({p[0], p[1], p[2]}, q[1]), dot({p[0], p[1], p[2]}, q[2])};
+    }
 };
 
 // Squared radius beyond which a Gaussian sum over the lattice is at most exp(slack), equation (10).
@@ -136,8 +140,10 @@ double grid_value(double high, int k) {
     double low = 0;
     for (int step = GRID / 2, at = 0; step; step /= 2) {
         const double middle = 0.5 * (low + high);
-        if (at + step >= k) high = middle;
-        else low = middle, at += step;
+        if (at + step >= k)
+            high = middle;
+        else
+            low = middle, at += step;
     }
     return high;
 }
@@ -161,7 +167,8 @@ struct Row {
 
     // exp(a (relative2 - d^2)) of the images of the pair enumerated last.
     void weigh_last_pair(double a, double relative2) {
-        for (size_t e = first.back(); e < images.size(); ++e) weight.push_back(std::exp(a * (relative2 - images[e].d2)));
+        for (size_t e = first.back(); e < images.size(); ++e)
+            weight.push_back(std::exp(a * (relative2 - images[e].d2)));
     }
     double last_pair_nearest2() const {
         double nearest2 = INFINITY;
@@ -204,7 +211,8 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     // has its own squared cutoff.
     std::vector<std::atomic<int>> largest(size_t(in.crystals));
     std::vector<int64_t> first_pair(size_t(in.atoms) + 1);
-    for (int64_t i = 0; i < in.atoms; ++i) first_pair[i + 1] = first_pair[i] + in.ptr[crystal[i] + 1] - in.ptr[crystal[i]];
+    for (int64_t i = 0; i < in.atoms; ++i)
+        first_pair[i + 1] = first_pair[i] + in.ptr[crystal[i] + 1] - in.ptr[crystal[i]];
     std::vector<double> pair_cutoff2(in.every_pair ? size_t(first_pair[in.atoms]) : 0);
 
     const auto search_row = [&](int64_t i, Row& row) {
@@ -216,7 +224,8 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
         pairs_of[c].of(i - begin, in.every_pair ? INFINITY : std::sqrt(outer2[c]), near);
         for (const int32_t in_crystal : near) {
             const int64_t j = begin + in_crystal;
-            const Vector r = {rotated[j][0] - rotated[i][0], rotated[j][1] - rotated[i][1], rotated[j][2] - rotated[i][2]};
+            const Vector r = {rotated[j][0] - rotated[i][0], rotated[j][1] - rotated[i][1],
+                              rotated[j][2] - rotated[i][2]};
             const double near2 = in.every_pair ? near_image2(cell, r) : 0;
             const double radius2 = in.every_pair ? tails[c].squared(slack - a * near2) : outer2[c];
             row.first.push_back(row.images.size());
@@ -238,7 +247,8 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
         if (in.every_pair) {
             for (size_t p = 0; p < pairs; ++p) {
                 const double allowed = in.tol * row.whole(p);
-                const int k = bisect(0, [&](int k) { return row.beyond(p, grid_value(pair_outer2[p], k)) + pair_beyond[p] <= allowed; });
+                const int k = bisect(
+                    0, [&](int k) { return row.beyond(p, grid_value(pair_outer2[p], k)) + pair_beyond[p] <= allowed; });
                 pair_cutoff2[first_pair[i] + p] = grid_value(pair_outer2[p], k);
             }
             return;
@@ -295,7 +305,8 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
             for (int64_t i = first; i < last && !in.cutoff; ++i) {
                 const int64_t begin = in.ptr[crystal[i]];
                 std::erase_if(rows_[i], [&](const FoundImage& e) {
-                    const double cutoff2 = in.every_pair ? pair_cutoff2[first_pair[i] + e.col - begin] : outer2[crystal[i]];
+                    const double cutoff2 =
+                        in.every_pair ? pair_cutoff2[first_pair[i] + e.col - begin] : outer2[crystal[i]];
                     return e.d2 > cutoff2;
                 });
             }

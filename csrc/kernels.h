@@ -12,52 +12,54 @@
 
 namespace crystalformer {
 
-inline int groups_of(int heads) { return (heads + 7) / 8; }
+inline int groups_of(int heads) {
+    return (heads + 7) / 8;
+}
 
 template <class T>
 struct AttentionRows {
     static constexpr int TOGETHER = 4;  // rows that a thread takes, and multiplies with the weight, at once
     const AttentionInputs<T>& in;
-    AttentionOutputs<T> out = {};              // forward only
+    AttentionOutputs<T> out = {};                     // forward only
     AttentionOutputs<const T> saved = {}, grad = {};  // backward only: the outputs and their gradients
     AttentionGrads<T> result = {};
-    const T *q, *k, *v, *grad_y = nullptr;     // (N,G,D,8) (N,G,D,8) (N,G,Dv,8) (N,G,Dv,8)
-    const T* weight;                           // (H,K,tiled Dv) forward, (H,Dv,tiled K) backward
+    const T *q, *k, *v, *grad_y = nullptr;  // (N,G,D,8) (N,G,D,8) (N,G,Dv,8) (N,G,Dv,8)
+    const T* weight;                        // (H,K,tiled Dv) forward, (H,Dv,tiled K) backward
     // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.
     int64_t first_row = 0, last_row = 0, first_pair = 0, block_pairs = 0;
-    T *pair_p = nullptr, *pair_ds = nullptr;   // (G,block_pairs,8) sums over the images of a pair
-    int64_t* next_pair = nullptr;              // (N) the first pair (i, j) with j not in a block so far
-    T *grad_k = nullptr, *grad_v = nullptr;    // (N,G,D,8) (N,G,Dv,8) sums over the blocks so far
-    T* reach2 = nullptr;                       // (N,G) squared distance beyond which a row left images out
-    const int64_t* crystal = nullptr;          // (N)
-    T* pair_force = nullptr;                   // (pairs,3) dloss/dr summed over the images of a pair
-    T* row_lattice = nullptr;                  // (N,9) each row's part of the gradient of its lattice
-    int64_t scratch;                           // numbers of scratch space a thread needs
+    T *pair_p = nullptr, *pair_ds = nullptr;  // (G,block_pairs,8) sums over the images of a pair
+    int64_t* next_pair = nullptr;             // (N) the first pair (i, j) with j not in a block so far
+    T *grad_k = nullptr, *grad_v = nullptr;   // (N,G,D,8) (N,G,Dv,8) sums over the blocks so far
+    T* reach2 = nullptr;                      // (N,G) squared distance beyond which a row left images out
+    const int64_t* crystal = nullptr;         // (N)
+    T* pair_force = nullptr;                  // (pairs,3) dloss/dr summed over the images of a pair
+    T* row_lattice = nullptr;                 // (N,9) each row's part of the gradient of its lattice
+    int64_t scratch;                          // numbers of scratch space a thread needs
 };
 
 template <class T>
 struct EncodingRows {
     const EncodingInputs<T>& in;
-    EncodingOutputs<T> out = {};                      // forward only
-    EncodingOutputs<const T> saved = {}, grad = {};   // backward only: the outputs and their gradients
+    EncodingOutputs<T> out = {};                     // forward only
+    EncodingOutputs<const T> saved = {}, grad = {};  // backward only: the outputs and their gradients
     EncodingGrads<T> result = {};
     const T *weight_by_basis = nullptr, *weight = nullptr;  // (H,K,tiled Dv) forward, (H,Dv,tiled K) backward
-    const int64_t* crystal = nullptr;                 // (N)
-    T* pair_force = nullptr;                          // (P,3) dloss/dr summed over the images of a pair
-    T* row_lattice = nullptr;                         // (N,9) each row's part of the gradient of its lattice
-    int64_t scratch;                                  // numbers of scratch space a thread needs
+    const int64_t* crystal = nullptr;                       // (N)
+    T* pair_force = nullptr;                                // (P,3) dloss/dr summed over the images of a pair
+    T* row_lattice = nullptr;                               // (N,9) each row's part of the gradient of its lattice
+    int64_t scratch;                                        // numbers of scratch space a thread needs
 };
 
 // One crystal in reciprocal space. Its atoms come in tiles of eight, the last one padded with zeros.
 template <class T>
 struct ReciprocalCrystal {
-    int64_t begin, end, tiles;      // atoms
-    int64_t vectors, shells;        // a shell is vectors of one length
-    const int32_t *g, *shell_end;   // (vectors,3) (shells)
-    const T* length2;               // (shells)
-    double basis[9];                // rows are the reciprocal lattice vectors, 2 pi included
-    T* phase;                       // (tiles,vectors,2,8) cos and sin of G·p
-    T *k, *v;                       // (tiles,H,D,8) (tiles,H,Dv,8)
+    int64_t begin, end, tiles;     // atoms
+    int64_t vectors, shells;       // a shell is vectors of one length
+    const int32_t *g, *shell_end;  // (vectors,3) (shells)
+    const T* length2;              // (shells)
+    double basis[9];               // rows are the reciprocal lattice vectors, 2 pi included
+    T* phase;                      // (tiles,vectors,2,8) cos and sin of G·p
+    T *k, *v;                      // (tiles,H,D,8) (tiles,H,Dv,8)
     int64_t atoms() const { return end - begin; }
     int64_t columns() const { return 8 * tiles; }
 };
@@ -66,9 +68,9 @@ template <class T>
 struct ReciprocalRows {
     const ReciprocalInputs<T>& in;
     const ReciprocalCrystal<T>* crystals;
-    const int64_t* crystal;                   // (N)
-    const int64_t* first_pair = nullptr;      // (N), of the sums alone: where a row's pairs begin
-    T* y = nullptr;                           // forward only
+    const int64_t* crystal;                     // (N)
+    const int64_t* first_pair = nullptr;        // (N), of the sums alone: where a row's pairs begin
+    T* y = nullptr;                             // forward only
     const T *grad = nullptr, *saved = nullptr;  // backward only: of y, and y
     ReciprocalGrads<T> result = {};
     // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.

@@ -225,9 +225,9 @@ void build_layout(const Images<T>& images, const Window& window, double spread, 
     });
 }
 
-#define INSTANTIATE(T)                                                                                          \
-    template LayoutSizes layout_sizes(const Images<T>&, bool, bool);                                            \
-    template Layout<T> place_layout(const LayoutSizes&, char*, int64_t*);                                       \
+#define INSTANTIATE(T)                                                    \
+    template LayoutSizes layout_sizes(const Images<T>&, bool, bool);      \
+    template Layout<T> place_layout(const LayoutSizes&, char*, int64_t*); \
     template void build_layout(const Images<T>&, const Window&, double, const LayoutSizes&, char*, const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)

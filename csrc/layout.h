@@ -7,9 +7,9 @@
 
 namespace crystalformer {
 
-// Which of the basis functions b_m(d) = exp(-(d - mu_m)^2 / (2 w^2)), mu_m = m * spacing, m = 1..num, matter at d: those
-// within `half` spacings. Distances are cut into bins of `step` spacings; all of one bin share one window of `size`
-// functions, m = bin * step - half + (0..size-1).
+// Which of the basis functions b_m(d) = exp(-(d - mu_m)^2 / (2 w^2)), mu_m = m * spacing, m = 1..num, matter at d:
+// those within `half` spacings. Distances are cut into bins of `step` spacings; all of one bin share one window of
+// `size` functions, m = bin * step - half + (0..size-1).
 struct Window {
     static constexpr int TILE = 16;  // the size is a multiple of it
 

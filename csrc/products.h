@@ -8,8 +8,8 @@ namespace crystalformer::LEVEL {
 
 constexpr int TILE = Window::TILE;
 
-// result[r] (n) += sum_s x[r * x_row + s * x_step] row_s for R rows of the result, `stride` apart, and `count` rows of n
-// numbers, n a multiple of TILE. Each load of a row serves all R.
+// result[r] (n) += sum_s x[r * x_row + s * x_step] row_s for R rows of the result, `stride` apart, and `count` rows of
+// n numbers, n a multiple of TILE. Each load of a row serves all R.
 template <int R, class T>
 INLINE void add_rows(const T* rows, int count, int n, const T* x, int64_t x_row, int64_t x_step, T* result,
                      int64_t stride) {
@@ -28,8 +28,7 @@ INLINE void add_rows(const T* rows, int count, int n, const T* x, int64_t x_row,
                 for (int r = 0; r < R; ++r) sum[r][chain] += row * x[r * x_row + (s + chain) * x_step];
             }
         for (; s < count; ++s)
-            for (int r = 0; r < R; ++r)
-                sum[r][0] += P::load(rows + int64_t(s) * n + tile) * x[r * x_row + s * x_step];
+            for (int r = 0; r < R; ++r) sum[r][0] += P::load(rows + int64_t(s) * n + tile) * x[r * x_row + s * x_step];
         for (int r = 0; r < R; ++r) {
             if constexpr (CHAINS == 2) sum[r][0] += sum[r][1];
             sum[r][0].store(result + r * stride + tile);
@@ -50,8 +49,8 @@ template <class T>
 void sum_outer_products(const T* g, const T* c, int64_t atoms, int heads, int values, int num, int64_t first,
                         int64_t last, T* result) {
     using P = Pack<T, TILE>;
-    constexpr int WIDE = 8;              // values at once
-    constexpr int64_t ATOMS = 64;        // a sum over many atoms is one of shorter sums: less rounding
+    constexpr int WIDE = 8;        // values at once
+    constexpr int64_t ATOMS = 64;  // a sum over many atoms is one of shorter sums: less rounding
     for (int64_t h = first; h < last; ++h) {
         T* matrix = result + h * values * num;
         for (int x = 0; x < values * num; ++x) matrix[x] = 0;

@@ -35,9 +35,13 @@ class Crystals {
   public:
     // `by_vector`: every vector is a shell of its own, which the gradients of the geometry need.
     Crystals(const ReciprocalInputs<T>& in, bool backward, bool by_vector, const Threads& threads)
-        : all(size_t(in.crystals)), crystal(crystal_of_atom(in.ptr, in.crystals)),
-          shell_end_(in.g_ptr[in.crystals]), length2_(in.g_ptr[in.crystals]), phase_(phases(in)),
-          k_(padded_atoms(in) * in.heads * in.dim), v_(backward ? padded_atoms(in) * in.heads * in.value_dim : 0) {
+        : all(size_t(in.crystals)),
+          crystal(crystal_of_atom(in.ptr, in.crystals)),
+          shell_end_(in.g_ptr[in.crystals]),
+          length2_(in.g_ptr[in.crystals]),
+          phase_(phases(in)),
+          k_(padded_atoms(in) * in.heads * in.dim),
+          v_(backward ? padded_atoms(in) * in.heads * in.value_dim : 0) {
         int64_t phase = 0, atoms = 0, largest = 0;
         for (int64_t c = 0; c < in.crystals; ++c) {
             ReciprocalCrystal<T>& x = all[c];
@@ -121,7 +125,8 @@ void for_rows(const ReciprocalRows<T>& rows, int64_t begin, int64_t end, Kernel 
 template <class T>
 std::vector<int64_t> first_pairs(const ReciprocalInputs<T>& in, const std::vector<int64_t>& crystal) {
     std::vector<int64_t> first(size_t(in.atoms));
-    for (int64_t i = 1; i < in.atoms; ++i) first[i] = first[i - 1] + in.ptr[crystal[i - 1] + 1] - in.ptr[crystal[i - 1]];
+    for (int64_t i = 1; i < in.atoms; ++i)
+        first[i] = first[i - 1] + in.ptr[crystal[i - 1] + 1] - in.ptr[crystal[i - 1]];
     return first;
 }
 
@@ -207,7 +212,8 @@ void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* 
         .result = result,
         .scratch = crystals.scratch,
     };
-    backward_in_blocks(rows, true, kernels<T>().reciprocal_backward_rows, kernels<T>().reciprocal_backward_columns, threads);
+    backward_in_blocks(rows, true, kernels<T>().reciprocal_backward_rows, kernels<T>().reciprocal_backward_columns,
+                       threads);
 }
 
 template <class T>
@@ -241,12 +247,12 @@ void reciprocal_sum_backward(const T* grad, const ReciprocalInputs<T>& in, const
                        kernels<T>().reciprocal_sum_backward_columns, threads);
 }
 
-#define INSTANTIATE(T)                                                                                              \
-    template void reciprocal(const ReciprocalInputs<T>&, T*, const Threads&);                                       \
-    template void reciprocal_backward(const T*, const ReciprocalInputs<T>&, const T*, const ReciprocalGrads<T>&,    \
-                                      const Threads&);                                                              \
-    template void reciprocal_sum(const ReciprocalInputs<T>&, T*, const Threads&);                                   \
-    template void reciprocal_sum_backward(const T*, const ReciprocalInputs<T>&, const ReciprocalGrads<T>&,          \
+#define INSTANTIATE(T)                                                                                           \
+    template void reciprocal(const ReciprocalInputs<T>&, T*, const Threads&);                                    \
+    template void reciprocal_backward(const T*, const ReciprocalInputs<T>&, const T*, const ReciprocalGrads<T>&, \
+                                      const Threads&);                                                           \
+    template void reciprocal_sum(const ReciprocalInputs<T>&, T*, const Threads&);                                \
+    template void reciprocal_sum_backward(const T*, const ReciprocalInputs<T>&, const ReciprocalGrads<T>&,       \
                                           const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)

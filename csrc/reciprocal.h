@@ -9,10 +9,10 @@ template <class T>
 struct ReciprocalInputs {
     int64_t atoms, crystals;
     int heads, dim, value_dim;
-    const T *q, *k, *v, *decay;     // (N,H,D) (N,H,D) (N,H,Dv) (N,H)
-    const T *positions, *lattice;   // (N,3) (C,3,3)
-    const int64_t *ptr, *g_ptr;     // (C+1) (C+1)
-    const int32_t* g;               // (M,3) half of the wave vectors, of each crystal by length
+    const T *q, *k, *v, *decay;    // (N,H,D) (N,H,D) (N,H,Dv) (N,H)
+    const T *positions, *lattice;  // (N,3) (C,3,3)
+    const int64_t *ptr, *g_ptr;    // (C+1) (C+1)
+    const int32_t* g;              // (M,3) half of the wave vectors, of each crystal by length
 };
 
 // Gradients of the inputs; the last two are null when nobody wants them.

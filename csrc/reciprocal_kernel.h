@@ -1,5 +1,5 @@
-// Reciprocal attention of some rows. Lanes are atoms j, eight at a time: S_ij = sum_G w_i(G) cos(G·r_ij), and the cosine
-// of a pair is two products, cos G·p_i cos G·p_j + sin G·p_i sin G·p_j, which all heads share.
+// Reciprocal attention of some rows. Lanes are atoms j, eight at a time: S_ij = sum_G w_i(G) cos(G·r_ij), and the
+// cosine of a pair is two products, cos G·p_i cos G·p_j + sin G·p_i sin G·p_j, which all heads share.
 #pragma once
 
 #include "heads.h"
@@ -34,8 +34,9 @@ INLINE void multiples(const double* cosine, const double* sine, int most, T* res
 template <class T>
 void reciprocal_crystal(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& x, T* scratch) {
     int most[3] = {};
-    for (int64_t g = 0; g < 3 * x.vectors; ++g) most[g % 3] = x.g[g] < 0 ? (-x.g[g] > most[g % 3] ? -x.g[g] : most[g % 3])
-                                                                        : (x.g[g] > most[g % 3] ? x.g[g] : most[g % 3]);
+    for (int64_t g = 0; g < 3 * x.vectors; ++g)
+        most[g % 3] = x.g[g] < 0 ? (-x.g[g] > most[g % 3] ? -x.g[g] : most[g % 3])
+                                 : (x.g[g] > most[g % 3] ? x.g[g] : most[g % 3]);
     T* power[3] = {scratch, scratch + 16 * (most[0] + 1), scratch + 16 * (most[0] + most[1] + 2)};
     for (int64_t tile = 0; tile < x.tiles; ++tile) {
         const int64_t first = x.begin + 8 * tile;
@@ -142,8 +143,8 @@ INLINE void dot_columns(const T* row, const T* grouped, int64_t tiles, int heads
 
 // p (columns) = softmax( q·k/sqrt(D) + log max(S, clamp) ), zero in the padding, without the logarithm.
 template <class T>
-INLINE void softmax_columns(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& x, int64_t i, int head, const T* sums,
-                            T* p) {
+INLINE void softmax_columns(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& x, int64_t i, int head,
+                            const T* sums, T* p) {
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim)));
     dot_columns(in.q + (i * in.heads + head) * in.dim, x.k, x.tiles, in.heads, head, in.dim, p);
     T largest = p[0];
@@ -173,9 +174,12 @@ void reciprocal_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T*
         own_phases(crystal, i, own);
         for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
             const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
-            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)), weight);
-            if (real > 4) sum_vectors<8, false>(crystal, own, weight, 0, sums, sums);
-            else sum_vectors<4, false>(crystal, own, weight, 0, sums, sums);
+            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
+                               weight);
+            if (real > 4)
+                sum_vectors<8, false>(crystal, own, weight, 0, sums, sums);
+            else
+                sum_vectors<4, false>(crystal, own, weight, 0, sums, sums);
             for (int h = 0; h < real; ++h) {
                 const int64_t head = first_head + h;
                 softmax_columns(in, crystal, i, int(head), sums + h * crystal.columns(), p);
@@ -224,8 +228,8 @@ INLINE void sum_geometry(const ReciprocalCrystal<T>& x, const T* own, const T* w
     }
 }
 
-// From what sum_geometry left in the row's force to dloss/dr of each pair, (3,columns), and the gradient of the reciprocal
-// basis B, through G = g B, of r with M sin, and of |G|².
+// From what sum_geometry left in the row's force to dloss/dr of each pair, (3,columns), and the gradient of the
+// reciprocal basis B, through G = g B, of r with M sin, and of |G|².
 template <class T>
 INLINE void finish_geometry(const ReciprocalRows<T>& x, const ReciprocalCrystal<T>& crystal, int64_t i,
                             const Atoms<T>* stress) {
@@ -275,7 +279,8 @@ void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t
         own_phases(crystal, i, own);
         for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
             const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
-            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)), weight);
+            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
+                               weight);
             for (int h = 0; h < real; h += 4) sum_vectors<4, true>(crystal, own, weight, h, sums, slope);
             for (int64_t m = real * columns; m < HEADS * columns; ++m) sums[m] = slope[m] = 0;
             for (int h = 0; h < real; ++h) {
@@ -367,9 +372,12 @@ void reciprocal_sum_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last
         own_phases(crystal, i, own);
         for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
             const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
-            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)), weight);
-            if (real > 4) sum_vectors<8, false>(crystal, own, weight, 0, sums, sums);
-            else sum_vectors<4, false>(crystal, own, weight, 0, sums, sums);
+            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
+                               weight);
+            if (real > 4)
+                sum_vectors<8, false>(crystal, own, weight, 0, sums, sums);
+            else
+                sum_vectors<4, false>(crystal, own, weight, 0, sums, sums);
             T* to = x.y + x.first_pair[i] * in.heads + first_head;
             for (int64_t j = 0; j < crystal.atoms(); ++j)
                 for (int h = 0; h < real; ++h) to[j * in.heads + h] = sums[h * crystal.columns() + j];
@@ -395,7 +403,8 @@ void reciprocal_sum_backward_rows(const ReciprocalRows<T>& x, int64_t first, int
         own_phases(crystal, i, own);
         for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
             const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
-            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)), weight);
+            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
+                               weight);
             for (int h = 0; h < real; h += 4) sum_vectors<4, true>(crystal, own, weight, h, sums, slope);
             for (int64_t m = 0; m < HEADS * columns; ++m) sums[m] = 0;
             for (int64_t m = real * columns; m < HEADS * columns; ++m) slope[m] = 0;

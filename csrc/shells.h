@@ -27,11 +27,11 @@ constexpr T FACTORS_SAFE = sizeof(T) == 4 ? 24 : 200;
 // How the weights of one segment are made of its scores, and which shells matter.
 template <class T>
 struct Weights {
-    Heads<T> decay;          // in base 2
+    Heads<T> decay;                    // in base 2
     Heads<T> slot_shift, shell_shift;  // added to the exponents of slots and shells
     bool wide;
-    int64_t first, shells;   // the first shell and how many matter
-    T reach2;                // the squared distance of the last one that does, and of the nearest image of its slots
+    int64_t first, shells;  // the first shell and how many matter
+    T reach2;               // the squared distance of the last one that does, and of the nearest image of its slots
 
     // The largest distance of a slot's nearest image: a shell's distance is a mean, hence a little more.
     static T slot_reach2(T reach2) { return reach2 * T(1.0001); }
@@ -42,8 +42,8 @@ struct Weights {
     }
 };
 
-// For scores of at most `largest`, in base 2. The shells left out hold less than the fraction `tol` of the weight, since
-// each image beyond d has less than 2^(largest - a d^2 - norm) of it.
+// For scores of at most `largest`, in base 2. The shells left out hold less than the fraction `tol` of the weight,
+// since each image beyond d has less than 2^(largest - a d^2 - norm) of it.
 template <class T>
 INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, Heads<T> decay, Heads<T> norm, Heads<T> largest,
                           T log2_tol) {
@@ -60,8 +60,10 @@ INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, Heads<T> dec
     int64_t low = w.first, high = layout.shell_end[segment];
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (layout.d2[middle] <= w.reach2) low = middle + 1;
-        else high = middle;
+        if (layout.d2[middle] <= w.reach2)
+            low = middle + 1;
+        else
+            high = middle;
     }
     w.shells = low - w.first;
     return w;
@@ -152,9 +154,9 @@ struct Transposed {
     Heads<T> grad_decay;
 };
 
-// ub (n, 8) = basis (n, size) u (size, 8), n rounded up to whole tiles of rows; with GEOMETRY also slope (n, 8), the same
-// with the derivatives of the basis by the distance, in spacings and but for the factor 1 / width^2. A tile of rows is
-// summed at once: each load of u serves all of them, and none waits for another.
+// ub (n, 8) = basis (n, size) u (size, 8), n rounded up to whole tiles of rows; with GEOMETRY also slope (n, 8), the
+// same with the derivatives of the basis by the distance, in spacings and but for the factor 1 / width^2. A tile of
+// rows is summed at once: each load of u serves all of them, and none waits for another.
 template <class T, bool GEOMETRY>
 INLINE void dot_products(const Window& window, int n, const T* basis, const T* offset, const T* u, T* ub, T* slope) {
     constexpr int ROWS = (GEOMETRY ? 4 : 8) / Heads<T>::PARTS;
@@ -196,8 +198,8 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
         const bool has_basis = block.bin < window.bins;
         if (has_basis) {
             for (int e = 0; e < block.shells; ++e) basis_window(window, layout.offset[s + e], basis + e * window.size);
-            dot_products<T, GEOMETRY>(window, block.shells, basis, layout.offset + s, x.u + HEADS * block.bin * window.step,
-                                      ub, slope);
+            dot_products<T, GEOMETRY>(window, block.shells, basis, layout.offset + s,
+                                      x.u + HEADS * block.bin * window.step, ub, slope);
         } else {
             for (int i = 0; i < HEADS * block.shells; ++i) ub[i] = 0;
             if constexpr (GEOMETRY)
@@ -221,8 +223,7 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
             if constexpr (GEOMETRY)
                 x.slope[m - w.first] += (p * Heads<T>::load(slope + HEADS * local) - x.decay * (ds * T(2))).sum();
         }
-        if (x.c && has_basis)
-            add_products(window, block.shells, total_p, basis, x.c + block.bin * window.step);
+        if (x.c && has_basis) add_products(window, block.shells, total_p, basis, x.c + block.bin * window.step);
     }
     x.grad_decay = grad_decay;
 }
@@ -236,8 +237,10 @@ INLINE void sum_segment(const Layout<T>& layout, const Window& window, const Wei
 template <class T>
 INLINE void transpose_segment(const Layout<T>& layout, const Window& window, const Weights<T>& w, Transposed<T>& x,
                               T* basis) {
-    if (x.slope) (w.wide ? transposed_shells<T, true, true> : transposed_shells<T, false, true>)(layout, window, w, x, basis);
-    else (w.wide ? transposed_shells<T, true, false> : transposed_shells<T, false, false>)(layout, window, w, x, basis);
+    if (x.slope)
+        (w.wide ? transposed_shells<T, true, true> : transposed_shells<T, false, true>)(layout, window, w, x, basis);
+    else
+        (w.wide ? transposed_shells<T, true, false> : transposed_shells<T, false, false>)(layout, window, w, x, basis);
 }
 
 }  // namespace crystalformer::LEVEL

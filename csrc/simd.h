@@ -72,20 +72,20 @@ struct Pack {
     }
 };
 
-#define PACK_OPERATOR(op)                                                                            \
-    template <class T, int N>                                                                        \
-    INLINE Pack<T, N> operator op(Pack<T, N> a, Pack<T, N> b) {                                      \
-        for (int i = 0; i < Pack<T, N>::PARTS; ++i) a.part[i] = a.part[i] op b.part[i];              \
-        return a;                                                                                    \
-    }                                                                                                \
-    template <class T, int N>                                                                        \
-    INLINE Pack<T, N> operator op(Pack<T, N> a, T b) {                                               \
-        for (int i = 0; i < Pack<T, N>::PARTS; ++i) a.part[i] = a.part[i] op b;                      \
-        return a;                                                                                    \
-    }                                                                                                \
-    template <class T, int N, class B>                                                               \
-    INLINE Pack<T, N>& operator op##=(Pack<T, N>& a, B b) {                                          \
-        return a = a op b;                                                                           \
+#define PACK_OPERATOR(op)                                                               \
+    template <class T, int N>                                                           \
+    INLINE Pack<T, N> operator op(Pack<T, N> a, Pack<T, N> b) {                         \
+        for (int i = 0; i < Pack<T, N>::PARTS; ++i) a.part[i] = a.part[i] op b.part[i]; \
+        return a;                                                                       \
+    }                                                                                   \
+    template <class T, int N>                                                           \
+    INLINE Pack<T, N> operator op(Pack<T, N> a, T b) {                                  \
+        for (int i = 0; i < Pack<T, N>::PARTS; ++i) a.part[i] = a.part[i] op b;         \
+        return a;                                                                       \
+    }                                                                                   \
+    template <class T, int N, class B>                                                  \
+    INLINE Pack<T, N>& operator op## = (Pack<T, N> & a, B b) {                          \
+        return a = a op b;                                                              \
     }
 PACK_OPERATOR(+)
 PACK_OPERATOR(-)

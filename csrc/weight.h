@@ -6,7 +6,9 @@
 
 namespace crystalformer {
 
-inline int tiled(int64_t n) { return int((n + Window::TILE - 1) / Window::TILE * Window::TILE); }
+inline int tiled(int64_t n) {
+    return int((n + Window::TILE - 1) / Window::TILE * Window::TILE);
+}
 
 // (H,rows,tiled columns) of the elements weight[h * rows * columns + r * row + c * column], zeros in the padding.
 template <class T>
