@@ -310,7 +310,7 @@ class ReciprocalSums:
 def reciprocal_sums(decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor, x: PaddedCrystals) -> ReciprocalSums:
     """S_ij = sum_G exp(-c_i |G|²) cos(G·r_ij), of equation (13).
 
-    cos(G·(r_j - r_i)) = cos G·r_i cos G·r_j + sin G·r_i sin G·r_j makes the sum a matrix product.
+    cos(G·(p_j - p_i)) = cos G·p_i cos G·p_j + sin G·p_i sin G·p_j makes the sum a matrix product.
     """
     vectors = x.g.to(lattice.dtype) @ reciprocal(lattice[x.crystals])
     phase_i, phase_j = positions[x.row] @ vectors.mT, positions[x.atom] @ vectors.mT

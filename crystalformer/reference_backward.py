@@ -1,4 +1,4 @@
-"""The derivatives of `reference`, written out.  Equations (B2) to (B12) of docs/math.md.
+"""The derivatives of `reference`, written out.  Equations (B1) to (B12) of docs/math.md.
 
 Each function takes the gradients of the outputs, the inputs, the results and the settings of one part, and adds the
 part's share to `totals`: the gradients of all inputs, the last two of them, of positions and lattice, empty when
@@ -71,7 +71,7 @@ def attention_rows_backward(
     basis: RadialBasis | None,
     rows: Segments,
 ) -> None:
-    """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B2) to (B9)."""
+    """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B1) to (B9)."""
     (g, g_lse), (q, k, v, decay, edge_weight, positions, lattice), (y, lse, c) = grads, inputs, results
     dq, dk, dv, d_decay, d_edge_weight, d_positions, d_lattice = totals
     x = row_images(positions, lattice, images, rows)
