@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks
 from .extension import LOADED
 from .lattice import points_in_spheres, triangular
-from .packed import Packed, cat_ptr, check_parts, weakest
+from .packed import Packed, cat_ptr, check_parts, offsets, weakest
 from .poisson import crossover, slow_wave_vectors
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 from .wave_vectors import WaveVectors
@@ -288,7 +288,7 @@ class _Pairs:
     def __init__(self, ptr: Tensor, rotated: Tensor, t: Tensor) -> None:
         self.ptr, self.rotated, self.t = ptr, rotated, t
         self.size = ptr.diff()
-        self.first = torch.nn.functional.pad(self.size.square().cumsum(0), (1, 0))
+        self.first = offsets(self.size.square())
         self.number = int(self.first[-1])
 
     def crystal(self, pair: Tensor) -> Tensor:
@@ -337,8 +337,7 @@ class _Pairs:
     def pack(self, pair: Tensor, n: Tensor, cutoff: Tensor) -> ImageList:
         row, col = self.atoms(pair)
         count = torch.bincount(row, minlength=len(self.rotated))
-        row_ptr = torch.nn.functional.pad(count.cumsum(0), (1, 0))
-        return ImageList(row_ptr, col.to(torch.int32), n.to(torch.int32), self.ptr, cutoff, self.number)
+        return ImageList(offsets(count), col.to(torch.int32), n.to(torch.int32), self.ptr, cutoff, self.number)
 
 
 def _check_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,11 @@ def weakest(parts: Sequence[Any], name: str, choose: Callable[[list[float]], flo
     return None if None in values else choose(values)
 
 
+def offsets(count: Tensor) -> Tensor:
+    """(S+1) where each of S segments of `count` (S) entries begins and, last, where they end."""
+    return torch.nn.functional.pad(count.cumsum(0), (1, 0))
+
+
 def cat_ptr(ptrs: Sequence[Tensor]) -> Tensor:
     """Offsets of parts, each from 0 on, as offsets into the parts joined."""
-    lengths = torch.cat([ptr.diff() for ptr in ptrs])
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return offsets(torch.cat([ptr.diff() for ptr in ptrs]))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .basis import RadialBasis
 from .images import ImageList, crystal_of_atom
 from .lattice import reciprocal
+from .packed import offsets
 from .wave_vectors import WaveVectors
 
 # Images, or elements of the pair matrices, worked on at once.
@@ -186,14 +187,14 @@ def pair_ptr(images: ImageList) -> Tensor:
     row = torch.repeat_interleave(images.row_ptr.diff(), output_size=images.num_images)
     pair = first_pair[row] + images.col - images.ptr[crystal[row]]
     count = torch.bincount(pair, minlength=int(size.square().sum()))
-    return torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    return offsets(count)
 
 
 def pair_atoms(images: ImageList) -> tuple[Tensor, Tensor]:
     """(P), (P): atoms i and j of each pair."""
-    size = images.ptr.diff()[crystal_of_atom(images.ptr, images.num_atoms)]
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    size, first = images.ptr.diff()[crystal], images.ptr[crystal]
     i = torch.repeat_interleave(size)
-    first = images.ptr[:-1][crystal_of_atom(images.ptr, images.num_atoms)]
     return i, torch.arange(len(i), device=i.device) - (size.cumsum(0) - size)[i] + first[i]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks
 from .lattice import points_in_spheres, reciprocal, triangular
-from .packed import Packed, cat_ptr, check_parts
+from .packed import Packed, cat_ptr, check_parts, offsets
 from .truncation import BEYOND, tail_radius2
 
 
@@ -125,7 +125,7 @@ def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Te
     count = torch.bincount(crystal[kept], minlength=number)
     return WaveVectors(
         g=g[kept].to(torch.int32),
-        g_ptr=torch.nn.functional.pad(count.cumsum(0), (1, 0)),
+        g_ptr=offsets(count),
         ptr=ptr,
         max_atoms=int(ptr.diff().max()) if number else 0,
         max_vectors=int(count.max()) if number else 0,
