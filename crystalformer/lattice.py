@@ -22,6 +22,11 @@ def triangular(lattice: Tensor) -> tuple[Tensor, Tensor]:
     return (r * sign[..., None]).mT.flip(-2, -1), (q * sign[..., None, :]).mT.flip(-2)
 
 
+def volume(lattice: Tensor) -> Tensor:
+    """(C) the volumes of the cells, Å³. Not by `det`, whose second derivatives are NaN for cubic cells."""
+    return (torch.linalg.cross(lattice[:, 0], lattice[:, 1]) * lattice[:, 2]).sum(-1).abs()
+
+
 def reciprocal(lattice: Tensor) -> Tensor:
     """Rows are the reciprocal lattice vectors, Å^-1, 2 pi included: lattice @ result.mT = 2 pi."""
     return 2 * math.pi * torch.linalg.inv(lattice).mT
