@@ -11,8 +11,9 @@ from torch import Tensor
 from . import checks
 from .extension import LOADED
 from .lattice import points_in_spheres, triangular
-from .packed import Packed, cat_ptr, check_parts, offsets, weakest
+from .packed import Packed, check_parts, weakest
 from .poisson import crossover, slow_wave_vectors
+from .segments import cat_ptr, offsets
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 from .wave_vectors import WaveVectors
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .basis import RadialBasis
 from .images import ImageList, crystal_of_atom
 from .lattice import reciprocal
-from .packed import offsets
+from .segments import offsets, ordinals
 from .wave_vectors import WaveVectors
 
 # Images, or elements of the pair matrices, worked on at once.
@@ -195,7 +195,7 @@ def pair_atoms(images: ImageList) -> tuple[Tensor, Tensor]:
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
     size, first = images.ptr.diff()[crystal], images.ptr[crystal]
     i = torch.repeat_interleave(size)
-    return i, torch.arange(len(i), device=i.device) - (size.cumsum(0) - size)[i] + first[i]
+    return i, ordinals(size, i) + first[i]
 
 
 def encoding_pairs(
@@ -265,7 +265,7 @@ class PaddedCrystals:
         """(pairs) where in (c,r) the row of each pair is, and in n its column; of the rows, with all their atoms."""
         count = self.real.sum(1)[self.place // self.row.shape[1]]
         row = torch.repeat_interleave(count, output_size=number)
-        return self.place[row], torch.arange(number, device=row.device) - (count.cumsum(0) - count)[row]
+        return self.place[row], ordinals(count, row)
 
     def pairs(self, x: Tensor, number: int) -> Tensor:
         """(pairs,H) of (c,r,H,n), so many pairs."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..images import ImageList
-from ..packed import cat_ptr
+from ..segments import cat_ptr
 from ..wave_vectors import WaveVectors
 from .structures import NUM_ELEMENTS, Crystal, read_structure
 
