@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .lattice import volume
+
 _check_values_on_gpu = False
 # Volume of a cell over the product of its edges, below which it is singular.
 FLATTEST = 1e-6
@@ -114,8 +116,7 @@ def check_lattice(lattice: Tensor) -> None:
     if not values_visible(lattice):
         return
     x = lattice.detach().double()
-    volume = (torch.linalg.cross(x[:, 0], x[:, 1]) * x[:, 2]).sum(-1).abs()
-    good = volume > FLATTEST * x.norm(dim=-1).prod(-1)
+    good = volume(x) > FLATTEST * x.norm(dim=-1).prod(-1)
     if not bool(good.all()):
         check_finite("lattice", lattice)
         index = int((~good).nonzero()[0])

@@ -1,6 +1,5 @@
 """The public functions: checked arguments, then one op of the chosen backend."""
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -10,9 +9,9 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import choose_backend
 from .basis import RadialBasis
-from .images import ImageList, crystal_of_atom
+from .images import ImageList
 from .layouts import layout as make_layout
-from .reference import pair_atoms
+from .two_spaces import cheaper_alpha
 from .wave_vectors import WaveVectors, build_wave_vectors
 
 HALF = (torch.bfloat16, torch.float16)
@@ -174,37 +173,12 @@ def periodic_encoding(
         run, lists, settings = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers, precision)
         return run(decay, weight, positions, lattice, *lists, images.num_pairs, *settings)
 
-    if edge_weight is not None or images.crossover is None:
-        alpha, beta = real(decay)
-        return alpha, None if edge_weight is None else beta
-
-    checks.check_geometry(positions, lattice)
-    # Each atom and head takes one of the two sums. Where that can be seen, nobody makes a sum that nobody takes.
-    limit = images.crossover.to(decay.dtype)[crystal_of_atom(images.ptr, images.num_atoms), None]
-    slow = decay < limit
-    visible = checks.values_visible(decay)
-    if visible and not slow.any():
-        return real(decay)[0], None
-    spectral = backend if backend != "triton" else "reference"
-    if visible and slow.all():
-        return _reciprocal_alpha(decay, positions, lattice, images, spectral), None
-    served = torch.where(limit > 0, limit, 1.0)
-    alpha = _reciprocal_alpha(torch.where(slow, decay, served), positions, lattice, images, spectral)
-    pair_slow = slow[pair_atoms(images)[0]]
-    return torch.where(pair_slow, alpha, real(torch.where(slow, served, decay))[0]), None
-
-
-def _reciprocal_alpha(decay: Tensor, positions: Tensor, lattice: Tensor, images: ImageList, backend: str) -> Tensor:
-    """alpha (P,H) summed over the wave vectors of the list, in fp64.  Equation (15) of docs/math.md."""
-    waves = images.wave_vectors
-    assert waves is not None
-    a, p, cell = decay.double(), positions.double(), lattice.double()
-    backend = choose_backend(backend, decay.device, "reciprocal_sum", a.dtype)
-    lists = (waves.ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors, images.num_pairs)
-    total = getattr(torch.ops.crystalformer, f"{backend}_reciprocal_sum")(1 / (4 * a), p, cell, *lists)
-    volume = (torch.linalg.cross(cell[:, 0], cell[:, 1]) * cell[:, 2]).sum(-1).abs()
-    row = 1.5 * (math.pi / a).log() - volume.log()[crystal_of_atom(images.ptr, images.num_atoms), None]
-    return (total.log() + row[pair_atoms(images)[0]]).to(decay.dtype)
+    if edge_weight is None and images.crossover is not None:
+        checks.check_geometry(positions, lattice)
+        spectral = backend if backend != "triton" else "reference"
+        return cheaper_alpha(decay, positions, lattice, images, spectral, lambda a: real(a)[0]), None
+    alpha, beta = real(decay)
+    return alpha, None if edge_weight is None else beta
 
 
 def reciprocal_attention(

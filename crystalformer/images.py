@@ -11,8 +11,9 @@ from torch import Tensor
 from . import checks
 from .extension import LOADED
 from .lattice import points_in_spheres, triangular
-from .packed import Packed, cat_ptr, check_parts, weakest
+from .packed import Packed, check_parts, weakest
 from .poisson import crossover, slow_wave_vectors
+from .segments import cat_ptr, offsets
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 from .wave_vectors import WaveVectors
 
@@ -293,7 +294,7 @@ class _Pairs:
     def __init__(self, ptr: Tensor, rotated: Tensor, t: Tensor) -> None:
         self.ptr, self.rotated, self.t = ptr, rotated, t
         self.size = ptr.diff()
-        self.first = torch.nn.functional.pad(self.size.square().cumsum(0), (1, 0))
+        self.first = offsets(self.size.square())
         self.number = int(self.first[-1])
 
     def crystal(self, pair: Tensor) -> Tensor:

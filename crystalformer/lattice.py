@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from .segments import ordinals
+
 
 def triangular(lattice: Tensor) -> tuple[Tensor, Tensor]:
     """The factors T (C,3,3), upper triangular with a positive diagonal, and Q (C,3,3), orthogonal, of L = T Q."""
@@ -20,6 +22,11 @@ def triangular(lattice: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(lattice.flip(-2).mT)
     sign = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(lattice.dtype)
     return (r * sign[..., None]).mT.flip(-2, -1), (q * sign[..., None, :]).mT.flip(-2)
+
+
+def volume(lattice: Tensor) -> Tensor:
+    """(C) the volumes of the cells, Å³. Not by `det`, whose second derivatives are NaN for cubic cells."""
+    return (torch.linalg.cross(lattice[:, 0], lattice[:, 1]) * lattice[:, 2]).sum(-1).abs()
 
 
 def reciprocal(lattice: Tensor) -> Tensor:
@@ -50,8 +57,7 @@ def points_in_spheres(t: Tensor, cell: Tensor, center: Tensor, radius2: Tensor) 
         first = torch.ceil(middle - half)
         count = (torch.floor(middle + half) - first + 1).clamp(min=0).long()
         parent = torch.repeat_interleave(count)
-        ordinal = torch.arange(len(parent), device=parent.device) - (count.cumsum(0) - count)[parent]
-        n = [m[parent] for m in n] + [first[parent] + ordinal]
+        n = [m[parent] for m in n] + [first[parent] + ordinals(count, parent)]
         x = x[parent] + n[-1][:, None] * step[parent]
         left = left[parent] - x[:, axis] ** 2
         sphere = sphere[parent]

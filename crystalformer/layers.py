@@ -14,9 +14,9 @@ RHO_SLOPE = 0.1
 
 
 class Decay(nn.Module):
-    """From queries to how fast the attention's weight decays: rho (N,H), larger than a bound b.
+    """From queries to what says how fast the attention's weight decays: x (N,H), of which `rho` makes the decay.
 
-        x = (q·w + shift) scale          rho(x) = (1 - b) ELU( 0.1 x / (1 - b) ) + 1
+        x = (q·w + shift) scale
 
     Equation (8) of docs/math.md. `shift` and `scale` make x of mean 0 and deviation 1 on the batch that `calibrate`
     sees, and stay as they are afterwards. Before that they are 0 and 1.
@@ -32,25 +32,25 @@ class Decay(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         nn.init.normal_(self.weight, std=head_dim**-0.5)
 
-    def score(self, q: Tensor) -> Tensor:
+    def project(self, q: Tensor) -> Tensor:
         """q·w, (N,H), of queries (N,H,D)."""
         return (q * self.weight).sum(-1)
 
     def forward(self, q: Tensor) -> Tensor:
-        return (self.score(q) + self.shift) * self.scale
+        return (self.project(q) + self.shift) * self.scale
 
     @torch.no_grad()
     def calibrate(self, q: Tensor) -> None:
-        score = self.score(q)
-        deviation = score.std() if score.numel() > 1 else score.new_zeros(())
+        projected = self.project(q)
+        deviation = projected.std() if projected.numel() > 1 else projected.new_zeros(())
         if not deviation > 0:
             raise ValueError("batch must hold atoms that differ, to calibrate on, but all have the same features")
-        self.shift.copy_(-score.mean())
+        self.shift.copy_(-projected.mean())
         self.scale.copy_(1 / deviation)
 
 
 def rho(x: Tensor, bound: float) -> Tensor:
-    """(1 - b) ELU(0.1 x / (1 - b)) + 1, positive and larger than the bound b."""
+    """(1 - b) ELU(0.1 x / (1 - b)) + 1, positive and larger than the bound b.  Equation (8) of docs/math.md."""
     return (1 - bound) * F.elu(x * (RHO_SLOPE / (1 - bound))) + 1
 
 
@@ -88,17 +88,17 @@ class PeriodicAttention(nn.Module):
         """(N,model_dim) to (N,model_dim)."""
         # In half precision under autocast. What is summed over the images is in the dtype of the geometry.
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        score = self.decay(q)
+        raw_decay = self.decay(q)
         real, reciprocal = slice(0, self.num_real), slice(self.num_real, self.num_heads)
         outputs = []
         if self.num_real:
             assert batch.images is not None
-            a = rho(score[:, real], self.bound) / (2 * self.r0**2)
+            a = rho(raw_decay[:, real], self.bound) / (2 * self.r0**2)
             heads = (q[:, real], k[:, real], v[:, real], a)
             geometry = (batch.positions, batch.lattice, batch.images)
             outputs.append(periodic_attention(*heads, *geometry, self.edge_weight, self.basis, self.backend))
         if self.num_real < self.num_heads:
-            c = rho(score[:, reciprocal], self.bound_reciprocal) * self.r0_reciprocal**2 / 2
+            c = rho(raw_decay[:, reciprocal], self.bound_reciprocal) * self.r0_reciprocal**2 / 2
             heads = (q[:, reciprocal].to(c.dtype), k[:, reciprocal].to(c.dtype), v[:, reciprocal].to(c.dtype), c)
             crystal = (batch.positions, batch.lattice, batch.ptr)
             waves = batch.wave_vectors

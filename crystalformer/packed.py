@@ -44,9 +44,3 @@ def weakest(parts: Sequence[Any], name: str, choose: Callable[[list[float]], flo
     """What the joined parts are certified for: the weakest, or None if one is not certified."""
     values = [getattr(x, name) for x in parts]
     return None if None in values else choose(values)
-
-
-def cat_ptr(ptrs: Sequence[Tensor]) -> Tensor:
-    """Offsets of parts, each from 0 on, as offsets into the parts joined."""
-    lengths = torch.cat([ptr.diff() for ptr in ptrs])
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .basis import RadialBasis
 from .images import ImageList, crystal_of_atom
 from .lattice import reciprocal
+from .segments import offsets, ordinals
 from .wave_vectors import WaveVectors
 
 # Images, or elements of the pair matrices, worked on at once.
@@ -186,15 +187,15 @@ def pair_ptr(images: ImageList) -> Tensor:
     row = torch.repeat_interleave(images.row_ptr.diff(), output_size=images.num_images)
     pair = first_pair[row] + images.col - images.ptr[crystal[row]]
     count = torch.bincount(pair, minlength=int(size.square().sum()))
-    return torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    return offsets(count)
 
 
 def pair_atoms(images: ImageList) -> tuple[Tensor, Tensor]:
     """(P), (P): atoms i and j of each pair."""
-    size = images.ptr.diff()[crystal_of_atom(images.ptr, images.num_atoms)]
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    size, first = images.ptr.diff()[crystal], images.ptr[crystal]
     i = torch.repeat_interleave(size)
-    first = images.ptr[:-1][crystal_of_atom(images.ptr, images.num_atoms)]
-    return i, torch.arange(len(i), device=i.device) - (size.cumsum(0) - size)[i] + first[i]
+    return i, ordinals(size, i) + first[i]
 
 
 def encoding_pairs(
@@ -264,7 +265,7 @@ class PaddedCrystals:
         """(pairs) where in (c,r) the row of each pair is, and in n its column; of the rows, with all their atoms."""
         count = self.real.sum(1)[self.place // self.row.shape[1]]
         row = torch.repeat_interleave(count, output_size=number)
-        return self.place[row], torch.arange(number, device=row.device) - (count.cumsum(0) - count)[row]
+        return self.place[row], ordinals(count, row)
 
     def pairs(self, x: Tensor, number: int) -> Tensor:
         """(pairs,H) of (c,r,H,n), so many pairs."""
@@ -310,7 +311,7 @@ class ReciprocalSums:
 def reciprocal_sums(decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor, x: PaddedCrystals) -> ReciprocalSums:
     """S_ij = sum_G exp(-c_i |G|²) cos(G·r_ij), of equation (13).
 
-    cos(G·(r_j - r_i)) = cos G·r_i cos G·r_j + sin G·r_i sin G·r_j makes the sum a matrix product.
+    cos(G·(p_j - p_i)) = cos G·p_i cos G·p_j + sin G·p_i sin G·p_j makes the sum a matrix product.
     """
     vectors = x.g.to(lattice.dtype) @ reciprocal(lattice[x.crystals])
     phase_i, phase_j = positions[x.row] @ vectors.mT, positions[x.atom] @ vectors.mT

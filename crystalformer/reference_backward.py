@@ -1,4 +1,4 @@
-"""The derivatives of `reference`, written out.  Equations (B2) to (B12) of docs/math.md.
+"""The derivatives of `reference`, written out.  Equations (B1) to (B12) of docs/math.md.
 
 Each function takes the gradients of the outputs, the inputs, the results and the settings of one part, and adds the
 part's share to `totals`: the gradients of all inputs, the last two of them, of positions and lattice, empty when
@@ -71,7 +71,7 @@ def attention_rows_backward(
     basis: RadialBasis | None,
     rows: Segments,
 ) -> None:
-    """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B2) to (B9)."""
+    """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B1) to (B9)."""
     (g, g_lse), (q, k, v, decay, edge_weight, positions, lattice), (y, lse, c) = grads, inputs, results
     dq, dk, dv, d_decay, d_edge_weight, d_positions, d_lattice = totals
     x = row_images(positions, lattice, images, rows)
@@ -97,7 +97,7 @@ def attention_rows_backward(
 def encoding_pairs_backward(
     grads: Tensors,
     inputs: Tensors,
-    outputs: Tensors,
+    results: Tensors,
     totals: Tensors,
     geometry: bool,
     images: ImageList,
@@ -105,7 +105,7 @@ def encoding_pairs_backward(
     pairs: Segments,
 ) -> None:
     """ds_e = p_e (g_alpha + u_ij·(b_e - c_ij)), p_e the share of image e in its own pair.  Equation (B11)."""
-    (g_alpha, g_beta), (decay, edge_weight, positions, lattice), (alpha, _) = grads, inputs, outputs
+    (g_alpha, g_beta), (decay, edge_weight, positions, lattice), (alpha, _) = grads, inputs, results
     d_decay, d_edge_weight, d_positions, d_lattice = totals
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
     i, j = (x[pairs.first : pairs.last, None].expand_as(pairs.entry) for x in pair_atoms(images))
@@ -126,13 +126,13 @@ def encoding_pairs_backward(
 
 
 def reciprocal_rows_backward(
-    grads: Tensors, inputs: Tensors, outputs: Tensors, totals: Tensors, geometry: bool, x: PaddedCrystals
+    grads: Tensors, inputs: Tensors, results: Tensors, totals: Tensors, geometry: bool, x: PaddedCrystals
 ) -> None:
     """Dense attention with alpha = log S + ..., S = sum_G w cos(G·r): dS = ds / S unclamped.  Equation (B12).
 
     The terms of alpha that do not depend on j leave the softmax as it is, so they have no gradient.
     """
-    (grad,), (q, k, v, decay_reciprocal, positions, lattice), (y,) = grads, inputs, outputs
+    (grad,), (q, k, v, decay_reciprocal, positions, lattice), (y,) = grads, inputs, results
     dq, dk, dv, d_decay, d_positions, d_lattice = totals
     t = reciprocal_sums(decay_reciprocal, positions, lattice, x)
     p = reciprocal_weights(q, k, t.total, x)
@@ -151,7 +151,7 @@ def reciprocal_rows_backward(
 def reciprocal_pairs_backward(
     grads: Tensors,
     inputs: Tensors,
-    outputs: Tensors,
+    results: Tensors,
     totals: Tensors,
     geometry: bool,
     x: PaddedCrystals,

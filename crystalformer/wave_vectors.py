@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import checks
 from .lattice import points_in_spheres, reciprocal, triangular
-from .packed import Packed, cat_ptr, check_parts
+from .packed import Packed, check_parts
+from .segments import cat_ptr, offsets, ordinals
 from .truncation import BEYOND, tail_radius2
 
 
@@ -108,7 +109,7 @@ def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Te
     crystal, g, length2 = points_in_spheres(t, everyone, t.new_zeros(number, 3), outer2)
     # Sorted, the zero vector is in the middle of its crystal's and the rest is its mirror image.
     count = torch.bincount(crystal, minlength=number)
-    place = torch.arange(len(g), device=device) - (count.cumsum(0) - count)[crystal]
+    place = ordinals(count, crystal)
     half = place >= count[crystal] // 2
     crystal, g, length2 = crystal[half], g[half], length2[half]
     by_length = torch.argsort(length2, stable=True)
@@ -117,7 +118,7 @@ def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Te
 
     # What is left out by stopping at each vector, the smallest terms added first.
     count = count - count // 2
-    place = torch.arange(len(g), device=device) - (count.cumsum(0) - count)[crystal]
+    place = ordinals(count, crystal)
     term = lattice.new_zeros(number, int(count.max()) if number else 0)
     term[crystal, place] = 2 * torch.exp(-decay_min[crystal] * length2)
     tail = term.flip(1).cumsum(1).flip(1)[crystal, place]
@@ -125,7 +126,7 @@ def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Te
     count = torch.bincount(crystal[kept], minlength=number)
     return WaveVectors(
         g=g[kept].to(torch.int32),
-        g_ptr=torch.nn.functional.pad(count.cumsum(0), (1, 0)),
+        g_ptr=offsets(count),
         ptr=ptr,
         max_atoms=int(ptr.diff().max()) if number else 0,
         max_vectors=int(count.max()) if number else 0,

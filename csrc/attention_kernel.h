@@ -115,7 +115,7 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
     }
 }
 
-// Equations (B2) to (B8), what belongs to the rows: gradients of q and decay, and the sums over the images of each
+// Equations (B1) to (B8), what belongs to the rows: gradients of q and decay, and the sums over the images of each
 // pair.
 template <class T>
 void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
@@ -204,7 +204,7 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
 }
 
 // What belongs to the columns, gathered from the rows of one block over the mirror images (j, i) of each pair (i, j):
-// gradients of k and v.
+// gradients of k and v. Equation (B10).
 template <class T>
 void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
     const AttentionInputs<T>& in = x.in;

@@ -43,7 +43,7 @@ void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scr
         }
 }
 
-// Adds the rows' part of the gradient of the weight to `grad_weight` (H,Dv,tiled K).
+// Equation (B11). Adds the rows' part of the gradient of the weight to `grad_weight` (H,Dv,tiled K).
 template <class T>
 void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* grad_weight, T* scratch) {
     const EncodingInputs<T>& in = x.in;

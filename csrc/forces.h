@@ -1,4 +1,4 @@
-// From dloss/dd of each image to the gradients of positions and lattice. Equation (20).
+// From dloss/dd of each image to the gradients of positions and lattice. Equation (B9) of docs/math.md.
 #pragma once
 
 #include "layout.h"
@@ -28,7 +28,7 @@ INLINE void add_forces(const Layout<T>& layout, const T* positions, const T* cel
     }
 }
 
-// The gradient of an atom's position: pulled as j by the rows that see it, and as i by its own.
+// The gradient of an atom's position, (B10): pulled as j by the rows that see it, and as i by its own.
 template <class T>
 INLINE void gather_forces(const T* pair_force, int64_t pair, int64_t slots, const int32_t* mirror, T* position) {
     T sum[3] = {};

@@ -360,7 +360,7 @@ void reciprocal_backward_columns(const ReciprocalRows<T>& x, int64_t first, int6
     }
 }
 
-// S of some rows with all atoms of their crystals, (P,H).
+// S of some rows with all atoms of their crystals, (P,H). Equation (13), first part.
 template <class T>
 void reciprocal_sum_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
     const ReciprocalInputs<T>& in = x.in;
@@ -385,7 +385,7 @@ void reciprocal_sum_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last
     }
 }
 
-// From the gradient of S to that of the decay, and what the geometry needs of the rows.
+// From the gradient of S to that of the decay, and what the geometry needs of the rows. Equation (B12), second part.
 template <class T>
 void reciprocal_sum_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
     const ReciprocalInputs<T>& in = x.in;

@@ -1,4 +1,4 @@
-"""Backward of infinitely connected attention, equations (B2) to (B8) and (B10) of docs/math.md.
+"""Backward of infinitely connected attention, equations (B1) to (B8) and (B10) of docs/math.md.
 
 The row kernel goes over the tiles of atom i once more, with p = exp(s - lse): it sums dq and da, and writes what each
 group adds to its pair, the sums of p and ds. The column kernel gathers these of the mirror images, which are in row j
@@ -106,7 +106,7 @@ def attention_bwd_rows(
         tl.store(p_group_p + o_group, tl.sum(p, 0), mask=h[None, :] < H)
         tl.store(ds_group_p + o_group, ds_group, mask=h[None, :] < H)
         if GEOMETRY:
-            # f of (B9): the gradient of r_e is f r_e. No force between an atom and itself, where x = 0.
+            # f = dd_e / d_e, of (B8): the gradient of r_e is f r_e. No force between an atom and itself, where x = 0.
             force = tl.sum(ds * a[None, None, :], 2)  # [G, BG]
             if K > 0:
                 slope = tl.sum(p * tl.reshape(slope, (G, BG, BH)), 2)

@@ -1,4 +1,4 @@
-"""Periodic encodings of pairs, equations (6), (7) and (B8) of docs/math.md: one program per pair and head block.
+"""Periodic encodings of pairs, equations (6), (7) and (B11) of docs/math.md: one program per pair and head block.
 
 A program sums c = sum_e p_e b(d_e) over the images of its pair, beta = W c is a library product. c is larger than beta,
 so it is made for some pairs at a time.

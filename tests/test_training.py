@@ -144,7 +144,7 @@ def test_progress_prints_lines_where_there_is_no_terminal(data, capsys):
 
 def test_wrong_arguments(data):
     model = Crystalformer(SMALL)
-    with pytest.raises(ValueError, match=r"targets must be \(1, T\), as structures, not \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"targets must be \(1, T\), as crystals, not \(2, 1\)"):
         CrystalDataset([ionic_crystals(1)[0].structure], torch.zeros(2, 1), model)
     with pytest.raises(ValueError, match="must be of 2 targets, as the model, not 1"):
         Regression(model, torch.zeros(1), torch.ones(1))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..images import ImageList
+from ..segments import cat_ptr
 from ..wave_vectors import WaveVectors
 from .structures import NUM_ELEMENTS, Crystal, read_structure
 
@@ -110,14 +111,13 @@ class CrystalBatch:
         species = [x.species for x in batches]
         if len({x.is_floating_point() for x in species}) > 1:
             species = [x.occupancies() for x in batches]
-        sizes = torch.cat([x.ptr.diff() for x in batches])
         images = [x.images for x in batches if x.images is not None]
         waves = [x.wave_vectors for x in batches if x.wave_vectors is not None]
         return CrystalBatch(
             species=torch.cat(species),
             positions=torch.cat([x.positions for x in batches]),
             lattice=torch.cat([x.lattice for x in batches]),
-            ptr=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)),
+            ptr=cat_ptr([x.ptr for x in batches]),
             images=ImageList.cat(images) if len(images) == len(batches) else None,
             wave_vectors=WaveVectors.cat(waves) if len(waves) == len(batches) else None,
         )

@@ -114,7 +114,7 @@ class CrystalDataset(Dataset[Example]):
 
     def __init__(self, crystals: Sequence[Any], targets: Tensor, model: "Crystalformer") -> None:
         if targets.dim() != 2 or len(targets) != len(crystals):
-            raise ValueError(f"targets must be ({len(crystals)}, T), as structures, not {tuple(targets.shape)}")
+            raise ValueError(f"targets must be ({len(crystals)}, T), as crystals, not {tuple(targets.shape)}")
         self.targets = targets.to(next(model.parameters()).dtype)
         built = all(isinstance(crystal, CrystalBatch) for crystal in crystals)
         self.crystals = list(crystals) if built else build_crystals(crystals, model, dtype=self.targets.dtype)
