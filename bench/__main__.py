@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ CELLS = ("bigcell-20", "bigcell-80", "bigcell-320", "bigcell-1000", "bigcell-400
 FAST, SLOW = ("cpu", "radial-grid"), ("reference", "dense", "edge-list")
 PLANS: dict[str, list[dict[str, Any]]] = {
     "cpu": [
-        {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
+        {"ops": ("attention", "encoding", "alpha", "reciprocal", "images"), "problems": ("w32",)},
         {"ops": ("attention",), "problems": ("w32",), "sizes": ("simple",)},
         {"ops": ("attention",), "problems": ("w32",), "dtype": "fp64", "providers": ("cpu", "reference")},
         {"ops": ("attention",), "problems": ("jarvis256", "mp128"), "providers": (*FAST, *SLOW)},
@@ -107,7 +108,7 @@ def _arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--sizes", nargs="+", default=["paper"], choices=problems.SIZES)
         parser.add_argument("--dtype", default="fp32", choices=speed.DTYPES)
     if command in ("speed", "memory"):
-        ops = ("attention", "encoding", "images")
+        ops = ("attention", "encoding", "alpha", "reciprocal", "images")
         parser.add_argument("--ops", nargs="+", default=list(ops if command == "speed" else ops[:1]), choices=ops)
 
 
@@ -127,22 +128,37 @@ def _speed(options: argparse.Namespace, name: str, plans: Iterable[Mapping[str, 
 
 def _gradients(options: argparse.Namespace, problem: str) -> int:
     size = "smoke" if options.smoke else "paper"
-    rows = list(gradients.measure(problem, size, options.device, options.repeat, options.smoke))
-    _save(options, "gradients", gradients.COLUMNS, rows)
-    broken = [row for row in rows if not row.get("ok", True)]
-    for row in broken:
-        name = f"{row['op']} {row['backend']} {row['dtype']} {row['precision']} {row['result']}"
-        print(f"BROKEN: {name}: {row['error']:.1e}, more than {row['bound']:.0e}")
+    broken: list[str] = []
+
+    def rows() -> Iterable[dict[str, Any]]:
+        for row in gradients.measure(problem, size, options.device, options.repeat, options.smoke):
+            yield row
+            if not row.get("ok", True):
+                name = " ".join(row[part] for part in ("op", "backend", "dtype", "precision"))
+                what = "result" in row and f"{row['result']}: {row['error']:.1e}, more than {row['bound']:.0e}"
+                broken.append(f"{name} {what or row['note']}")
+
+    _save(options, "gradients", gradients.COLUMNS, rows())
+    for line in broken:
+        print(f"BROKEN: {line}")
     return 1 if broken else 0
 
 
 def _all(options: argparse.Namespace) -> int:
+    """Every part, whatever happens to those before; 1 if a bound is broken or a part could not go on."""
     kind = torch.device(options.device).type
-    code = _gradients(options, "w32")
+    parts = [lambda: _gradients(options, "w32")]
     if kind == "cpu":
-        _save(options, "error", error.COLUMNS, error.measure(smoke=options.smoke))
-    _speed(options, "speed", PLANS[kind])
-    _speed(options, "training", [{"ops": ("training",), **plan} for plan in STEPS[kind]])
+        parts.append(lambda: _save(options, "error", error.COLUMNS, error.measure(smoke=options.smoke)))
+    parts.append(lambda: _speed(options, "speed", PLANS[kind]))
+    parts.append(lambda: _speed(options, "training", [{"ops": ("training",), **plan} for plan in STEPS[kind]]))
+    code = 0
+    for part in parts:
+        try:
+            code |= part()
+        except Exception:
+            traceback.print_exc()
+            code = 1
     return code
 
 

@@ -6,7 +6,7 @@ results that are checked before any of them is.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ import crystalformer as cf
 from .problems import Problem
 
 Results = dict[str, Tensor]
-# What is differentiated besides positions and lattice.
+# What is differentiated besides positions and lattice, in real and in reciprocal space.
 WEIGHTS = ("q", "k", "v", "decay", "weight")
+RECIPROCAL = ("q", "k", "v", "decay_reciprocal")
 GEOMETRY = ("positions", "lattice")
 # The truth leaves out no more than this of an atom's weight.
 TRUTH_TOL = 1e-10
@@ -43,7 +44,7 @@ class Provider:
     """One way to compute an operation.
 
     Attributes:
-        op: "attention", "encoding", "images" or "training".
+        op: "attention", "encoding", "alpha", "reciprocal", "images" or "training".
         bound: largest error of any result, relative to the largest value of that result; more is not timed.
         prepare: makes the case of a problem, or raises Absent.
         graph: time the replay of a CUDA graph.
@@ -86,7 +87,7 @@ def function_case(
             results |= {f"d {name}": g for name, g in zip(wanted, gradients, strict=True)}
         return results
 
-    weights = [name for name in names if name in WEIGHTS]
+    weights = [name for name in names if name not in GEOMETRY]
     calls: dict[str, Callable[[], object]] = {"forward": lambda: run([])}
     if backward:
         calls["forward and backward"] = lambda: run(weights)
@@ -112,6 +113,11 @@ def attention_case(x: Problem, attend: Callable[..., Tensor], geometry: bool = F
     """The case of attend(q, k, v, decay, weight, positions, lattice) -> y; the last two to be ignored if the provider
     has made its distances beforehand."""
     return function_case(x, attend, (*WEIGHTS, *GEOMETRY), ("y",), geometry, backward)
+
+
+def reciprocal_case(x: Problem, attend: Callable[..., Tensor], geometry: bool = False) -> Case:
+    """The case of attend(q, k, v, decay_reciprocal, positions, lattice) -> y."""
+    return function_case(x, attend, (*RECIPROCAL, *GEOMETRY), ("y",), geometry)
 
 
 def encoding_case(x: Problem, encode: Callable[..., tuple[Tensor, ...]], geometry: bool = False) -> Case:
@@ -154,10 +160,10 @@ def by_layer(gradients: dict[str, Tensor]) -> Results:
     return {f"d {name}": torch.cat(parts) for name, parts in layers.items()}
 
 
-def seeded_model(x: Problem, dtype: torch.dtype, backend: str = "auto") -> cf.Crystalformer:
+def seeded_model(x: Problem, dtype: torch.dtype, backend: str = "auto", domain: str = "real") -> cf.Crystalformer:
     """The model of the problem's size, calibrated on it: the same numbers for every provider."""
     torch.manual_seed(0)
-    model = cf.Crystalformer(x.size.config, backend="reference").double()
+    model = cf.Crystalformer(replace(x.size.config, domain=domain), backend="reference").double()
     few = x.crystals.to(torch.float64)
     model.calibrate(few.to(torch.device("cpu")))
     for block in model.blocks:
@@ -165,8 +171,19 @@ def seeded_model(x: Problem, dtype: torch.dtype, backend: str = "auto") -> cf.Cr
     return model.to(x.device, dtype)
 
 
-def truth(x: Problem, op: str) -> Results:
-    """Results of the fp64 reference, with a list that leaves out next to nothing."""
+def truth(x: Problem, op: str, domain: str = "real") -> Results:
+    """Results of the fp64 reference, with a list that leaves out next to nothing.
+
+    Args:
+        domain: of the model, for "training".
+
+    Raises:
+        Absent: for cells so big that only their attention has a truth.
+    """
+    from . import truth as equations
+
+    if x.checked is not None and op != "attention":
+        raise Absent("has no truth for so big a cell")
     crystals = x.crystals.to(torch.float64)
     exact = Problem(
         x.name,
@@ -181,8 +198,10 @@ def truth(x: Problem, op: str) -> Results:
         return _truth_of_checked(exact)
     if op == "training":
         crystals.images = exact.images
-        model = seeded_model(x, torch.float64, "reference")
+        model = seeded_model(x, torch.float64, "reference", domain)
         return model_results(model, lambda: model(crystals))
+    if op == "reciprocal":
+        return reciprocal_case(exact, functools.partial(equations.reciprocal, crystals.ptr), geometry=True).results()
     if op == "encoding":
         return encoding_case(exact, library_encoding(exact, "reference"), geometry=True).results()
     return attention_case(exact, library_attention(exact, "reference"), geometry=True).results()
@@ -190,11 +209,12 @@ def truth(x: Problem, op: str) -> Results:
 
 def _truth_of_checked(exact: Problem) -> Results:
     """The attention of the atoms that are checked, from their images alone."""
-    from .truth import Images, attention
+    from . import truth as equations
 
     assert exact.checked is not None
-    images = Images.of(exact.images).of_rows(exact.checked)
-    return attention_case(exact, functools.partial(attention, images, exact.size.basis), geometry=True).results()
+    images = equations.Images.of(exact.images).of_rows(exact.checked)
+    attend = functools.partial(equations.attention, images, exact.size.basis)
+    return attention_case(exact, attend, geometry=True).results()
 
 
 def library_attention(x: Problem, backend: str, **options: str) -> Callable[..., Tensor]:
@@ -215,6 +235,12 @@ def library_encoding(x: Problem, backend: str) -> Callable[..., tuple[Tensor, ..
         return cf.periodic_encoding(**inputs, **arguments)
 
     return encode
+
+
+def library_reciprocal(x: Problem, backend: str) -> Callable[..., Tensor]:
+    """`reciprocal_attention` on a problem's wave vectors."""
+    lists = {"ptr": x.crystals.ptr, "wave_vectors": x.wave_vectors, "backend": backend}
+    return lambda **inputs: cf.reciprocal_attention(**inputs, **lists)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import crystalformer as cf
 
+from .cases import GEOMETRY, WEIGHTS
 from .problems import CERTIFICATE, Problem, make
 from .truth import Images, attention
 
@@ -74,7 +75,8 @@ def measure(problems: tuple[str, ...] = ("w32", "needle"), smoke: bool = False) 
     """Rows of COLUMNS, printed as they come."""
     for problem, decay in itertools.product(problems, DECAYS):
         x = make(problem, "smoke" if smoke else "paper", torch.float64, smoke=smoke)
-        inputs = x.inputs | {"decay": torch.full_like(x.inputs["decay"], decay)}
+        inputs = {name: x.inputs[name] for name in (*WEIGHTS, *GEOMETRY)}
+        inputs["decay"] = torch.full_like(x.inputs["decay"], decay)
         batch, basis = x.crystals, x.size.basis
         certificate = CERTIFICATE | {"tol": TRUTH_TOL, "decay_min": decay}
         images = Images.of(cf.build_images(batch.positions, batch.lattice, batch.ptr, **certificate))

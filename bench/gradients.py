@@ -17,7 +17,17 @@ from torch import Tensor
 import crystalformer as cf
 
 from . import truth
-from .cases import GEOMETRY, WEIGHTS, Absent, Results, library_attention, relative_error, require_backend, upstream_like
+from .cases import (
+    GEOMETRY,
+    RECIPROCAL,
+    WEIGHTS,
+    Absent,
+    Results,
+    library_attention,
+    relative_error,
+    require_backend,
+    upstream_like,
+)
 from .problems import CERTIFICATE, Problem, make
 
 COLUMNS = ("op", "problem", "backend", "dtype", "precision", "result", "error", "bound", "ok", "note")
@@ -25,21 +35,14 @@ BOUNDS = {("fp64", "exact"): 1e-10, ("fp32", "exact"): 2e-5, ("fp32", "tf32"): 5
 DIFFERENCES_BOUND, STEP = 1e-6, 1e-4
 BUSY = "mp128"
 TRUTH_TOL, FP64_TOL = 1e-14, 1e-13
-# The decay of the paper's model in reciprocal space: c = rho r0'²/2 >= 1.21 Å², of which this is in the middle.
-RECIPROCAL_DECAY = 2.42
 
 Function = Callable[..., Tensor | tuple[Tensor | None, ...]]
 
 
 def _inputs(x: Problem, op: str) -> dict[str, Tensor]:
     names = {"attention": (*WEIGHTS, *GEOMETRY), "encoding": ("decay", "weight", *GEOMETRY)}
-    names["reciprocal"] = tuple(name for name in names["attention"] if name != "weight")
-    inputs = {name: x.inputs[name] for name in names[op]}
-    if op == "reciprocal":
-        decay = inputs["decay"]
-        assert decay is not None
-        inputs["decay"] = RECIPROCAL_DECAY * (0.5 + decay / decay.max())
-    return {name: value for name, value in inputs.items() if value is not None}
+    names["reciprocal"] = (*RECIPROCAL, *GEOMETRY)
+    return {name: value for name in names[op] if (value := x.inputs[name]) is not None}
 
 
 def results(x: Problem, function: Function, inputs: Mapping[str, Tensor]) -> Results:
@@ -71,7 +74,7 @@ def _library(x: Problem, op: str, backend: str, dtype: str, device: torch.device
     batch, basis = x.crystals, x.size.basis
     if op == "reciprocal":
         return lambda **inputs: cf.reciprocal_attention(
-            **{"decay_reciprocal" if name == "decay" else name: value for name, value in inputs.items()},
+            **inputs,
             ptr=batch.ptr.to(device),
             tol=FP64_TOL if dtype == "fp64" else 1e-6,
             backend=backend,
@@ -116,10 +119,13 @@ def measure(
                 errors = _errors(x, op, backend, dtype, precision, torch.device(device), inputs, exact, repeat)
             except (Absent, NotImplementedError, RuntimeError) as reason:
                 row = said | {"note": f"absent: {str(reason).splitlines()[0]}"}
-                print(f"  {op:10} {backend:11} {dtype} {precision:5} {row['note']}")
-                yield row
+            except Exception as error:
+                row = said | {"note": f"failed: {type(error).__name__}: {error}".splitlines()[0], "ok": False}
+            else:
+                yield from _rows(said, errors, BOUNDS[dtype, precision])
                 continue
-            yield from _rows(said, errors, BOUNDS[dtype, precision])
+            print(f"  {op:10} {backend:11} {dtype} {precision:5} {row['note']}")
+            yield row
     if torch.device(device).type == "cuda":
         said = {"op": "attention", "problem": BUSY, "backend": "triton", "dtype": "fp32", "precision": "exact"}
         yield from _rows(said, {"bits": _races(make(BUSY, size, torch.float32, device, smoke), repeat)}, 0.0)

@@ -36,6 +36,8 @@ NEAREST = 0.7
 BIG, CHECKED = 2000, 256
 # How far beyond the smallest decay the random ones go: the paper's model starts at twice the smallest.
 DECAY_SPREAD = 0.3
+# Å²: the smallest of the paper's model in reciprocal space, 0.5·2.2²/2, and how far beyond it the random ones go.
+DECAY_RECIPROCAL_MIN, DECAY_RECIPROCAL_SPREAD = 1.21, 2.42
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Problem:
     Attributes:
         crystals: in `dtype`, on the device.
         images: the list of the paper's model, tol 1e-6.
-        inputs: q, k, v (N,H,D), decay (N,H), weight (H,D,K) or None, positions, lattice: what is differentiated.
+        inputs: q, k, v (N,H,D), decay and decay_reciprocal (N,H), weight (H,D,K) or None, positions, lattice: what is
+            differentiated.
         upstream: (N,H,D) gradient of the output; zero but for the atoms that are checked.
         checked: how many, the first ones; None for all. The truth of a whole very big cell would take minutes.
     """
@@ -106,6 +109,11 @@ class Problem:
         return cf.build_images(x.positions.double(), x.lattice.double(), x.ptr, **CERTIFICATE, every_pair=True)
 
     @functools.cached_property
+    def wave_vectors(self) -> cf.WaveVectors:
+        x = self.crystals
+        return cf.build_wave_vectors(x.lattice.double(), x.ptr, DECAY_RECIPROCAL_MIN, CERTIFICATE["tol"])
+
+    @functools.cached_property
     def pairs_in_reach(self) -> int:
         """How many pairs of atoms have an image in the list."""
         row = torch.repeat_interleave(self.images.row_ptr.diff())
@@ -132,6 +140,9 @@ def make(
     decay = DECAY_MIN + DECAY_SPREAD * torch.rand(n, size.heads, generator=rng, dtype=torch.float64)
     weight = 0.1 * normal(size.heads, size.dim, size.num_basis) if size.num_basis else None
     inputs = {"q": q, "k": k, "v": v, "decay": decay, "weight": weight}
+    inputs["decay_reciprocal"] = DECAY_RECIPROCAL_MIN + DECAY_RECIPROCAL_SPREAD * torch.rand(
+        n, size.heads, generator=rng, dtype=torch.float64
+    )
     inputs |= {"positions": exact.positions, "lattice": exact.lattice}
     here = exact.to(torch.device(device))
     checked = CHECKED if int(exact.ptr.diff().max()) > BIG else None

@@ -11,7 +11,7 @@ START, END = "<!-- written by python -m bench report -->", "<!-- end of the repo
 PLOTS = ("time.svg", "memory.svg", "error.svg")
 ATTENTION_PROBLEMS = ("w32", "jarvis256", "mp128", "bigcell-1000", "bigcell-4000")
 IMAGE_PROBLEMS = ("w32", "jarvis256", "mp128")
-OURS = ("cpu", "triton", "triton-tf32", "triton-graph", "reference")
+OURS = ("cpu", "cpu-dual-space", "cpu-slow-decay", "triton", "triton-tf32", "triton-graph", "reference")
 COLORS = {
     "cpu": "#2563a8", "triton": "#2563a8", "reference": "#7fa8d1", "triton-tf32": "#4b8bc8", "radial-grid": "#3a9a78",
     "dense": "#d9772b", "edge-list": "#a05195", "paper": "#8a8f98", "paper-cuda": "#8a8f98",
@@ -64,8 +64,22 @@ def _device(device: str, speed: Sequence[Row], training: Sequence[Row]) -> str:
     if training:
         parts += [
             "One training step of the paper's model (forward, backward, AdamW), milliseconds; in every row but the "
-            "paper's, our network around that attention:",
+            "paper's, our network around that attention; `cpu-dual-space` has half of its heads in reciprocal space:",
             _table(training, sorted({row["problem"] for row in training}, key=_order), "step"),
+        ]
+    reciprocal = [row for row in speed if row["op"] == "reciprocal" and row["size"] == "paper"]
+    if reciprocal:
+        parts += [
+            "One call of reciprocal attention, forward and backward, fp32, milliseconds; `paper-boxN` is the paper's "
+            "code with ±N reciprocal cells in the place of ±2:",
+            _table(reciprocal, ATTENTION_PROBLEMS, "forward and backward"),
+        ]
+    alpha = [row for row in speed if row["op"] == "alpha" and row["size"] == "paper"]
+    if alpha:
+        parts += [
+            "alpha alone, lists, forward and backward, milliseconds; `cpu-slow-decay` has decays from 0.002 Å⁻², `cpu` "
+            "the paper's, from 0.1275 Å⁻²:",
+            _table(alpha, ATTENTION_PROBLEMS, "build, forward and backward"),
         ]
     images = [row for row in speed if row["op"] == "images" and row["size"] == "paper"]
     if images:

@@ -1,7 +1,7 @@
 """Time and memory of every provider on every problem, side by side: `speed`, `memory` and `training`."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,14 +76,22 @@ def _measure(x: Problem, op: str, plan: Plan, roof: Roof | None) -> Iterator[dic
         except Wrong as reason:
             yield said | {"note": f"not timed: {reason}"}
         except Exception as error:  # another library's failure is a result, too
-            yield said | {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            yield said | {"note": _failure(error)}
     exact = None
-    calls = {(name, direction): call for name, (_, case, _) in cases.items() for direction, call in case.calls.items()}
+    failed: dict[tuple[str, str], str] = {}
+    calls = {
+        (name, direction): _guarded((name, direction), call, failed)
+        for name, (_, case, _) in cases.items()
+        for direction, call in case.calls.items()
+    }
     times = alternate(calls, x.device, plan.seconds) if plan.seconds else {}
     for (name, direction), call in calls.items():
         provider, case, error = cases[name]
         row = about | {"provider": name, "direction": direction, "bound": provider.bound, "error": error}
         row["peak_mib"] = peak_memory(call, x.device)
+        if why := failed.get((name, direction)):
+            yield about | {"provider": name, "direction": direction, "bound": provider.bound, "note": why}
+            continue
         if spent := times.get((name, direction)):
             row |= _times(x, op, direction, spent, roof)
             if direction in provider.instructions and x.size_name == "paper" and x.device.type == "cuda":
@@ -94,6 +102,26 @@ def _measure(x: Problem, op: str, plan: Plan, roof: Roof | None) -> Iterator[dic
         for direction, note in case.notes.items():
             said = {"provider": name, "direction": direction, "bound": provider.bound}
             yield about | said | {"note": f"absent: {note}"}
+
+
+def _guarded(
+    key: tuple[str, str], call: Callable[[], object], failed: dict[tuple[str, str], str]
+) -> Callable[[], object]:
+    """The call, or once it has failed nothing: the others go on."""
+
+    def run() -> None:
+        if key in failed:
+            return
+        try:
+            call()
+        except Exception as error:
+            failed[key] = _failure(error)
+
+    return run
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _times(x: Problem, op: str, direction: str, spent: list[float], roof: Roof | None) -> dict[str, Any]:
@@ -109,7 +137,7 @@ def _times(x: Problem, op: str, direction: str, spent: list[float], roof: Roof |
 
 
 def _line(row: dict[str, Any]) -> str:
-    what = f"{row['op']:9} {row['problem']:13} {row['size']:6} {row['provider']:15} {row.get('direction', ''):27}"
+    what = f"{row['op']:10} {row['problem']:13} {row['size']:6} {row['provider']:15} {row.get('direction', ''):27}"
     if "note" in row:
         return f"{what} {row['note']}"
     ms = f"{row['ms']:10.3f} ms" if "ms" in row else ""

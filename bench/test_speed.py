@@ -69,6 +69,20 @@ def test_encoding_against_the_reference(benchmark):
     assert ratio(benchmark, call("encoding", "reference", BOTH), call("encoding", "cpu", BOTH)) > 10
 
 
+def test_reciprocal_against_the_reference(benchmark):
+    assert ratio(benchmark, call("reciprocal", "reference", BOTH), call("reciprocal", "cpu", BOTH)) > 15
+
+
+def test_dual_space_step_takes_at_most_one_and_a_half_times_as_long(benchmark):
+    dual, real = (call("training", name, "step") for name in ("cpu-dual-space", "cpu"))
+    assert ratio(benchmark, dual, real) < 1.5
+
+
+def test_slow_decays_take_at_most_twice_as_long(benchmark):
+    slow, usual = (call("alpha", name, "build, forward and backward") for name in ("cpu-slow-decay", "cpu"))
+    assert ratio(benchmark, slow, usual) < 2
+
+
 def test_fp64_takes_at_most_three_times_as_long(benchmark):
     fp64, fp32 = (call("attention", "cpu", BOTH, dtype=dtype) for dtype in ("fp64", "fp32"))
     assert ratio(benchmark, fp64, fp32) < 3

@@ -91,26 +91,39 @@ def encoding(
 
 
 def reciprocal(
-    ptr: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, positions: Tensor, lattice: Tensor, tol: float = 1e-14
+    ptr: Tensor, q: Tensor, k: Tensor, v: Tensor, decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor
 ) -> Tensor:
-    """y (N,H,D), equation (13), over a box of reciprocal vectors that leaves out less than tol; `decay` is c, in Å²."""
+    """y (N,H,D), equation (13)."""
     outputs = []
     for crystal, (first, last) in enumerate(itertools.pairwise(ptr.tolist())):
         atoms = slice(first, last)
-        cell, c = lattice[crystal], decay[atoms]
-        vectors = 2 * math.pi * torch.linalg.inv(cell).mT
-        # |G| >= |n_k| 2 pi / |a_k|: beyond this box all terms are small.
-        reach = math.sqrt((3 - math.log(tol)) / float(c.detach().min()))
-        most = [math.ceil(reach * float(row.norm()) / (2 * math.pi)) for row in cell.detach()]
-        ranges = [torch.arange(-n, n + 1, dtype=q.dtype) for n in most]
-        g = torch.cartesian_prod(*ranges)
-        # Chosen without its derivative: which vectors are there does not depend on the cell.
-        g = g[(g @ vectors.detach()).norm(dim=-1) <= reach] @ vectors
-        r = positions[atoms][None] - positions[atoms][:, None]
-        cosine = torch.cos(r @ g.mT)  # (n,n,G)
-        total = torch.einsum("ihg,ijg->ihj", torch.exp(-c[..., None] * g.square().sum(-1)), cosine)
-        volume = (torch.linalg.cross(cell[0], cell[1]) * cell[2]).sum().abs()
-        alpha = total.clamp(min=1e-6).log() + 1.5 * (4 * math.pi * c).log()[..., None] - volume.log()
+        alpha = _alpha_over_waves(decay_reciprocal[atoms], positions[atoms], lattice[crystal])
         score = torch.einsum("ihd,jhd->ihj", q[atoms], k[atoms]) / q.shape[-1] ** 0.5 + alpha
         outputs.append(torch.einsum("ihj,jhd->ihd", score.softmax(-1), v[atoms]))
     return torch.cat(outputs)
+
+
+def slow_alpha(ptr: Tensor, decay: Tensor, positions: Tensor, lattice: Tensor) -> Tensor:
+    """alpha (P,H) of `encoding` for decays so small that the images would be millions: Poisson's sum, c = 1/(4 a)."""
+    outputs = []
+    for crystal, (first, last) in enumerate(itertools.pairwise(ptr.tolist())):
+        alpha = _alpha_over_waves(1 / (4 * decay[first:last]), positions[first:last], lattice[crystal])
+        outputs.append(alpha.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _alpha_over_waves(c: Tensor, positions: Tensor, cell: Tensor, tol: float = 1e-14) -> Tensor:
+    """alpha (n,H,n) of one crystal over a box of reciprocal vectors that leaves out less than tol; c (n,H) in Å²."""
+    vectors = 2 * math.pi * torch.linalg.inv(cell).mT
+    # |G| >= |n_k| 2 pi / |a_k|: beyond this box all terms are small.
+    reach = math.sqrt((3 - math.log(tol)) / float(c.detach().min()))
+    most = [math.ceil(reach * float(row.norm()) / (2 * math.pi)) for row in cell.detach()]
+    ranges = [torch.arange(-n, n + 1, dtype=c.dtype, device=c.device) for n in most]
+    g = torch.cartesian_prod(*ranges)
+    # Chosen without its derivative: which vectors are there does not depend on the cell.
+    g = g[(g @ vectors.detach()).norm(dim=-1) <= reach] @ vectors
+    r = positions[None] - positions[:, None]
+    cosine = torch.cos(r @ g.mT)  # (n,n,G)
+    total = torch.einsum("ihg,ijg->ihj", torch.exp(-c[..., None] * g.square().sum(-1)), cosine)
+    volume = (torch.linalg.cross(cell[0], cell[1]) * cell[2]).sum().abs()
+    return total.clamp(min=1e-6).log() + 1.5 * (4 * math.pi * c).log()[..., None] - volume.log()

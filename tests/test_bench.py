@@ -73,6 +73,9 @@ def small() -> problems.Problem:
     [
         *((op, name) for op in ("attention", "encoding", "training") for name in ("reference", "cpu", "paper")),
         *((op, name) for op in ("attention", "training") for name in ("dense", "edge-list")),
+        *(("reciprocal", name) for name in ("reference", "cpu", "paper", "paper-box3", "paper-box4", "paper-box6")),
+        *(("alpha", name) for name in ("cpu", "cpu-slow-decay")),
+        ("training", "cpu-dual-space"),
     ],
 )
 def test_providers_are_right(small, op, name):
@@ -135,6 +138,36 @@ def test_wrong_providers_are_not_timed(monkeypatch, capsys):
     assert notes["broken"] == "failed: RuntimeError: out of order"
 
 
+def test_what_fails_while_it_is_timed_has_its_row(monkeypatch, capsys):
+    def prepare(x: problems.Problem) -> cases.Case:
+        case = provider("attention", "reference").prepare(x)
+
+        def broken() -> None:
+            raise MemoryError("too much")
+
+        return replace(case, calls=case.calls | {"forward": broken})
+
+    made = cases.Provider("broken", "attention", 1e-3, prepare)
+    monkeypatch.setattr(speed, "PROVIDERS", [made, provider("attention", "reference")])
+    rows = list(speed.measure(speed.Plan(("attention",), ("w32",), ("smoke",), seconds=1e-3, smoke=True)))
+    (note,) = [row["note"] for row in rows if "note" in row]
+    assert note == "failed: MemoryError: too much"
+    assert [row["provider"] for row in rows if "ms" in row].count("reference") == 3
+
+
+def test_all_goes_on_after_a_part_that_fails(monkeypatch, capsys):
+    def broken(**options):
+        raise RuntimeError("out of order")
+
+    went = []
+    monkeypatch.setattr(gradients, "measure", lambda *settings: iter(()))
+    monkeypatch.setattr(error, "measure", broken)
+    monkeypatch.setattr(speed, "measure", lambda plan: went.append(plan.ops) or iter(()))
+    assert run("all", "smoke", "--device", "cpu") == 1
+    assert ("training",) in went
+    assert "out of order" in capsys.readouterr().err
+
+
 def test_verify_raises(small):
     case = provider("attention", "reference").prepare(small)
     with pytest.raises(Wrong, match="more than 1e-12"):
@@ -177,7 +210,10 @@ def test_smoke_of_gradients_and_of_a_broken_bound(tmp_path, monkeypatch, capsys)
     measured = {(row["op"], row["backend"], row["dtype"], row["result"]) for row in rows if row["error"]}
     for name in ("y", *(f"d {x}" for x in (*cases.WEIGHTS, *cases.GEOMETRY))):
         assert ("attention", "reference", "fp64", name) in measured
-    assert {("encoding", "reference", "fp32", "beta"), ("reciprocal", "reference", "fp64", "d decay")} <= measured
+    assert {
+        ("encoding", "reference", "fp32", "beta"),
+        ("reciprocal", "reference", "fp64", "d decay_reciprocal"),
+    } <= measured
     assert "BROKEN" not in capsys.readouterr().out
     monkeypatch.setitem(gradients.BOUNDS, ("fp32", "exact"), 1e-12)
     assert run(*arguments) == 1

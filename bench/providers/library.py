@@ -1,10 +1,16 @@
 """This library: each backend; `triton-tf32` in the precision of tensor cores, `triton-graph` as a CUDA graph.
 
 `triton-bf16` rounds q, k and v to bf16, inside its time, and y back: its error is that of their rounding.
+
+`cpu-slow-decay` is the sum alpha of decays from 0.002 Å⁻², over images and wave vectors, where `cpu` has the paper's
+decays, from 0.1275 Å⁻², over images. `cpu-dual-space` is a training step of the model whose heads are half reciprocal.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,17 +20,22 @@ from ..cases import (
     Absent,
     Case,
     Provider,
+    Results,
     attention_case,
     encoding_case,
     library_attention,
     library_encoding,
+    library_reciprocal,
+    reciprocal_case,
     require_backend,
     seeded_model,
     training_case,
+    truth,
 )
-from ..problems import Problem
+from ..problems import CERTIFICATE, Problem
 
 FP32_BOUND, TF32_BOUND, BF16_BOUND = 1e-4, 1e-2, 5e-2
+SLOW_DECAY = 0.002
 
 
 def _instructions(forward: float, backward: float, geometry: float) -> dict[str, float]:
@@ -88,12 +99,55 @@ def _encoding(backend: str) -> Callable[[Problem], Case]:
     return prepare
 
 
-def _training(backend: str) -> Callable[[Problem], Case]:
+def _reciprocal(backend: str) -> Callable[[Problem], Case]:
     def prepare(x: Problem) -> Case:
         _require(backend, x)
-        model, batch = seeded_model(x, x.dtype, backend), x.crystals.to(x.dtype)
+        return reciprocal_case(x, library_reciprocal(x, backend), geometry=True)
+
+    return prepare
+
+
+def _alpha(backend: str, slow: bool = False) -> Callable[[Problem], Case]:
+    """alpha alone, with the lists built beforehand or, in one direction, for each call."""
+
+    def prepare(x: Problem) -> Case:
+        _require(backend, x)
+        scale = SLOW_DECAY / CERTIFICATE["decay_min"] if slow else 1.0
+        x = replace(x, inputs=x.inputs | {"decay": scale * x.inputs["decay"], "weight": None})
+        certificate: dict[str, Any] = CERTIFICATE | {"decay_min": scale * CERTIFICATE["decay_min"]}
+        batch = x.crystals
+
+        def build() -> cf.ImageList:
+            geometry = (batch.positions.double(), batch.lattice.double(), batch.ptr)
+            return cf.build_images(*geometry, **certificate, every_pair=True, reciprocal=slow)
+
+        images = build()
+        encode = functools.partial(cf.periodic_encoding, backend=backend)
+        case = encoding_case(x, functools.partial(encode, images=images), geometry=True)
+        anew = encoding_case(x, lambda **inputs: encode(**inputs, images=build()))
+        calls = case.calls | {"build, forward and backward": anew.calls["forward and backward"]}
+        return Case(calls, case.results, _slow_truth(x) if slow else lambda: truth(x, "encoding"))
+
+    return prepare
+
+
+def _slow_truth(x: Problem) -> Callable[[], Results]:
+    from ..truth import slow_alpha
+
+    exact = replace(x, inputs={name: None if y is None else y.double() for name, y in x.inputs.items()})
+    exact = replace(exact, upstream=x.upstream.double())
+    function = functools.partial(slow_alpha, x.crystals.ptr)
+    return lambda: encoding_case(exact, lambda **inputs: (function(**inputs), None), geometry=True).results()
+
+
+def _training(backend: str, domain: str = "real") -> Callable[[Problem], Case]:
+    def prepare(x: Problem) -> Case:
+        _require(backend, x)
+        model, batch = seeded_model(x, x.dtype, backend, domain), x.crystals.to(x.dtype)
         batch.images = x.images
-        return training_case(model, lambda: model(batch))
+        batch = model.prepare(batch)
+        exact = None if domain == "real" else lambda: truth(x, "training", domain)
+        return training_case(model, lambda: model(batch), exact)
 
     return prepare
 
@@ -106,6 +160,10 @@ PROVIDERS = [
         for op, prepare in (("attention", _attention), ("encoding", _encoding), ("training", _training))
         for name in ("cpu", "triton", "reference")
     ),
+    *(Provider(name, "reciprocal", FP32_BOUND, _reciprocal(name)) for name in ("cpu", "reference")),
+    Provider("cpu", "alpha", FP32_BOUND, _alpha("cpu")),
+    Provider("cpu-slow-decay", "alpha", FP32_BOUND, _alpha("cpu", slow=True)),
+    Provider("cpu-dual-space", "training", FP32_BOUND, _training("cpu", "multihead")),
     Provider(
         "triton-tf32",
         "attention",
