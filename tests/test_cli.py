@@ -387,5 +387,7 @@ sys.exit(cli.main(["train", *{arguments!r}]))
         f"crystalformer: stopped; go on with: crystalformer train --out {out} --resume"
     )
     assert "Traceback" not in done.stderr
+    with pytest.raises(FileNotFoundError, match=r"was stopped; go on with: crystalformer train --out .* --resume"):
+        crystalformer.load(out)
     assert cli.main(["train", "--out", str(out), "--resume"]) == 0
     assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
