@@ -72,7 +72,7 @@ def train(arguments: list[str]) -> int:
     """Trains a model and writes it, its errors, predictions and plots into a folder."""
     with user_errors():
         from .config import CrystalformerConfig
-        from .runs import CONFIG, DataSource
+        from .runs import CONFIG, DataSource, check_folder
         from .runs import train as run
         from .training import PRESETS, Recipe
     parser = _parser("train", train)
@@ -99,9 +99,10 @@ def train(arguments: list[str]) -> int:
     preset = known.preset or (_yaml(known.config).get("preset") if known.config else None)
     if preset in PRESETS:
         parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
-    stored = Path(known.out or "") / CONFIG
-    if known.resume and stored.is_file():
-        parser.default_config_files = [str(stored)]
+    if known.resume and known.out:
+        with user_errors():
+            check_folder(Path(known.out), resume=True)
+        parser.default_config_files = [str(Path(known.out) / CONFIG)]
 
     options = _parse(parser, arguments)
     with user_errors():
@@ -127,6 +128,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
     options = _parse(parser, arguments)
+    _check_file(options.out)
     predictor = _load(options.model, options.device)
     ids: list[tuple[str, str]] = []
     structures: list[Any] = []
@@ -161,11 +163,14 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="file or folder with crystals and targets")
     parser.add_argument("--target", nargs="+", type=str, default=None, help="columns; else named as in the training")
     parser.add_argument("--split", type=Path | None, default=None, help="JSON file: evaluate only its set --set")
-    parser.add_argument("--set", choices=["train", "val", "test"], default="test", help="of --split")
+    parser.add_argument("--set", choices=["train", "val", "test"], default=None, help="of --split, else test")
     parser.add_argument("--out", type=str | None, default=None, help="CSV file for the predictions; - is stdout")
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
     options = _parse(parser, arguments)
+    if options.set and options.split is None:
+        raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
+    _check_file(options.out)
     predictor = _load(options.model, options.device)
     targets = options.target or list(predictor.names)
     if len(targets) != len(predictor.names):
@@ -177,7 +182,7 @@ def evaluate(arguments: list[str]) -> int:
         samples, problems = read_samples(options.data, targets, id_column=options.id_column)
         if options.split is not None:
             left_out = {problem.id for problem in problems}
-            samples = samples.select([x for x in read_split(options.split)[options.set] if x not in left_out])
+            samples = samples.select([x for x in read_split(options.split)[options.set or "test"] if x not in left_out])
         if not len(samples):
             raise Stop(f"{options.data}: no crystal can be used" + (f": {problems[0]}" if problems else ""))
         with _bar("predicting", len(samples)) as advance:
@@ -187,11 +192,12 @@ def evaluate(arguments: list[str]) -> int:
     errors = predictions - samples.targets
     baseline = _metrics(options.model).get("baseline", {})
     print(f"{len(samples)} crystals, {len(problems)} rows left out", file=sys.stderr)
-    print(f"{'target':24}{'MAE':>12}{'RMSE':>12}{'baseline':>12}    (MAE of the training set's mean)")
+    stream = sys.stderr if options.out == "-" else sys.stdout  # stdout is a table or a CSV, not both
+    print(f"{'target':24}{'MAE':>12}{'RMSE':>12}{'baseline':>12}    (MAE of the training set's mean)", file=stream)
     for column, name in enumerate(predictor.names):
         x, true = errors[:, column], samples.targets[:, column]
         reference = f"{float((true - baseline[name]).abs().mean()):12.4g}" if name in baseline else f"{'-':>12}"
-        print(f"{name:24}{float(x.abs().mean()):12.4g}{float(x.square().mean().sqrt()):12.4g}{reference}")
+        print(f"{name:24}{float(x.abs().mean()):12.4g}{float(x.square().mean().sqrt()):12.4g}{reference}", file=stream)
     if problems:
         raise Stop(f"{len(problems)} rows could not be used, the first: {problems[0]}", 1)
     return 0
@@ -296,7 +302,10 @@ def _parser(name: str, command: Callable[[list[str]], int]) -> "ArgumentParser":
     with user_errors():
         from jsonargparse import ArgumentParser
     parser = ArgumentParser(
-        prog=f"{PROG} {name}", description=inspect.cleandoc(command.__doc__ or ""), exit_on_error=False
+        prog=f"{PROG} {name}",
+        description=inspect.cleandoc(command.__doc__ or ""),
+        exit_on_error=False,
+        allow_abbrev=False,  # what looks for --preset before the options are read knows whole names only
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     return parser
@@ -418,8 +427,8 @@ def _load(path: Path, device: str) -> "Predictor":
 
         try:
             return load(path, device)
-        except RuntimeError as error:  # of torch, for a device that is not there
-            raise Stop(error) from error
+        except (RuntimeError, AssertionError) as error:  # of torch, for a device that is not there
+            raise Stop(f"device: {error}") from error
 
 
 def _metrics(path: Path) -> dict[str, Any]:
@@ -428,6 +437,12 @@ def _metrics(path: Path) -> dict[str, Any]:
         return json.loads((path / "metrics.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _check_file(out: str | None) -> None:
+    """Before the work that fills the file."""
+    if out not in (None, "-") and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise Stop(f"out must be a file in a folder that is there, not {out}")
 
 
 def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Tensor") -> None:

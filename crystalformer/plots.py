@@ -16,7 +16,7 @@ def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None
     x, y = np.asarray(targets), np.asarray(predictions)
     figure, axes = _axes((4.6, 4.6))
     ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
-    ends += np.array([-0.04, 0.04]) * (ends[1] - ends[0])
+    ends += np.array([-0.04, 0.04]) * (np.ptp(ends) or 1.0)
     axes.plot(ends, ends, color=GREY, linewidth=1, zorder=1)
     axes.scatter(x, y, s=22, color=BLUE, alpha=0.7, linewidths=0, zorder=2)
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel=f"true {label}", ylabel=f"predicted {label}")
@@ -57,7 +57,7 @@ def learning_curve(
     if baseline is not None:
         axes.axhline(baseline, color=ORANGE, linestyle="--", linewidth=1.2, label="predicting the mean")
     axes.set(yscale="log", xlabel="epoch", ylabel=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -98,6 +98,11 @@ def load(path: str | Path, device: str | torch.device = "auto", backend: str = "
     path = Path(path)
     if not (path / CONFIG_FILE).is_file() and (path / MODEL_FOLDER / CONFIG_FILE).is_file():
         path = path / MODEL_FOLDER
+    elif not (path / CONFIG_FILE).is_file() and (path / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"path must be the folder of a complete training, but that in {path} was stopped; go on with: "
+            f"crystalformer train --out {path} --resume"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Predictor(Crystalformer.from_pretrained(path, backend).to(device))

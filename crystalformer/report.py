@@ -33,8 +33,8 @@ def write(
     settings: Mapping[str, Any],
     problems: Sequence[Problem],
     batch_size: int = 256,
-) -> None:
-    """Writes the report of a training into its folder, metrics.json last.
+) -> dict[str, Any]:
+    """Writes the report of a training into its folder, metrics.json last, and returns what that says.
 
     Args:
         out: the folder.
@@ -72,15 +72,17 @@ def write(
         table.writeheader()
         table.writerows(history)
     shown = "test" if "test" in predictions else "val"
+    stems = file_stems(names)
     for column, name in enumerate(names):
-        stem = file_stem(name)
+        stem, quantity = stems[name], name.replace("$", r"\$")  # a dollar, not matplotlib's mathematics
         targets, predicted = parts[shown].targets[:, column], predictions[shown][:, column]
-        plots.parity(out / f"parity_{stem}.png", targets, predicted, name)
-        plots.residuals(out / f"residuals_{stem}.png", targets, predicted, name)
-        label = f"mean absolute error of {name}"
+        plots.parity(out / f"parity_{stem}.png", targets, predicted, quantity)
+        plots.residuals(out / f"residuals_{stem}.png", targets, predicted, quantity)
+        label = f"mean absolute error of {quantity}"
         plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, label, baseline["val"][name])
     (out / CARD).write_text(_card(metrics, settings, shown), encoding="utf-8")
     (out / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
 
 
 def maes(names: Sequence[str], predictions: Tensor, targets: Tensor) -> dict[str, float]:
@@ -106,9 +108,17 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def file_stem(name: str) -> str:
-    """The name of a target as part of a file's name."""
-    return re.sub(r"[^\w.+-]+", "_", name)
+def file_stems(names: Sequence[str]) -> dict[str, str]:
+    """The names of targets as parts of files' names, all different, also where case does not count."""
+    stems: dict[str, str] = {}
+    for name in names:
+        stem = plain = re.sub(r"[^\w.+-]+", "_", name)
+        number = 1
+        while stem.casefold() in {x.casefold() for x in stems.values()}:
+            number += 1
+            stem = f"{plain}_{number}"
+        stems[name] = stem
+    return stems
 
 
 def duration(seconds: float) -> str:
@@ -133,13 +143,14 @@ def _write_predictions(
 
 def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -> str:
     names, baseline = list(metrics["mae"]["val"]), metrics["baseline_mae"]
+    stems = file_stems(names)
     rows = "\n".join(
         f"| {name} | {part} | {metrics['crystals'][part]} | {mae[name]:.4g} | {baseline[part][name]:.4g} |"
         for name in names
         for part, mae in metrics["mae"].items()
     )
     pictures = "\n".join(
-        f"![{title} of {name}]({kind}_{file_stem(name)}.png)"
+        f"![{title} of {name}]({kind}_{stems[name]}.png)"
         for name in names
         for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from . import report
+from . import checks, report
 from .config import CrystalformerConfig
 from .data import CrystalBatch
 from .data.crystals import build_crystals
@@ -72,6 +73,8 @@ class DataSource:
             raise DataError("val must be given with train: a training validates behind each epoch")
         if self.data is None and self.split is not None:
             raise DataError("split must be given with data: train and val are split already")
+        if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
+            raise DataError(f"cache must be a folder, not the file {self.cache}")
 
     def read(self, targets: Sequence[str], seed: int) -> tuple[dict[str, Samples], list[Problem]]:
         """The crystals of train, val and test, and the rows that cannot be used.
@@ -157,7 +160,12 @@ def train(
         raise DataError("target must name at least one column")
     first = _rank() == 0
     if first:
-        _check_folder(out, resume)
+        check_folder(out, resume)
+    try:
+        checks.check_integer("seed", seed, 0)
+        checks.check_integer("loaders", loaders, 0)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise DataError("accelerator must be cpu or auto, not gpu: torch finds no GPU")
     parts, problems = source.read(names, seed)
@@ -209,7 +217,12 @@ def train(
     predictor = Predictor(network)
     if first:
         network.save_pretrained(out / MODEL_FOLDER)
-        report.write(out, predictor, parts, datasets, mean, history, settings, problems)
+        metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems)
+        part = "test" if "test" in parts else "val"
+        for name, mae in metrics["mae"][part].items():
+            baseline = metrics["baseline_mae"][part][name]
+            print(f"  {part} MAE of {name} {mae:.4g}, of predicting the mean {baseline:.4g}")
+        print(f"  all of it: {out / report.CARD}")
     return predictor
 
 
@@ -218,12 +231,18 @@ def _rank() -> int:
     return getattr(rank_zero_only, "rank", 0)
 
 
-def _check_folder(out: Path, resume: bool) -> None:
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises where a training cannot begin, or be resumed, in this folder."""
     if resume:
         if not (out / CONFIG).is_file():
             raise CheckpointError(f"out must be the folder of a training to resume it: no {out / CONFIG}")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out must be a new or an empty folder, not {out}; --resume goes on with its training")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise DataError(f"out must be a folder that can be written, not {out}: {error.strerror}") from error
 
 
 def _settings(

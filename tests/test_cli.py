@@ -178,6 +178,36 @@ def test_predict(run, folder, capsys, tmp_path):
     assert ids == [f"{folder / 'last.cif'}:last"] * 2
 
 
+def test_a_device_that_torch_was_not_built_for(run, folder, capsys, monkeypatch):
+    def to(self, device):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(crystalformer.Crystalformer, "to", to)
+    assert "CUDA" in refused(capsys, "predict", run, folder / "last.cif", "--device", "cuda")
+
+
+def test_names_of_targets_that_are_no_names_of_files(folder, capsys, tmp_path):
+    """None overwrites another's plots; a dollar is no mathematics; the command's last lines say what came out."""
+    names = ["ΔE/atom $\\x$", "ΔE atom", "δe_atom", "V|atom"]
+    with (folder / "salts.csv").open(newline="") as source, (tmp_path / "names.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", *names, "cif"])
+        for row in list(csv.DictReader(source))[8:]:
+            table.writerow([row["material_id"], *[row["energy"]] * 3, row["volume"], row["cif"]])
+    out = tmp_path / "out"
+    assert (
+        cli.main(["train", "--data", str(tmp_path / "names.csv"), "--target", *names, "--out", str(out), *SMALL]) == 0
+    )
+    stems = ("ΔE_atom_x_", "ΔE_atom", "δe_atom_2", "V_atom")
+    assert {path.stem for path in out.glob("parity_*.png")} == {f"parity_{x}" for x in stems}
+    card, mae = (out / "README.md").read_text(), json.loads((out / "metrics.json").read_text())["mae"]["test"]
+    assert all(f"](parity_{x}.png)" in card for x in stems)
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    for name, line in zip(names, lines, strict=False):
+        assert line.startswith(f"  test MAE of {name} {mae[name]:.4g}, ")
+    assert lines[-1].endswith(str(out / "README.md"))
+
+
 def test_evaluate_and_info(run, folder, capsys):
     split = ["--split", str(run / "split.json"), "--set", "test"]
     assert cli.main(["evaluate", str(run), "--data", str(folder / "salts.csv"), *split]) == 1
@@ -188,6 +218,11 @@ def test_evaluate_and_info(run, folder, capsys):
         expected = [metrics["mae"]["test"][name], metrics["baseline_mae"]["test"][name]]
         assert [float(line[1]), float(line[3])] == pytest.approx(expected, rel=1e-3)
     assert "1 rows could not be used" in err
+    assert cli.main(["evaluate", str(run), "--data", str(folder / "salts.csv"), *split, "--out", "-"]) == 1
+    csv_out, err = capsys.readouterr()
+    tested = [row["id"] for row in rows(run / "predictions.csv") if row["set"] == "test"]
+    assert [row["id"] for row in csv.DictReader(csv_out.splitlines())] == tested
+    assert out in err
     assert cli.main(["info", str(run)]) == 0
     out = capsys.readouterr().out
     assert "energy, volume" in out
@@ -269,6 +304,12 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monke
         ((*data, *out, "--target", "energy", "--train", "x"), "either data or train"),
         ((*data, *out, "--target", "energy", "--strict"), "salt-7"),
         ((*data, *out, "--target", "energy", "--accelerator", "gpu"), "torch finds no GPU"),
+        ((*data, *out, "--target", "energy", "--pres", "jarvis"), "unrecognized arguments: --pres"),
+        ((*data, *out, "--target", "energy", "--seed", "-1"), "seed must be an integer, at least 0, not -1"),
+        ((*data, *out, "--target", "energy", "--loaders", "-1"), "loaders must be an integer, at least 0, not -1"),
+        ((*data, *out, "--target", "energy", "--cache", folder / "last.cif"), "cache must be a folder"),
+        ((*data, "--out", folder / "last.cif/out", "--target", "energy"), "out must be a folder that can be written"),
+        (("train", *out, "--resume"), "must be the folder of a training"),
         (("train", *out, "--target", "energy"), "either data or train"),
         (("train", *out, "--target", "energy", "--train", folder / "salts.csv"), "val must be given with train"),
         (("train", "--data", tmp_path / "no.csv", *out, "--target", "energy"), "no.csv: no such file"),
@@ -277,9 +318,13 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monke
         (("predict", run), "files"),
         (("predict", run, tmp_path / "no.cif"), "no.cif: no such file"),
         (("predict", tmp_path / "empty", folder / "last.cif"), "config.json"),
-        (("predict", run, folder / "last.cif", "--out", tmp_path / "no/such.csv"), "No such file"),
+        (
+            ("predict", run, folder / "last.cif", "--out", tmp_path / "no/such.csv"),
+            "out must be a file in a folder that is there",
+        ),
         (("predict", run, folder / "last.cif", "--device", "abacus"), "abacus"),
         (("evaluate", run, "--data", folder / "salts.csv", "--target", "energy"), "target must name 2 columns"),
+        (("evaluate", run, "--data", folder / "salts.csv", "--set", "val"), "split must be given with set"),
         (("info", tmp_path / "no"), "config.json"),
         (("convert", folder / "salts.csv", *out), "must be a checkpoint that torch.load reads"),
         (("convert", tmp_path / "no.ckpt", *out), "No such file"),
@@ -342,5 +387,7 @@ sys.exit(cli.main(["train", *{arguments!r}]))
         f"crystalformer: stopped; go on with: crystalformer train --out {out} --resume"
     )
     assert "Traceback" not in done.stderr
+    with pytest.raises(FileNotFoundError, match=r"was stopped; go on with: crystalformer train --out .* --resume"):
+        crystalformer.load(out)
     assert cli.main(["train", "--out", str(out), "--resume"]) == 0
     assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()

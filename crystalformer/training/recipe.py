@@ -18,7 +18,7 @@ class Recipe:
         lr: learning rate of the first step.
         betas: of AdamW.
         weight_decay: of AdamW, not on biases.
-        decay_steps: T above.
+        decay_steps: T, steps after which the learning rate is lr / sqrt(2).
         gradient_norm: longer gradients are shortened to this.
         average_epochs: the model is the mean of the weights over the steps of so many last epochs, in which the
             learning rate is held; at most a third of all epochs.
