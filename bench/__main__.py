@@ -100,7 +100,7 @@ def _arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--seconds", type=float, default=1.0, help="to time each call for (%(default)s)")
     if command == "all":
         return
-    known = f"{', '.join(problems.NAMES)} or bigcell-N"
+    known = f"{', '.join(problems.NAMES)}, bigcell-N or a file of crystals"
     default = {"memory": CELLS[:4], "error": ("w32", "needle")}.get(command, ("w32",))
     parser.add_argument("--problems", nargs="+", default=list(default), help=f"of {known}")
     if command in ("speed", "memory", "training"):

@@ -7,6 +7,8 @@ mp128         128 random crystals of 30 atoms on average
 tiny          32 random crystals of 1 or 2 atoms
 needle        one crystal of 40 atoms, 2.6 x 2.8 x 120 Å
 bigcell-N     one crystal of N atoms in a nearly cubic cell
+FILE          the first 128 crystals of a file or folder of yours, of any format that crystalformer.data.read_samples
+              takes; this one needs pymatgen and ase
 
 Random crystals have 10 to 25 Å³ an atom and no two atoms nearer than 0.7 times the edge of that volume. Their cells are
 cubic, hexagonal, orthorhombic or triclinic with angles from 55 to 125 degrees, and their sizes follow a log-normal
@@ -180,7 +182,12 @@ def crystals(name: str, smoke: bool = False) -> cf.CrystalBatch:
         n = min(n, 12) if smoke else n
         edge = (18.0 * n) ** (1 / 3)
         return _pack([_fill(rng, edge * (np.eye(3) + 0.03 * rng.normal(size=(3, 3))), n)])
-    raise ValueError(f"problem must be one of {', '.join(NAMES)} or bigcell-N, not {name!r}")
+    if Path(name).exists():
+        from crystalformer.data import read_samples
+
+        structures = read_samples(name)[0].structures[: few or 128]
+        return cf.CrystalBatch.from_structures(structures, dtype=torch.float64)
+    raise ValueError(f"problem must be one of {', '.join(NAMES)}, bigcell-N or a file of crystals, not {name!r}")
 
 
 def _w32(few: int | None) -> cf.CrystalBatch:
