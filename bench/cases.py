@@ -163,12 +163,13 @@ def by_layer(gradients: dict[str, Tensor]) -> Results:
 def seeded_model(x: Problem, dtype: torch.dtype, backend: str = "auto", domain: str = "real") -> cf.Crystalformer:
     """The model of the problem's size, calibrated on it: the same numbers for every provider."""
     torch.manual_seed(0)
-    model = cf.Crystalformer(replace(x.size.config, domain=domain), backend="reference").double()
+    config = replace(x.size.config, domain=domain)
+    model = cf.Crystalformer(config, backend="reference").double()
     few = x.crystals.to(torch.float64)
     model.calibrate(few.to(torch.device("cpu")))
-    for block in model.blocks:
-        block.attention.backend = backend
-    return model.to(x.device, dtype)
+    served = cf.Crystalformer(config, backend).double()
+    served.load_state_dict(model.state_dict())
+    return served.to(x.device, dtype)
 
 
 def truth(x: Problem, op: str, domain: str = "real") -> Results:

