@@ -59,7 +59,7 @@ def test_problems_are_what_they_say(name, number, mean):
 
 
 def test_unknown_problem():
-    with pytest.raises(ValueError, match="bigcell-N, not 'nowhere'"):
+    with pytest.raises(ValueError, match="bigcell-N or a file of crystals, not 'nowhere'"):
         problems.crystals("nowhere")
 
 
