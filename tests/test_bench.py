@@ -258,7 +258,7 @@ def test_alternate_takes_turns():
     order.clear()
     times = alternate(calls, torch.device("cpu"), seconds=1.0)
     assert [len(x) for x in times.values()] == [50, 50]
-    assert "".join(order[4:]) == 50 * "ab"
+    assert "".join(order[4:]) == 50 * "aabb"  # each timed run right after one of its own
 
 
 def test_peak_memory():
