@@ -115,9 +115,13 @@ def _encoding(x: Problem) -> Case:
 
 
 def _attention(x: Problem) -> Case:
-    encode, pairs, batch = _encode(x)
+    encoded = _encode(x)
     from models import indexed_lattice_multi_head_attention as theirs
 
+    return _attention_with(x, theirs, *encoded)
+
+
+def _attention_with(x: Problem, theirs: Any, encode: Callable[..., Any], pairs: Tensor, batch: Tensor) -> Case:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, decay: Tensor, weight: Tensor | None = None, **geometry: Tensor
     ) -> Tensor:
@@ -231,16 +235,10 @@ def _encoding_cuda(x: Problem) -> Case:
 
 
 def _attention_cuda(x: Problem) -> Case:
-    encode, pairs, batch = _encode_cuda(x)
+    encoded = _encode_cuda(x)
     from models import indexed_lattice_multi_head_attention_cuda as theirs
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, decay: Tensor, weight: Tensor | None = None, **geometry: Tensor
-    ) -> Tensor:
-        alpha, beta = encode(decay, weight)
-        return theirs._scaled_dot_product_attention(q, k, v, batch, batch, pairs, alpha, beta)[0]
-
-    return attention_case(x, attend)
+    return _attention_with(x, theirs, *encoded)
 
 
 PROVIDERS = [
