@@ -4,9 +4,18 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import checks
+from .arguments import (
+    HALF,
+    check_atoms,
+    check_heads,
+    check_images,
+    check_value_encoding,
+    check_wave_vectors,
+    dtype_of_sums,
+    refuse_forward_mode,
+)
 from .backends import choose_backend
 from .basis import RadialBasis
 from .images import ImageList
@@ -14,7 +23,6 @@ from .layouts import layout as make_layout
 from .two_spaces import cheaper_alpha
 from .wave_vectors import WaveVectors, build_wave_vectors
 
-HALF = (torch.bfloat16, torch.float16)
 Precision = Literal["exact", "tf32"]
 
 
@@ -98,22 +106,12 @@ def periodic_attention(
         TypeError, ValueError: naming the argument, what it must be and what it was.
         RuntimeError: for a backend that is not available, with the reason.
     """
-    known: dict[str, int] = {}
-    checks.check_tensor("q", q, "N H D", known)
-    checks.check_dtype("q", q, torch.float32, torch.float64, *HALF)
-    checks.check_tensor("k", k, "N H D", known, like=q)
-    checks.check_tensor("v", v, "N H Dv", known, like=q)
-    like = q
-    if q.dtype in HALF:
-        checks.check_tensor("decay", decay, "N H", known)
-        checks.check_dtype("decay", decay, torch.float32)
-        like = q.new_empty(0, dtype=torch.float32)
-    _check_atoms("decay", decay, positions, lattice, known, like)
-    _check_images(images, decay, known)
-    weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_finite(name, x)
-    _refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
+    known = check_heads(q, k, v, torch.float32, torch.float64, *HALF)
+    checks.check_tensor("decay", decay, "N H", known)
+    check_atoms("decay", decay, positions, lattice, known, dtype_of_sums(q, decay))
+    check_images(images, decay, known)
+    weight, numbers = check_value_encoding(edge_weight, basis, known, decay)
+    refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, "attention", positions.dtype)
     run, lists, settings = _op("attention", backend, images, positions, lattice, weight.shape[2], numbers, precision)
     dtype = v.dtype
@@ -161,12 +159,12 @@ def periodic_encoding(
     known: dict[str, int] = {}
     checks.check_tensor("decay", decay, "N H", known)
     checks.check_dtype("decay", decay, torch.float32, torch.float64)
-    _check_atoms("decay", decay, positions, lattice, known, like=decay)
-    _check_images(images, decay, known, reciprocal=edge_weight is None)
+    check_atoms("decay", decay, positions, lattice, known, like=decay)
+    check_images(images, decay, known, reciprocal=edge_weight is None)
     if not images.every_pair:
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
-    weight, numbers = _check_value_encoding(edge_weight, basis, known, decay)
-    _refuse_forward_mode(decay, positions, lattice, edge_weight)
+    weight, numbers = check_value_encoding(edge_weight, basis, known, decay)
+    refuse_forward_mode(decay, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, "encoding", positions.dtype)
 
     def real(decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,21 +220,15 @@ def reciprocal_attention(
         TypeError, ValueError: naming the argument, what it must be and what it was.
         RuntimeError: for a backend that is not available, with the reason.
     """
-    known: dict[str, int] = {}
-    checks.check_tensor("q", q, "N H D", known)
-    checks.check_dtype("q", q, torch.float32, torch.float64)
-    checks.check_tensor("k", k, "N H D", known, like=q)
-    checks.check_tensor("v", v, "N H Dv", known, like=q)
+    known = check_heads(q, k, v, torch.float32, torch.float64)
     checks.check_ptr("ptr", ptr, known["N"])
     known["C"] = len(ptr) - 1
-    _check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, known, like=q)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.check_finite(name, x)
+    check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, known, like=q)
     checks.check_geometry(positions, lattice)
     tol = checks.check_number("tol", tol, high=1.0)
     if decay_min is not None:
         decay_min = checks.check_number("decay_min", decay_min)
-    _refuse_forward_mode(q, k, v, decay_reciprocal, positions, lattice)
+    refuse_forward_mode(q, k, v, decay_reciprocal, positions, lattice)
     backend = choose_backend(backend, q.device, "reciprocal", q.dtype)
     if wave_vectors is None:
         if torch.compiler.is_compiling():
@@ -245,7 +237,7 @@ def reciprocal_attention(
             decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
         wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
     else:
-        _check_wave_vectors(wave_vectors, ptr, decay_reciprocal)
+        check_wave_vectors(wave_vectors, ptr, decay_reciprocal)
     lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
     run = getattr(torch.ops.crystalformer, f"{backend}_reciprocal")
     return run(q, k, v, decay_reciprocal, positions, lattice, *lists)
@@ -270,74 +262,3 @@ def _op(
     layout = make_layout(backend, images, positions, lattice, num, basis, tol, name == "encoding", merge=not moving)
     run = getattr(torch.ops.crystalformer, f"{backend}_{name}")
     return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), (basis, tol, precision == "tf32")
-
-
-def _refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """torch.library has no forward-mode formulas: without this the tangents would be dropped without a word."""
-    if torch.compiler.is_compiling():
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError("forward-mode derivatives (jvp, jacfwd) must be taken with torch.autograd instead")
-
-
-def _check_atoms(
-    name: str, decay: Tensor, positions: Tensor, lattice: Tensor, known: dict[str, int], like: Tensor
-) -> None:
-    checks.check_tensor(name, decay, "N H", known, like=like)
-    checks.check_tensor("positions", positions, "N 3", known, like=like)
-    checks.check_tensor("lattice", lattice, "C 3 3", known, like=like)
-    checks.check_positive(name, decay)
-
-
-def _check_images(images: ImageList, decay: Tensor, known: dict[str, int], reciprocal: bool = False) -> None:
-    """Checks the list; `reciprocal`: its wave vectors serve, too."""
-    if not isinstance(images, ImageList):
-        raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
-    if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
-        raise ValueError(
-            f"images must be of {known['N']} atoms in {known['C']} crystals, as positions and lattice, "
-            f"not of {images.num_atoms} atoms in {images.num_crystals} crystals"
-        )
-    if images.device != decay.device:
-        raise ValueError(f"images must be on {decay.device}, as the other arguments, not on {images.device}")
-    if images.decay_min is not None and checks.values_visible(decay):
-        decay_min = images.decay_min if reciprocal else images.real_decay_min
-        assert decay_min is not None
-        _check_smallest("decay", decay, decay_min, "images")
-
-
-def _check_wave_vectors(waves: WaveVectors, ptr: Tensor, decay: Tensor) -> None:
-    if not isinstance(waves, WaveVectors):
-        raise TypeError(f"wave_vectors must be WaveVectors, from build_wave_vectors, not {type(waves).__name__}")
-    if waves.device != decay.device:
-        raise ValueError(f"wave_vectors must be on {decay.device}, as the other arguments, not on {waves.device}")
-    same = waves.ptr.shape == ptr.shape
-    if not same or (checks.values_visible(ptr) and not torch.equal(waves.ptr, ptr)):
-        raise ValueError(f"wave_vectors must be of the crystals of ptr, {ptr.tolist()}, not of {waves.ptr.tolist()}")
-    _check_smallest("decay_reciprocal", decay, waves.decay_min, "wave_vectors")
-
-
-def _check_smallest(name: str, decay: Tensor, decay_min: float, built: str) -> None:
-    """Decays below those that a list is certified for would be summed too short."""
-    if not checks.values_visible(decay) or not decay.numel():
-        return
-    smallest = float(decay.detach().min())
-    if smallest < decay_min * (1 - 1e-6):  # a model's decay at its bound, in fp32
-        raise ValueError(
-            f"{name} must be at least {decay_min:g}, the decay_min that {built} were built for, "
-            f"but its smallest value is {smallest:g}"
-        )
-
-
-def _check_value_encoding(
-    edge_weight: Tensor | None, basis: RadialBasis | None, known: dict[str, int], like: Tensor
-) -> tuple[Tensor, tuple[float, ...]]:
-    """The weight and the basis as the op takes them: of no functions and no numbers without an edge_weight."""
-    if edge_weight is None:
-        return like.new_empty(known["H"], known.get("Dv", 0), 0), ()
-    if not isinstance(basis, RadialBasis):
-        raise TypeError(f"basis must be a RadialBasis when edge_weight is given, not {type(basis).__name__}")
-    known["K"] = basis.num
-    checks.check_tensor("edge_weight", edge_weight, "H Dv K", known, like=like)
-    checks.check_finite("edge_weight", edge_weight)
-    return edge_weight, (float(basis.r_max), float(basis.width))
