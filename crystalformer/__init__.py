@@ -8,7 +8,7 @@ from .basis import RadialBasis
 from .checks import debug_checks
 from .config import CrystalformerConfig
 from .data import CrystalBatch
-from .functional import periodic_attention, periodic_encoding, reciprocal_attention
+from .functional import dual_space_attention, periodic_attention, periodic_encoding, reciprocal_attention
 from .images import ImageList, build_images
 from .model import Crystalformer
 from .predictor import load
@@ -26,6 +26,7 @@ __all__ = [
     "build_wave_vectors",
     "convert",
     "debug_checks",
+    "dual_space_attention",
     "load",
     "periodic_attention",
     "periodic_encoding",

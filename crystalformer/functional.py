@@ -18,8 +18,10 @@ from .arguments import (
 )
 from .backends import choose_backend
 from .basis import RadialBasis
+from .dual_space import DUAL_SPACE
 from .images import ImageList
 from .layouts import layout as make_layout
+from .ops import ATTENTION, ENCODING, RECIPROCAL, Op
 from .two_spaces import cheaper_alpha
 from .wave_vectors import WaveVectors, build_wave_vectors
 
@@ -112,11 +114,10 @@ def periodic_attention(
     check_images(images, decay, known)
     weight, numbers = check_value_encoding(edge_weight, basis, known, decay)
     refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
-    backend = choose_backend(backend, positions.device, "attention", positions.dtype)
-    run, lists, settings = _op("attention", backend, images, positions, lattice, weight.shape[2], numbers, precision)
+    backend = choose_backend(backend, positions.device, ATTENTION.name, positions.dtype)
+    run, lists, settings = _op(ATTENTION, backend, images, positions, lattice, weight.shape[2], numbers, precision)
     dtype = v.dtype
-    if backend != "triton":  # the only one that reads half precision
-        q, k, v = (x.to(decay.dtype) for x in (q, k, v))
+    q, k, v = _as_read(backend, decay, q, k, v)
     y, lse, _ = run(q, k, v, decay, weight, positions, lattice, *lists, *settings)
     y = y.to(dtype)
     return (y, lse) if return_lse else y
@@ -165,10 +166,10 @@ def periodic_encoding(
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
     weight, numbers = check_value_encoding(edge_weight, basis, known, decay)
     refuse_forward_mode(decay, positions, lattice, edge_weight)
-    backend = choose_backend(backend, positions.device, "encoding", positions.dtype)
+    backend = choose_backend(backend, positions.device, ENCODING.name, positions.dtype)
 
     def real(decay: Tensor) -> tuple[Tensor, Tensor]:
-        run, lists, settings = _op("encoding", backend, images, positions, lattice, weight.shape[2], numbers, precision)
+        run, lists, settings = _op(ENCODING, backend, images, positions, lattice, weight.shape[2], numbers, precision)
         return run(decay, weight, positions, lattice, *lists, images.num_pairs, *settings)
 
     if edge_weight is None and images.crossover is not None:
@@ -229,7 +230,7 @@ def reciprocal_attention(
     if decay_min is not None:
         decay_min = checks.check_number("decay_min", decay_min)
     refuse_forward_mode(q, k, v, decay_reciprocal, positions, lattice)
-    backend = choose_backend(backend, q.device, "reciprocal", q.dtype)
+    backend = choose_backend(backend, q.device, RECIPROCAL.name, q.dtype)
     if wave_vectors is None:
         if torch.compiler.is_compiling():
             raise ValueError("wave_vectors must be built before compiling: build_wave_vectors(lattice, ptr)")
@@ -239,12 +240,75 @@ def reciprocal_attention(
     else:
         check_wave_vectors(wave_vectors, ptr, decay_reciprocal)
     lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
-    run = getattr(torch.ops.crystalformer, f"{backend}_reciprocal")
+    run = getattr(torch.ops.crystalformer, f"{backend}_{RECIPROCAL.name}")
     return run(q, k, v, decay_reciprocal, positions, lattice, *lists)
 
 
+def dual_space_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    decay_reciprocal: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    images: ImageList,
+    wave_vectors: WaveVectors,
+    edge_weight: Tensor | None = None,
+    basis: RadialBasis | None = None,
+    backend: str = "auto",
+    precision: Precision = "exact",
+) -> Tensor:
+    """`periodic_attention` of the first heads and `reciprocal_attention` of the rest, in one call.
+
+    The same numbers, sooner: a model's block calls it once. Of H heads, H1 decay in real and H2 = H - H1 in reciprocal
+    space (Taniai et al., ICLR 2024, appendix: dual space attention). Differentiable as the two are.
+
+    Args:
+        q, k: (N,H,D).  v: (N,H,Dv).
+        decay: (N,H1), Å^-2, at least the `decay_min` that images were built for.
+        decay_reciprocal: (N,H2), Å², at least the `decay_min` that wave_vectors were built for.
+        positions: (N,3), Cartesian, Å.  lattice: (C,3,3), Å.
+        images: from `build_images`.  wave_vectors: from `build_wave_vectors`, for the same crystals.
+        edge_weight: (H1,Dv,K), W, or None.
+        basis, backend, precision: as for `periodic_attention`; so are the dtypes.
+
+    Returns:
+        y (N,H,Dv), of v's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+        RuntimeError: for a backend that is not available, with the reason.
+    """
+    known = check_heads(q, k, v, torch.float32, torch.float64, *HALF)
+    checks.check_tensor("decay", decay, "N H1", known)
+    if not 0 < known["H1"] < known["H"]:
+        raise ValueError(
+            f"decay must have from 1 to H-1={known['H'] - 1} heads, those in real space, not {known['H1']}"
+        )
+    like, real, other = dtype_of_sums(q, decay), known | {"H": known["H1"]}, known | {"H": known["H"] - known["H1"]}
+    check_atoms("decay", decay, positions, lattice, real, like)
+    check_images(images, decay, real)
+    check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like)
+    check_wave_vectors(wave_vectors, images.ptr, decay_reciprocal)
+    weight, numbers = check_value_encoding(edge_weight, basis, real, decay)
+    refuse_forward_mode(q, k, v, decay, decay_reciprocal, positions, lattice, edge_weight)
+    backend = choose_backend(backend, positions.device, DUAL_SPACE.name, positions.dtype)
+    run, lists, settings = _op(DUAL_SPACE, backend, images, positions, lattice, weight.shape[2], numbers, precision)
+    waves = (wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
+    dtype = v.dtype
+    q, k, v = _as_read(backend, decay, q, k, v)
+    y, _, _ = run(q, k, v, decay, decay_reciprocal, weight, positions, lattice, *lists, *waves, *settings)
+    return y.to(dtype)
+
+
+def _as_read(backend: str, decay: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Of decay's dtype, but for the one backend that reads half precision."""
+    return list(tensors) if backend == "triton" else [x.to(decay.dtype) for x in tensors]
+
+
 def _op(
-    name: str,
+    op: Op,
     backend: str,
     images: ImageList,
     positions: Tensor,
@@ -259,6 +323,6 @@ def _op(
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
     tol = 0.0 if moving else images.tol or 0.0
-    layout = make_layout(backend, images, positions, lattice, num, basis, tol, name == "encoding", merge=not moving)
-    run = getattr(torch.ops.crystalformer, f"{backend}_{name}")
+    layout = make_layout(backend, images, positions, lattice, num, basis, tol, op is ENCODING, merge=not moving)
+    run = getattr(torch.ops.crystalformer, f"{backend}_{op.name}")
     return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), (basis, tol, precision == "tf32")

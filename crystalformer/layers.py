@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .basis import RadialBasis
 from .config import CrystalformerConfig
 from .data import CrystalBatch
-from .functional import periodic_attention, reciprocal_attention
+from .functional import dual_space_attention, periodic_attention, reciprocal_attention
 
 # Slope of rho at 0, the paper's positive_func "elu=0.1".
 RHO_SLOPE = 0.1
@@ -63,8 +63,7 @@ class PeriodicAttention(nn.Module):
         self.num_heads, self.num_real = heads, config.num_real_heads(block)
         self.r0, self.r0_reciprocal = config.block_r0(block), config.block_r0_reciprocal(block)
         self.bound, self.bound_reciprocal = config.decay_bound, config.decay_bound_reciprocal
-        # Triton has no reciprocal attention: PyTorch's matrix products serve it on a GPU.
-        self.backend, self.reciprocal_backend = backend, "auto" if backend == "triton" else backend
+        self.backend = backend
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.decay = Decay(heads, head_dim)
         self.basis: RadialBasis | None = None
@@ -88,22 +87,31 @@ class PeriodicAttention(nn.Module):
         """(N,model_dim) to (N,model_dim)."""
         # In half precision under autocast. What is summed over the images is in the dtype of the geometry.
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        raw_decay = self.decay(q)
-        real, reciprocal = slice(0, self.num_real), slice(self.num_real, self.num_heads)
-        outputs = []
-        if self.num_real:
-            assert batch.images is not None
-            a = rho(raw_decay[:, real], self.bound) / (2 * self.r0**2)
-            heads = (q[:, real], k[:, real], v[:, real], a)
-            geometry = (batch.positions, batch.lattice, batch.images)
-            outputs.append(periodic_attention(*heads, *geometry, self.edge_weight, self.basis, self.backend))
-        if self.num_real < self.num_heads:
-            c = rho(raw_decay[:, reciprocal], self.bound_reciprocal) * self.r0_reciprocal**2 / 2
-            heads = (q[:, reciprocal].to(c.dtype), k[:, reciprocal].to(c.dtype), v[:, reciprocal].to(c.dtype), c)
-            crystal = (batch.positions, batch.lattice, batch.ptr)
-            waves = batch.wave_vectors
-            outputs.append(reciprocal_attention(*heads, *crystal, backend=self.reciprocal_backend, wave_vectors=waves))
-        return self.out_proj(torch.cat(outputs, 1).flatten(1))
+        raw_decay, real = self.decay(q), self.num_real
+        positions, lattice, images, waves = batch.positions, batch.lattice, batch.images, batch.wave_vectors
+        encoding, backend = (self.edge_weight, self.basis), self.backend
+        if not real:
+            c = self._decay_reciprocal(raw_decay)
+            q, k, v = (x.to(c.dtype) for x in (q, k, v))
+            y = reciprocal_attention(q, k, v, c, positions, lattice, batch.ptr, backend=backend, wave_vectors=waves)
+        elif real == self.num_heads:
+            assert images is not None
+            a = self._decay(raw_decay)
+            y = periodic_attention(q, k, v, a, positions, lattice, images, *encoding, backend)
+        else:
+            assert images is not None
+            assert waves is not None
+            a, c = self._decay(raw_decay[:, :real]), self._decay_reciprocal(raw_decay[:, real:])
+            y = dual_space_attention(q, k, v, a, c, positions, lattice, images, waves, *encoding, backend)
+        return self.out_proj(y.flatten(1))
+
+    def _decay(self, raw: Tensor) -> Tensor:
+        """a, Å^-2."""
+        return rho(raw, self.bound) / (2 * self.r0**2)
+
+    def _decay_reciprocal(self, raw: Tensor) -> Tensor:
+        """c, Å²."""
+        return rho(raw, self.bound_reciprocal) * self.r0_reciprocal**2 / 2
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))

@@ -37,7 +37,7 @@ class Op:
         saved: names of further results, that only the backward reads.
         shapes: shapes of all results, from all arguments.
         parts: the reference, cut into parts, from all arguments.
-        part_backward: the backward of one part.
+        part_backward: the backward of one part; none for an op that is made of others.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Op:
     saved: tuple[str, ...]
     shapes: Callable[..., Sequence[tuple[int, ...]]]
     parts: Callable[..., Iterator[reference.Part]]
-    part_backward: Callable[..., None]
+    part_backward: Callable[..., None] | None = None
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ def _reciprocal_sum_parts(  # type: ignore[no-untyped-def]
 
 
 LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
-WAVES = "Tensor ptr, Tensor g_ptr, Tensor g, int max_atoms, int max_vectors"
+WAVES = "Tensor g_ptr, Tensor g, int max_atoms, int max_vectors"
 # Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. `tf32` allows a backend
 # tf32 products. Few arguments, because torch.library takes a time that grows with their square.
 BASIS = "float[] basis, float tol, bool tf32"
@@ -161,7 +161,7 @@ ENCODING = Op(
 RECIPROCAL = Op(
     name="reciprocal",
     inputs=("q", "k", "v", "decay_reciprocal", "positions", "lattice"),
-    settings=WAVES,
+    settings=f"Tensor ptr, {WAVES}",
     outputs=("y",),
     saved=(),
     shapes=_reciprocal_shapes,
@@ -171,7 +171,7 @@ RECIPROCAL = Op(
 RECIPROCAL_SUM = Op(
     name="reciprocal_sum",
     inputs=("decay_reciprocal", "positions", "lattice"),
-    settings=f"{WAVES}, int num_pairs",
+    settings=f"Tensor ptr, {WAVES}, int num_pairs",
     outputs=("total",),
     saved=(),
     shapes=_reciprocal_sum_shapes,
@@ -263,6 +263,7 @@ def implement_reference(op: Op) -> None:
     def backward(*args: Any) -> tuple[Tensor, ...]:
         grads, arguments, geometry = args[:num_outputs], args[num_outputs : -num_results - 1], args[-1]
         inputs, results = arguments[:num_inputs], args[-num_results - 1 : -1]
+        assert op.part_backward is not None
         totals = tuple(x.new_zeros(_grad_shape(x, i, num_inputs, geometry)) for i, x in enumerate(inputs))
         with without_autocast(args[0]):
             for part in op.parts(*arguments):

@@ -6,6 +6,7 @@ from problems import problem
 
 import crystalformer as cf
 from crystalformer import ops
+from crystalformer.dual_space import DUAL_SPACE
 
 
 def arguments(op: ops.Op, backend: str):
@@ -15,12 +16,16 @@ def arguments(op: ops.Op, backend: str):
         return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
     if op is ops.ATTENTION:
         return x.op_inputs, (*lists, *basis)
+    if op is DUAL_SPACE:
+        q, k, v, decay, weight, *geometry = x.op_inputs
+        inputs = (q, k, v, decay[:, :1].contiguous(), decay[:, 1:].contiguous(), weight[:1].contiguous(), *geometry)
+        return inputs, (*lists, *x.wave_vectors()[1:], *basis)
     if op is ops.RECIPROCAL_SUM:
         return (x.decay, x.positions, x.lattice), (*x.wave_vectors(), x.images.num_pairs)
     return x.inputs[:6], x.wave_vectors()
 
 
-CASES = [(op, name) for name in ("reference", "cpu") for op in ops.OPS]
+CASES = [(op, name) for name in ("reference", "cpu") for op in (*ops.OPS, DUAL_SPACE)]
 
 
 @pytest.mark.parametrize(("op", "name"), CASES, ids=[f"{name}-{op.name}" for op, name in CASES])
