@@ -12,24 +12,16 @@ from .wave_vectors import WaveVectors
 HALF = (torch.bfloat16, torch.float16)
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor, *dtypes: torch.dtype) -> dict[str, int]:
-    """Checks q, k (N,H,D) and v (N,H,Dv) of one of the dtypes; the sizes by name."""
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """Checks q, k (N,H,D) and v (N,H,Dv); the sizes by name."""
     known: dict[str, int] = {}
     checks.check_tensor("q", q, "N H D", known)
-    checks.check_dtype("q", q, *dtypes)
+    checks.check_dtype("q", q, torch.float32, torch.float64, *HALF)
     checks.check_tensor("k", k, "N H D", known, like=q)
     checks.check_tensor("v", v, "N H Dv", known, like=q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.check_finite(name, x)
     return known
-
-
-def dtype_of_sums(q: Tensor, decay: Tensor) -> Tensor:
-    """An empty tensor of the dtype that decay and the geometry must have: that of q, or fp32 beside half precision."""
-    if q.dtype not in HALF:
-        return q
-    checks.check_dtype("decay", decay, torch.float32)
-    return q.new_empty(0, dtype=torch.float32)
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
@@ -43,6 +35,11 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
 def check_atoms(
     name: str, decay: Tensor, positions: Tensor, lattice: Tensor, known: dict[str, int], like: Tensor
 ) -> None:
+    """Checks what is in the dtype of `like`, or in fp32 if that is in half precision."""
+    if like.dtype in HALF:
+        checks.check_tensor(name, decay, "N H", known)
+        checks.check_dtype(name, decay, torch.float32)
+        like = like.new_empty(0, dtype=torch.float32)
     checks.check_tensor(name, decay, "N H", known, like=like)
     checks.check_tensor("positions", positions, "N 3", known, like=like)
     checks.check_tensor("lattice", lattice, "C 3 3", known, like=like)

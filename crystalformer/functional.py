@@ -7,13 +7,11 @@ from torch import Tensor
 
 from . import checks
 from .arguments import (
-    HALF,
     check_atoms,
     check_heads,
     check_images,
     check_value_encoding,
     check_wave_vectors,
-    dtype_of_sums,
     refuse_forward_mode,
 )
 from .backends import choose_backend
@@ -108,9 +106,8 @@ def periodic_attention(
         TypeError, ValueError: naming the argument, what it must be and what it was.
         RuntimeError: for a backend that is not available, with the reason.
     """
-    known = check_heads(q, k, v, torch.float32, torch.float64, *HALF)
-    checks.check_tensor("decay", decay, "N H", known)
-    check_atoms("decay", decay, positions, lattice, known, dtype_of_sums(q, decay))
+    known = check_heads(q, k, v)
+    check_atoms("decay", decay, positions, lattice, known, like=q)
     check_images(images, decay, known)
     weight, numbers = check_value_encoding(edge_weight, basis, known, decay)
     refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
@@ -214,14 +211,16 @@ def reciprocal_attention(
         wave_vectors: the G, from `build_wave_vectors` for these crystals, made once for many calls; tol and decay_min
             are then those that it was made for.
 
+    The dtypes are those of `periodic_attention`.
+
     Returns:
-        y (N,H,Dv).
+        y (N,H,Dv), of v's dtype.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
         RuntimeError: for a backend that is not available, with the reason.
     """
-    known = check_heads(q, k, v, torch.float32, torch.float64)
+    known = check_heads(q, k, v)
     checks.check_ptr("ptr", ptr, known["N"])
     known["C"] = len(ptr) - 1
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, known, like=q)
@@ -230,7 +229,7 @@ def reciprocal_attention(
     if decay_min is not None:
         decay_min = checks.check_number("decay_min", decay_min)
     refuse_forward_mode(q, k, v, decay_reciprocal, positions, lattice)
-    backend = choose_backend(backend, q.device, RECIPROCAL.name, q.dtype)
+    backend = choose_backend(backend, positions.device, RECIPROCAL.name, positions.dtype)
     if wave_vectors is None:
         if torch.compiler.is_compiling():
             raise ValueError("wave_vectors must be built before compiling: build_wave_vectors(lattice, ptr)")
@@ -241,7 +240,8 @@ def reciprocal_attention(
         check_wave_vectors(wave_vectors, ptr, decay_reciprocal)
     lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
     run = getattr(torch.ops.crystalformer, f"{backend}_{RECIPROCAL.name}")
-    return run(q, k, v, decay_reciprocal, positions, lattice, *lists)
+    y = run(*(x.to(decay_reciprocal.dtype) for x in (q, k, v)), decay_reciprocal, positions, lattice, *lists)
+    return y.to(v.dtype)
 
 
 def dual_space_attention(
@@ -280,16 +280,16 @@ def dual_space_attention(
         TypeError, ValueError: naming the argument, what it must be and what it was.
         RuntimeError: for a backend that is not available, with the reason.
     """
-    known = check_heads(q, k, v, torch.float32, torch.float64, *HALF)
+    known = check_heads(q, k, v)
     checks.check_tensor("decay", decay, "N H1", known)
     if not 0 < known["H1"] < known["H"]:
         raise ValueError(
             f"decay must have from 1 to H-1={known['H'] - 1} heads, those in real space, not {known['H1']}"
         )
-    like, real, other = dtype_of_sums(q, decay), known | {"H": known["H1"]}, known | {"H": known["H"] - known["H1"]}
-    check_atoms("decay", decay, positions, lattice, real, like)
+    real, other = (known | {"H": heads} for heads in (known["H1"], known["H"] - known["H1"]))
+    check_atoms("decay", decay, positions, lattice, real, like=q)
     check_images(images, decay, real)
-    check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like)
+    check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like=q)
     check_wave_vectors(wave_vectors, images.ptr, decay_reciprocal)
     weight, numbers = check_value_encoding(edge_weight, basis, real, decay)
     refuse_forward_mode(q, k, v, decay, decay_reciprocal, positions, lattice, edge_weight)

@@ -92,7 +92,6 @@ class PeriodicAttention(nn.Module):
         encoding, backend = (self.edge_weight, self.basis), self.backend
         if not real:
             c = self._decay_reciprocal(raw_decay)
-            q, k, v = (x.to(c.dtype) for x in (q, k, v))
             y = reciprocal_attention(q, k, v, c, positions, lattice, batch.ptr, backend=backend, wave_vectors=waves)
         elif real == self.num_heads:
             assert images is not None

@@ -33,11 +33,10 @@ class Both:
         first, rest = ([t[:, half] for t in (q, k, v)] for half in (slice(0, self.real), slice(self.real, None)))
         images, basis, waves = self.x.images, None if edge_weight is None else self.x.basis, self.waves
         y = cf.periodic_attention(*first, decay, positions, lattice, images, edge_weight, basis, backend)
-        rest = (t.to(decay.dtype) for t in rest)
         other = cf.reciprocal_attention(
             *rest, decay_reciprocal, positions, lattice, self.x.ptr, backend=backend, wave_vectors=waves
         )
-        return torch.cat((y, other.to(y.dtype)), 1)
+        return torch.cat((y, other), 1)
 
 
 def both(real=1, heads=3, **options):
