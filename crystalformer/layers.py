@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .basis import RadialBasis
 from .config import CrystalformerConfig
 from .data import CrystalBatch
-from .functional import dual_space_attention, periodic_attention, reciprocal_attention
+from .functional import Precision, dual_space_attention, periodic_attention, reciprocal_attention
 
 # Slope of rho at 0, the paper's positive_func "elu=0.1".
 RHO_SLOPE = 0.1
@@ -57,13 +57,13 @@ def rho(x: Tensor, bound: float) -> Tensor:
 class PeriodicAttention(nn.Module):
     """Multi-head infinitely connected attention; the first heads in real space, the rest in reciprocal space."""
 
-    def __init__(self, config: CrystalformerConfig, block: int, backend: str) -> None:
+    def __init__(self, config: CrystalformerConfig, block: int, backend: str, precision: Precision) -> None:
         super().__init__()
         dim, heads, head_dim = config.model_dim, config.num_heads, config.head_dim
         self.num_heads, self.num_real = heads, config.num_real_heads(block)
         self.r0, self.r0_reciprocal = config.block_r0(block), config.block_r0_reciprocal(block)
         self.bound, self.bound_reciprocal = config.decay_bound, config.decay_bound_reciprocal
-        self.backend = backend
+        self.backend, self.precision = backend, precision
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.decay = Decay(heads, head_dim)
         self.basis: RadialBasis | None = None
@@ -89,26 +89,26 @@ class PeriodicAttention(nn.Module):
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         raw_decay, real = self.decay(q), self.num_real
         positions, lattice, images, waves = batch.positions, batch.lattice, batch.images, batch.wave_vectors
-        encoding, backend = (self.edge_weight, self.basis), self.backend
+        encoding, backend, precision = (self.edge_weight, self.basis), self.backend, self.precision
         if not real:
-            c = self._decay_reciprocal(raw_decay)
+            c = self._reciprocal_decay(raw_decay)
             y = reciprocal_attention(q, k, v, c, positions, lattice, batch.ptr, backend=backend, wave_vectors=waves)
         elif real == self.num_heads:
             assert images is not None
-            a = self._decay(raw_decay)
-            y = periodic_attention(q, k, v, a, positions, lattice, images, *encoding, backend)
+            a = self._real_decay(raw_decay)
+            y = periodic_attention(q, k, v, a, positions, lattice, images, *encoding, backend, precision=precision)
         else:
             assert images is not None
             assert waves is not None
-            a, c = self._decay(raw_decay[:, :real]), self._decay_reciprocal(raw_decay[:, real:])
-            y = dual_space_attention(q, k, v, a, c, positions, lattice, images, waves, *encoding, backend)
+            a, c = self._real_decay(raw_decay[:, :real]), self._reciprocal_decay(raw_decay[:, real:])
+            y = dual_space_attention(q, k, v, a, c, positions, lattice, images, waves, *encoding, backend, precision)
         return self.out_proj(y.flatten(1))
 
-    def _decay(self, raw: Tensor) -> Tensor:
+    def _real_decay(self, raw: Tensor) -> Tensor:
         """a, Å^-2."""
         return rho(raw, self.bound) / (2 * self.r0**2)
 
-    def _decay_reciprocal(self, raw: Tensor) -> Tensor:
+    def _reciprocal_decay(self, raw: Tensor) -> Tensor:
         """c, Å²."""
         return rho(raw, self.bound_reciprocal) * self.r0_reciprocal**2 / 2
 
@@ -122,9 +122,9 @@ class PeriodicAttention(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward with residuals and no normalisation, initialised by T-Fixup (Huang et al., 2020)."""
 
-    def __init__(self, config: CrystalformerConfig, block: int, backend: str) -> None:
+    def __init__(self, config: CrystalformerConfig, block: int, backend: str, precision: Precision) -> None:
         super().__init__()
-        self.attention = PeriodicAttention(config, block, backend)
+        self.attention = PeriodicAttention(config, block, backend, precision)
         self.linear1 = nn.Linear(config.model_dim, config.ff_dim)
         self.linear2 = nn.Linear(config.ff_dim, config.model_dim)
         self.dropout = nn.Dropout(config.dropout)

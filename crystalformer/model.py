@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
+from .functional import Precision
 from .images import ImageList, build_images
 from .layers import Block, Embedding, mean_pool
 from .wave_vectors import WaveVectors, build_wave_vectors
@@ -26,15 +27,16 @@ class Crystalformer(nn.Module):
 
     Args:
         config: sizes and physics; the paper's by default.
-        backend: of the attention, see `periodic_attention`; "triton" has none for reciprocal heads, which then take the
-            reference.
+        backend, precision: of the attention, see `periodic_attention`.
     """
 
-    def __init__(self, config: CrystalformerConfig | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, config: CrystalformerConfig | None = None, backend: str = "auto", precision: Precision = "exact"
+    ) -> None:
         super().__init__()
         self.config = config = config or CrystalformerConfig()
         self.embedding = Embedding(NUM_ELEMENTS, config)
-        self.blocks = nn.ModuleList(Block(config, block, backend) for block in range(config.num_blocks))
+        self.blocks = nn.ModuleList(Block(config, block, backend, precision) for block in range(config.num_blocks))
         widths = (config.model_dim, *config.readout_dims)
         hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
         self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], config.num_targets))
@@ -127,7 +129,9 @@ class Crystalformer(nn.Module):
         save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})  # more keys would come in a random order
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, backend: str = "auto") -> "Crystalformer":
+    def from_pretrained(
+        cls, path: str | Path, backend: str = "auto", precision: Precision = "exact"
+    ) -> "Crystalformer":
         """The model that `save_pretrained` wrote into the folder `path`, in eval mode.
 
         Raises:
@@ -151,7 +155,7 @@ class Crystalformer(nn.Module):
             weights = load_file(path / WEIGHTS_FILE)
         except SafetensorError as error:
             raise ValueError(f"{path / WEIGHTS_FILE}: {error}") from error
-        model = cls(config, backend)
+        model = cls(config, backend, precision)
         model.to(next(iter(weights.values())).dtype)
         try:
             model.load_state_dict(weights)

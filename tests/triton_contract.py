@@ -267,3 +267,15 @@ def test_compiles_whole():
     x = on_device(problem())
     compiled = torch.compile(lambda *t: x.attention(*t, backend="triton"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*x.inputs), x.attention(backend="triton"))
+
+
+@torch.no_grad()
+def test_model_in_tf32():
+    x = on_device(problem(kinds=(("cubic", 2),), decay_min=2.0))
+    batch = cf.CrystalBatch(torch.arange(1, 3).to(DEVICE), x.positions, x.lattice, x.ptr)
+    config = cf.CrystalformerConfig(num_blocks=1, model_dim=16, num_heads=2, ff_dim=16, num_basis=16)
+    outputs = []
+    for precision in ("exact", "tf32"):
+        torch.manual_seed(0)
+        outputs.append(cf.Crystalformer(config, "triton", precision).to(DEVICE)(batch))
+    assert 0 < relative_error(*outputs) < 4 * 2**-11
