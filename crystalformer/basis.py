@@ -23,8 +23,7 @@ class RadialBasis:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.num, bool) or not isinstance(self.num, int) or self.num < 1:
-            raise ValueError(f"num must be a positive integer, not {self.num!r}")
+        checks.check_integer("num", self.num, 1)
         checks.check_number("r_max", self.r_max)
         checks.check_number("width", self.width)
 

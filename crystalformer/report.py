@@ -145,7 +145,7 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -
     names, baseline = list(metrics["mae"]["val"]), metrics["baseline_mae"]
     stems = file_stems(names)
     rows = "\n".join(
-        f"| {name} | {part} | {metrics['crystals'][part]} | {mae[name]:.4g} | {baseline[part][name]:.4g} |"
+        _row(name, part, metrics["crystals"][part], f"{mae[name]:.4g}", f"{baseline[part][name]:.4g}")
         for name in names
         for part, mae in metrics["mae"].items()
     )
@@ -160,7 +160,7 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -
     left_out += " (problems.csv)" if metrics["left_out"] else ""
     flat = {name: value for name, value in settings.items() if name != "model"}
     flat |= {f"model.{name}": value for name, value in settings["model"].items()}
-    options = "\n".join(f"| {name} | {value} |" for name, value in flat.items() if value is not None)
+    options = "\n".join(_row(name, value) for name, value in flat.items() if value is not None)
     libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     return f"""---
 library_name: crystalformer
@@ -205,3 +205,8 @@ The model has seen the training crystals' targets only; the plots are of the {sh
 The model is Crystalformer (T. Taniai et al., *Crystalformer: Infinitely Connected Attention for Periodic Structure
 Encoding*, ICLR 2024).
 """
+
+
+def _row(*cells: object) -> str:
+    """A row of a Markdown table; a column of the data may be named |x|."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

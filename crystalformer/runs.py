@@ -169,7 +169,8 @@ def train(
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise DataError("accelerator must be cpu or auto, not gpu: torch finds no GPU")
     parts, problems = source.read(names, seed)
-    settings = _settings(names, source, recipe, config, seed, accelerator, devices, nodes, loaders)
+    machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
+    settings = _settings(names, source, recipe, config, seed, machine)
     torch.manual_seed(seed)
     network = Crystalformer(config)
     datasets = {}
@@ -246,15 +247,19 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 def _settings(
-    names: Sequence[str], source: DataSource, recipe: Recipe, config: CrystalformerConfig, seed: int, *machine: Any
+    names: Sequence[str],
+    source: DataSource,
+    recipe: Recipe,
+    config: CrystalformerConfig,
+    seed: int,
+    machine: dict[str, Any],
 ) -> dict[str, Any]:
     """What config.yaml says: the options of `crystalformer train`."""
     model = dataclasses.asdict(config)
     for name in ("num_targets", "target_names"):
         del model[name]
     options = {"target": list(names), **dataclasses.asdict(source), **dataclasses.asdict(recipe), "seed": seed}
-    options |= dict(zip(("accelerator", "devices", "nodes", "loaders"), machine, strict=True))
-    return _plain(options | {"model": model})
+    return _plain(options | machine | {"model": model})
 
 
 def _plain(value: Any) -> Any:

@@ -103,6 +103,12 @@ def test_the_folder_of_a_training(run, folder):
         assert f"| {name} | test | 3 | {metrics['mae']['test'][name]:.4g} |" in (run / "README.md").read_text()
 
 
+def test_names_with_a_bar_do_not_break_the_tables():
+    from crystalformer import report
+
+    assert report._row("|E|", 0.5) == r"| \|E\| | 0.5 |"
+
+
 def test_a_config_repeats_the_training(run, folder):
     again = folder / "again"
     assert cli.main(["train", "--config", str(run / "config.yaml"), "--out", str(again)]) == 0

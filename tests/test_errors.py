@@ -133,8 +133,8 @@ def test_encoding_needs_the_images_of_every_pair():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num": 0}, "num must be a positive integer, not 0"),
-        ({"num": 2.5}, r"num must be a positive integer, not 2\.5"),
+        ({"num": 0}, "num must be an integer, at least 1, not 0"),
+        ({"num": 2.5}, r"num must be an integer, at least 1, not 2\.5"),
         ({"r_max": -1.0}, r"r_max must be larger than 0 and finite, not -1\.0"),
         ({"width": NAN}, "width must be larger than 0 and finite, not nan"),
     ],
