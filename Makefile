@@ -27,8 +27,10 @@ bench-results: $(INSTALLED)  ## bench/results/ and the README's table and plots;
 	$(BIN)/python -m bench report
 
 gpu:  ## what needs an NVIDIA GPU; takes the Python it finds, with torch, triton, numpy and pytest
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py
-	PYTHONPATH=. $(PYTHON) -m bench all --device cuda --repeat 200 --out bench/results
+	code=0; \
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py || code=1; \
+	PYTHONPATH=. $(PYTHON) -m bench all --device cuda --repeat 200 --out bench/results || code=1; \
+	exit $$code
 
 aot-36:  ## the Triton kernels on Triton 3.6.0, without a GPU
 	test -x $(VENV)-36/bin/python || $(PYTHON) -m venv $(VENV)-36
