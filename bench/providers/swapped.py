@@ -19,7 +19,7 @@ def training_with(make: Callable[[Problem], Callable[..., Tensor]]) -> Callable[
         batch.images = x.images
 
         def instead(
-            q: Tensor, k: Tensor, v: Tensor, decay: Tensor, positions: Tensor, lattice: Tensor, images, weight, *_
+            q: Tensor, k: Tensor, v: Tensor, decay: Tensor, positions: Tensor, lattice: Tensor, images, weight, *_, **__
         ) -> Tensor:
             return attend(q=q, k=k, v=v, decay=decay, weight=weight, positions=positions, lattice=lattice)
 
