@@ -9,7 +9,7 @@ import lzma
 import re
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -200,8 +200,23 @@ class _Files:
                 for id in {stem, _bare(path.name), re.sub(r"^(POSCAR|CONTCAR)[-_.]", "", stem)}:
                     self.by_id.setdefault(id, []).append(path.name)
 
-    def find(self, id: str) -> Path:
-        """Raises DataError if there is none, or more than one."""
+    def __contains__(self, id: str) -> bool:
+        return id in self.by_id or (self.folder / id).is_file()
+
+    def read(self, id: str) -> Source:
+        """Raises DataError if there is no such file or more than one, and for all but one crystal in it."""
+        path = self._find(id)
+        kind = _kind(path)
+        if kind not in STRUCTURE_KINDS:
+            raise DataError(f"unknown format: {path.name} must be CIF, POSCAR, (ext)xyz or pymatgen JSON")
+        rows = _structures(path, kind, read_text(path), None).rows
+        if len(rows) != 1:
+            raise DataError(f"{path.name} must hold one crystal, not {len(rows)}")
+        if rows[0].structure is None:
+            raise DataError(f"{path.name}: {rows[0].reason}")
+        return rows[0].structure
+
+    def _find(self, id: str) -> Path:
         if id and (self.folder / id).is_file():
             return self.folder / id
         names = self.by_id.get(id, [])
@@ -225,9 +240,10 @@ def _csv(path: Path, text: str, targets: Sequence[str], id_column: str | None) -
     if not cells:
         raise DataError(f"{path}: empty")
     if any(name in cells[0] for name in STRUCTURE_COLUMNS):
-        header, body, files = cells[0], cells[1:], None
+        header, body, read = cells[0], cells[1:], None
     else:
         files = _Files(path.parent)
+        read = files.read
         named = _has_names(cells[0], files, id_column)
         header, body = (cells[0], cells[1:]) if named else (_names(path, cells, targets, id_column), cells)
     header = [name.strip() for name in header]
@@ -239,7 +255,7 @@ def _csv(path: Path, text: str, targets: Sequence[str], id_column: str | None) -
         record: dict[str, Any] = dict(zip(header, row, strict=False))
         record[_EXTRA] = len(row) - len(header)
         records.append(record)
-    return _records(records, path.name, id_column, header, files)
+    return _records(records, path.name, id_column, header, read)
 
 
 # A key that no column has: cells beyond the first line's.
@@ -258,7 +274,7 @@ def _long_fields() -> Iterator[None]:
 
 def _has_names(first: list[str], files: _Files, id_column: str | None) -> bool:
     """Whether the first line names the columns, as that of id_prop.csv does not."""
-    if first[0] in files.by_id or (files.folder / first[0]).is_file():
+    if first[0] in files:
         return False
     if any(name in (id_column, *ID_COLUMNS, *FILE_COLUMNS) for name in first):
         return True
@@ -294,19 +310,19 @@ def _records(
     name: str,
     id_column: str | None,
     columns: Iterable[str] | None = None,
-    files: _Files | None = None,
+    read: Callable[[str], Source] | None = None,
     index: Sequence[Any] | None = None,
 ) -> Table:
-    """The rows of records with a structure each, or with a file each where `files` are given."""
+    """The rows of records with a structure each, or with the name of a file each that `read` reads."""
     if columns is None:
         columns = dict.fromkeys(key for record in records for key in record)
     columns = list(columns)
     key = _id_column(columns, id_column, name, ID_COLUMNS)
-    if key is None and index is None and files is None and columns[:1] == [""]:
+    if key is None and index is None and read is None and columns[:1] == [""]:
         key = ""  # pandas writes its index so
-    if key is None and files is not None:
+    if key is None and read is not None:
         key = columns[0]
-    if files is None:
+    if read is None:
         place = next((x for x in STRUCTURE_COLUMNS if x in columns), None)
         if place is None:
             raise DataError(f"{name}: has no column {' or '.join(STRUCTURE_COLUMNS)}; it has {_listed(columns)}")
@@ -322,27 +338,18 @@ def _records(
                 raise DataError("no id")
             if record.get(_EXTRA, 0) > 0:
                 raise DataError(f"{len(columns) + record[_EXTRA]} cells for {len(columns)} columns")
-            row.structure = _source(record.get(place), files)
+            row.structure = _source(record.get(place), read)
         except DataError as error:
             row.reason = one_line(error)
     return Table(rows, [x for x in columns if x not in (place, "")])
 
 
-def _source(value: Any, files: _Files | None) -> Source:
-    """What the cell of a structure holds: a CIF, a dictionary, one as JSON, or the name of a file."""
+def _source(value: Any, read: Callable[[str], Source] | None) -> Source:
+    """What the cell of a structure holds: a CIF, a dictionary, one as JSON, or the name of a file for `read`."""
     if missing(value):
         raise DataError("no structure")
-    if files is not None:
-        path = files.find(str(value).strip())
-        kind = _kind(path)
-        if kind not in STRUCTURE_KINDS:
-            raise DataError(f"unknown format: {path.name} must be CIF, POSCAR, (ext)xyz or pymatgen JSON")
-        rows = _structures(path, str(kind), read_text(path), None).rows
-        if len(rows) != 1:
-            raise DataError(f"{path.name} must hold one crystal, not {len(rows)}")
-        if rows[0].structure is None:
-            raise DataError(f"{path.name}: {rows[0].reason}")
-        return rows[0].structure
+    if read is not None:
+        return read(str(value).strip())
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
