@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .parsing import parse_all
+from .rows import Row, Table, missing
 from .samples import DataError, Problem, Samples, first_repeated
-from .tables import Row, Table, missing, read_table
+from .tables import read_table
 
 log = logging.getLogger("crystalformer.data")
 
