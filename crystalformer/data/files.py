@@ -26,6 +26,7 @@ KINDS = {
     ".db": "db",
 }
 STRUCTURE_KINDS = ("cif", "poscar", "xyz", "json")
+STRUCTURE_FORMATS = "CIF, POSCAR, (ext)xyz or pymatgen JSON"
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .parsing import parse_all
-from .rows import Row, Table, missing
+from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
 from .tables import read_table
 
@@ -130,8 +130,7 @@ def _check_columns(path: str | Path, table: Table, names: Sequence[str]) -> None
     if unknown and not table.columns:
         raise DataError(f"{path}: has structures but no numbers, so no {', '.join(unknown)}")
     if unknown:
-        there = ", ".join(table.columns[:60]) + (", ..." if len(table.columns) > 60 else "")
-        raise DataError(f"{path}: has no column {', '.join(map(repr, unknown))}; it has {there}")
+        raise DataError(f"{path}: has no column {', '.join(map(repr, unknown))}; it has {listed(table.columns)}")
 
 
 def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | str:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from .ase_tables import read_frames
-from .files import STRUCTURE_KINDS, kind_of, read_text, stem_of, unpacked_name
+from .files import STRUCTURE_FORMATS, STRUCTURE_KINDS, kind_of, read_text, stem_of, unpacked_name
 from .json_tables import read_json
 from .parsing import Source
 from .rows import Row, Table
@@ -40,7 +40,7 @@ class StructureFiles:
         path = self._find(id)
         kind = kind_of(path)
         if kind not in STRUCTURE_KINDS:
-            raise DataError(f"unknown format: {path.name} must be CIF, POSCAR, (ext)xyz or pymatgen JSON")
+            raise DataError(f"unknown format: {path.name} must be {STRUCTURE_FORMATS}")
         rows = read_structures(path, kind, read_text(path), None).rows
         if len(rows) != 1:
             raise DataError(f"{path.name} must hold one crystal, not {len(rows)}")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from .ase_tables import read_database
 from .csv_tables import read_csv
-from .files import STRUCTURE_KINDS, kind_of, read_text, sniff, stem_of, unpacked_name
-from .json_tables import read_jarvis, read_json
+from .files import STRUCTURE_FORMATS, STRUCTURE_KINDS, kind_of, read_text, sniff, stem_of, unpacked_name
+from .json_tables import read_jarvis
 from .parsing import one_line
 from .rows import Row, Table
 from .samples import DataError
@@ -37,8 +37,6 @@ def read_table(path: str | Path, targets: Sequence[str], id_column: str | None) 
         kind = sniff(text)
     if kind == "csv":
         return read_csv(path, text, targets, id_column)
-    if kind == "json":
-        return read_json(path, text, id_column)
     if kind in STRUCTURE_KINDS:
         return read_structures(path, kind, text, id_column)
     raise DataError(f"{path}: unknown format: it must be {FORMATS}")
@@ -54,7 +52,7 @@ def _folder(folder: Path, targets: Sequence[str], id_column: str | None) -> Tabl
         return read_csv(folder / listed[0], read_text(folder / listed[0]), targets, id_column)
     files = [x for x in names if kind_of(Path(x)) in STRUCTURE_KINDS and x != "atom_init.json"]
     if not files:
-        raise DataError(f"{folder}: has no files of structures: they must be CIF, POSCAR, (ext)xyz or pymatgen JSON")
+        raise DataError(f"{folder}: has no files of structures: they must be {STRUCTURE_FORMATS}")
     rows: list[Row] = []
     columns: dict[str, None] = {}
     for name in files:
