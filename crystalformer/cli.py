@@ -6,35 +6,23 @@ Whatever is wrong with the arguments or the data ends in one line on stderr and 
 import argparse
 import csv
 import dataclasses
-import inspect
 import json
-import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from . import __version__ as version
+from .options import add_fields, make_parser, parse, read_yaml, with_underscores
+from .user_errors import PROG, Stop, training_errors, user_errors
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
     from torch import Tensor
 
     from .predictor import Predictor
-
-PROG = "crystalformer"
-
-
-class Stop(Exception):
-    """The end of the program, with one line for stderr and an exit code."""
-
-    def __init__(self, message: object, code: int = 2) -> None:
-        super().__init__(" ".join(str(message).split()))
-        self.code = code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,13 +63,13 @@ def train(arguments: list[str]) -> int:
         from .runs import CONFIG, DataSource, check_folder
         from .runs import train as run
         from .training import PRESETS, Recipe
-    parser = _parser("train", train)
+    parser = make_parser("train", train)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, new or empty")
     parser.add_argument("--target", nargs="+", type=str, required=True, help="columns to learn")
-    _add_fields(parser, DataSource)
+    add_fields(parser, DataSource)
     parser.add_argument("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
-    _add_fields(parser, Recipe)
-    _add_fields(parser, CrystalformerConfig, "model.", leave_out=("num_targets", "target_names"))
+    add_fields(parser, Recipe)
+    add_fields(parser, CrystalformerConfig, "model.", leave_out=("num_targets", "target_names"))
     parser.add_argument("--seed", type=int, default=0, help="of split, first weights, order and dropout")
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out; needs no other option")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu", "mps"], default="auto", help="what computes")
@@ -95,8 +83,8 @@ def train(arguments: list[str]) -> int:
     for name in ("--config", "--preset", "--out"):
         ahead.add_argument(name)
     ahead.add_argument("--resume", action="store_true")
-    known, _ = ahead.parse_known_args(_with_underscores(arguments))
-    preset = known.preset or (_yaml(known.config).get("preset") if known.config else None)
+    known, _ = ahead.parse_known_args(with_underscores(arguments))
+    preset = known.preset or (read_yaml(known.config).get("preset") if known.config else None)
     if preset in PRESETS:
         parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
     if known.resume and known.out:
@@ -104,13 +92,13 @@ def train(arguments: list[str]) -> int:
             check_folder(Path(known.out), resume=True)
         parser.default_config_files = [str(Path(known.out) / CONFIG)]
 
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     with user_errors():
         source = DataSource(**{field.name: options[field.name] for field in dataclasses.fields(DataSource)})
         recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
         config = CrystalformerConfig(**options.model.as_dict())
     keywords = {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes", "loaders")}
-    with _training_errors(options.out):
+    with training_errors(options.out):
         run(options.out, options.target, source, recipe, config, **keywords)
     return 0
 
@@ -121,13 +109,13 @@ def predict(arguments: list[str]) -> int:
     Rows that cannot be predicted are named on stderr and left out; the exit code is 1 then. Where files repeat an id,
     ids begin with the file's name.
     """
-    parser = _parser("predict", predict)
+    parser = make_parser("predict", predict)
     parser.add_argument("model", type=Path, help="folder of a training or a model")
     parser.add_argument("files", nargs="+", type=str, help="CIF, POSCAR, extxyz, CSV, JSON, folders, ...")
     parser.add_argument("--out", type=str, default="-", help="CSV file to write; - is stdout")
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     _check_file(options.out)
     predictor = _load(options.model, options.device)
     ids: list[tuple[str, str]] = []
@@ -158,7 +146,7 @@ def predict(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Prints the errors of a model on crystals whose properties are known."""
-    parser = _parser("evaluate", evaluate)
+    parser = make_parser("evaluate", evaluate)
     parser.add_argument("model", type=Path, help="folder of a training or a model")
     parser.add_argument("--data", type=Path, required=True, help="file or folder with crystals and targets")
     parser.add_argument("--target", nargs="+", type=str, default=None, help="columns; else named as in the training")
@@ -167,7 +155,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str | None, default=None, help="CSV file for the predictions; - is stdout")
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     if options.set and options.split is None:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
     _check_file(options.out)
@@ -205,9 +193,9 @@ def evaluate(arguments: list[str]) -> int:
 
 def info(arguments: list[str]) -> int:
     """Prints what a model is: targets, size, settings, errors."""
-    parser = _parser("info", info)
+    parser = make_parser("info", info)
     parser.add_argument("model", type=Path, help="folder of a training or a model")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     predictor = _load(options.model, "cpu")
     lines = {
         "targets": ", ".join(predictor.names),
@@ -230,14 +218,14 @@ def info(arguments: list[str]) -> int:
 
 def convert(arguments: list[str]) -> int:
     """Makes a model of a checkpoint of the paper's code."""
-    parser = _parser("convert", convert)
+    parser = make_parser("convert", convert)
     parser.add_argument("checkpoint", type=Path, help="file of the paper's code, .ckpt or .pt")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
     parser.add_argument(
         "--params", type=Path | None, default=None, help="its JSON of parameters, for a bare state dict"
     )
     parser.add_argument("--weights", choices=["auto", "swa", "model"], default="auto", help="swa is the weight average")
-    options = _parse(parser, arguments)
+    options = parse(parser, arguments)
     with user_errors():
         from .convert import load_official
 
@@ -295,130 +283,7 @@ EXTRAS = {
 }
 
 
-# Options
-
-
-def _parser(name: str, command: Callable[[list[str]], int]) -> "ArgumentParser":
-    with user_errors():
-        from jsonargparse import ArgumentParser
-    parser = ArgumentParser(
-        prog=f"{PROG} {name}",
-        description=inspect.cleandoc(command.__doc__ or ""),
-        exit_on_error=False,
-        allow_abbrev=False,  # what looks for --preset before the options are read knows whole names only
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    return parser
-
-
-def _parse(parser: "ArgumentParser", arguments: Sequence[str]) -> "Namespace":
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return parser.parse_args([_lists_in_config(parser, x, folder) for x in _with_underscores(arguments)])
-        except argparse.ArgumentError as error:
-            raise Stop(f"{error}: see {parser.prog} --help") from error
-
-
-def _with_underscores(arguments: Sequence[str]) -> list[str]:
-    """--batch-size as --batch_size, which is how the options are called in YAML; --config FILE as --config=FILE."""
-    options = (x.partition("=") if x.startswith("--") else (x, "", "") for x in arguments)
-    result = ["--" + name[2:].replace("-", "_") + rest + x if name[:2] == "--" else name for name, rest, x in options]
-    while "--config" in result[:-1]:
-        place = result.index("--config")
-        result[place : place + 2] = [f"--config={result[place + 1]}"]
-    return result
-
-
-def _lists_in_config(parser: "ArgumentParser", argument: str, folder: str) -> str:
-    """--config=FILE, or a copy of it in a folder where single values stand for lists, as in target: energy."""
-    import yaml
-
-    name, _, path = argument.partition("=")
-    content = _yaml(path) if name == "--config" else {}
-    wanting = False
-    for action in parser._actions:
-        *groups, last = action.dest.split(".")
-        values: Any = content
-        for group in groups:
-            values = values.get(group) if isinstance(values, dict) else None
-        if action.nargs and isinstance(values, dict) and isinstance(values.get(last), (str, int, float)):
-            values[last] = [values[last]]
-            wanting = True
-    if not wanting:
-        return argument
-    copy = Path(folder) / Path(path).name
-    copy.write_text(yaml.safe_dump(content))
-    return f"{name}={copy}"
-
-
-def _add_fields(parser: "ArgumentParser", kind: Any, prefix: str = "", leave_out: Sequence[str] = ()) -> None:
-    """An option for each field of a dataclass, with its help from the docstring."""
-    hints = get_type_hints(kind)
-    described = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.cleandoc(kind.__doc__), re.MULTILINE)
-    texts = {name: " ".join(text.split()).replace("%", "%%") for name, text in described}
-    for field in dataclasses.fields(kind):
-        if field.name in leave_out:
-            continue
-        option, text = f"--{prefix}{field.name}", texts[field.name]
-        if isinstance(field.default, bool):
-            parser.add_argument(option, action="store_true", default=field.default, help=text)
-        elif isinstance(field.default, tuple):
-            several = len(field.default) if field.name in ("fractions", "betas") else "+"
-            parser.add_argument(
-                option, nargs=several, type=get_args(hints[field.name])[0], default=list(field.default), help=text
-            )
-        else:
-            parser.add_argument(option, type=hints[field.name], default=field.default, help=text)
-
-
-def _yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError):
-        return {}  # the parser says what is wrong with it
-    return content if isinstance(content, dict) else {}
-
-
-# Errors, files, bars
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """For what depends on arguments and files alone: an error is theirs, and its line is enough."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise Stop(f"{error.name} is missing: pip install 'crystalformer[data,train]'; see {PROG} doctor") from error
-    except BrokenPipeError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        raise Stop(error) from error
-
-
-@contextmanager
-def _training_errors(out: Path) -> Iterator[None]:
-    """In a training, only what is known to be no fault of this program."""
-    import torch
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from .data.samples import DataError
-    from .training.checkpoints import CheckpointError
-
-    again = f"go on with: {PROG} train --out {out} --resume"
-    try:
-        yield
-    except (DataError, CheckpointError, MisconfigurationException, FileExistsError) as error:
-        raise Stop(error) from error
-    except FloatingPointError as error:
-        raise Stop(error, 1) from error
-    except torch.OutOfMemoryError as error:
-        raise Stop(f"out of GPU memory: train anew with a smaller --max_images_per_batch ({error})", 1) from error
-    except OSError as error:
-        raise Stop(f"{error}; the last checkpoint is whole: {again}", 1) from error
-    except SystemExit as error:  # how lightning ends for SIGTERM, and with code 1 for Ctrl-C
-        raise Stop(f"stopped; {again}", 130 if error.code == 1 else 143) from error
+# Models, files, bars
 
 
 def _load(path: Path, device: str) -> "Predictor":
