@@ -75,7 +75,6 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu", "mps"], default="auto", help="what computes")
     parser.add_argument("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
     parser.add_argument("--nodes", type=int, default=1, help="machines; under torchrun as it says")
-
     parser.add_argument("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
 
     # Where defaults come from, before the options are read.
