@@ -94,6 +94,11 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
+def write_jsonl(path: Path, content: list[Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, content)))
+    return path
+
+
 def packed(path: Path, pack: Callable[[bytes], bytes], suffix: str) -> Path:
     target = path.with_name(path.name + suffix)
     target.write_bytes(pack(path.read_bytes()))
@@ -140,7 +145,7 @@ def write_db(path: Path, key: str = "name", data: bool = False) -> Path:
     return path
 
 
-def split_frame(id_inside: bool = False) -> dict[str, Any]:
+def split_frame() -> dict[str, Any]:
     rows = [[s.as_dict(), x] for s, x in zip(pair(), NUMBERS, strict=True)]
     return {"index": IDS, "columns": ["structure", "gap"], "data": rows}
 
@@ -173,7 +178,7 @@ FORMATS: dict[str, Writer] = {
     ),
     "cgcnn": lambda d: id_prop(d / "f", "{}.cif", cif),
     "cgcnn, the file": lambda d: id_prop(d / "f", "{}.cif", cif) / "id_prop.csv",
-    "alignn": lambda d: id_prop(d / "f", "{}", to_poscar, "{}").parent / "f",
+    "alignn": lambda d: id_prop(d / "f", "{}.vasp", to_poscar, "{}.vasp"),
     "alignn poscar": lambda d: id_prop(d / "f", "POSCAR-{}.vasp", to_poscar),
     "contcar": lambda d: id_prop(d / "f", "CONTCAR-{}", to_poscar),
     "vasp": lambda d: id_prop(d / "f", "{}.vasp", to_poscar),
@@ -184,15 +189,8 @@ FORMATS: dict[str, Writer] = {
     "json.zip": lambda d: packed(write_json(d / "a.json", split_frame()), zipped, ".zip"),
     "records": lambda d: write_json(d / "a.json", records("material_id", "structure", as_dict)),
     "pandas columns": lambda d: write_json(d / "a.json", column_frame()),
-    "jsonl": lambda d: (
-        write_json(d / "b.json", 0)
-        .with_name("a.jsonl")
-        .write_text("\n".join(map(json.dumps, records("material_id", "structure", as_dict))))
-        and d / "a.jsonl"
-    ),
-    "records by id": lambda d: write_json(
-        d / "a.json", {x["id"]: x | {"id": x["id"]} for x in records("id", "structure", as_dict)}
-    ),
+    "jsonl": lambda d: write_jsonl(d / "a.jsonl", records("material_id", "structure", as_dict)),
+    "records by id": lambda d: write_json(d / "a.json", {x["id"]: x for x in records("id", "structure", as_dict)}),
     "megnet": lambda d: write_json(d / "mp.2018.6.1.json", records("material_id", "structure", cif)),
     "jarvis": lambda d: write_json(d / "a.json", records("jid", "atoms", lambda s: jarvis(s, False))),
     "jarvis, cartesian": lambda d: write_json(d / "a.json", records("jid", "atoms", lambda s: jarvis(s, True))),
@@ -203,7 +201,6 @@ FORMATS: dict[str, Writer] = {
     "ase json": lambda d: write_db(d / "a.json"),
     "json without a suffix": lambda d: write_json(d / "data", split_frame()),
 }
-FORMATS["alignn"] = lambda d: id_prop(d / "f", "{}.vasp", to_poscar, "{}.vasp")
 
 
 def assert_pair(samples: Samples, tolerance: float = 1e-6) -> None:
@@ -330,7 +327,7 @@ def test_single_files(tmp_path: Path) -> None:
 def test_many_crystals_in_a_file(tmp_path: Path) -> None:
     one, two = pair()
     # pymatgen alone would give the second of two blocks of one name, and drop the third with a warning.
-    text = "data_global\n_journal_name 'none'\n" + cif(one) + cif(one * (2, 1, 1)).replace("data_NaCl", "data_NaCl")
+    text = "data_global\n_journal_name 'none'\n" + cif(one) + cif(one * (2, 1, 1))
     (tmp_path / "a.cif").write_text(text + cif(two).replace("Cf2", "Qq2").replace(" Cf ", " Qq "))
     (tmp_path / "b.xyz").write_text(xyz([one, two]))
     samples, problems = read_samples(tmp_path)
