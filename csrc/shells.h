@@ -96,20 +96,21 @@ struct Block {
     int64_t first, member, member_end;
     int shells, bin;
 
-    // Takes the next shells from `from` on.
-    INLINE void take(const Layout<T>& layout, const Weights<T>& w, int64_t from, int64_t last) {
-        first = from;
-        bin = layout.bin[from];
-        member = from == w.first ? w.first : layout.member_end[from - 1];
-        const int64_t limit = from + BLOCK < last ? from + BLOCK : last;
-        int64_t s = from;
-        for (; s < limit && layout.bin[s] == bin; ++s) {
-            const Heads<T> x = w.shell_shift - w.decay * layout.d2[s];
-            (w.wide ? x : exp2_above(x, LOWEST<T>)).store(factor + HEADS * (s - from));
-            Heads<T>::all(0).store(total + HEADS * (s - from));
+    // Takes the last shells before `end`. Far ones come first: what is small is added up before what is large, and the
+    // sum over thousands of images is rounded no more often at its full size than a sum over a few.
+    INLINE void take(const Layout<T>& layout, const Weights<T>& w, int64_t end) {
+        bin = layout.bin[end - 1];
+        const int64_t limit = end - BLOCK > w.first ? end - BLOCK : w.first;
+        first = end - 1;
+        while (first > limit && layout.bin[first - 1] == bin) --first;
+        shells = int(end - first);
+        member = first == w.first ? w.first : layout.member_end[first - 1];
+        member_end = layout.member_end[end - 1];
+        for (int s = 0; s < shells; ++s) {
+            const Heads<T> x = w.shell_shift - w.decay * layout.d2[first + s];
+            (w.wide ? x : exp2_above(x, LOWEST<T>)).store(factor + HEADS * s);
+            Heads<T>::all(0).store(total + HEADS * s);
         }
-        shells = int(s - from);
-        member_end = layout.member_end[s - 1];
     }
 
     // p of a member, for all heads, given the shell's place in the block.
@@ -126,9 +127,10 @@ template <class T, bool WIDE>
 void sum_shells(const Layout<T>& layout, const Window& window, const Weights<T>& w, const T* slots, T* slot_sum, T* c,
                 T* basis) {
     Block<T> block;
-    for (int64_t s = w.first, last = w.first + w.shells; s < last; s += block.shells) {
-        block.take(layout, w, s, last);
-        for (int64_t m = block.member; m < block.member_end; ++m) {
+    for (int64_t s = w.first + w.shells; s > w.first;) {
+        block.take(layout, w, s);
+        s = block.first;
+        for (int64_t m = block.member_end - 1; m >= block.member; --m) {
             const int64_t local = layout.shell[m] - (s - w.first), j = layout.slot[m];
             const Heads<T> p = block.template weight<WIDE>(layout, m, local, slots + HEADS * j);
             (Heads<T>::load(slot_sum + HEADS * j) + p).store(slot_sum + HEADS * j);
@@ -193,8 +195,9 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
     const T *const slots = x.slots, *const content = x.content;
     T *const slot_p = x.slot_p, *const slot_ds = x.slot_ds;
     Heads<T> grad_decay = x.grad_decay;
-    for (int64_t s = w.first, last = w.first + w.shells; s < last; s += block.shells) {
-        block.take(layout, w, s, last);
+    for (int64_t s = w.first + w.shells; s > w.first;) {
+        block.take(layout, w, s);
+        s = block.first;
         const bool has_basis = block.bin < window.bins;
         if (has_basis) {
             for (int e = 0; e < block.shells; ++e) basis_window(window, layout.offset[s + e], basis + e * window.size);
@@ -212,7 +215,7 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
             }
             Heads<T>::all(0).store(total_p + HEADS * e);
         }
-        for (int64_t m = block.member; m < block.member_end; ++m) {
+        for (int64_t m = block.member_end - 1; m >= block.member; --m) {
             const int64_t local = layout.shell[m] - (s - w.first), j = HEADS * int64_t(layout.slot[m]);
             const Heads<T> p = block.template weight<WIDE>(layout, m, local, slots + j);
             const Heads<T> ds = p * (Heads<T>::load(content + j) + Heads<T>::load(ub + HEADS * local));

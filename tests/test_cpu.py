@@ -233,3 +233,18 @@ def test_operators_refuse_what_they_cannot_read():
         torch.ops.crystalformer.cpu_reciprocal(*x.inputs[:6], x.ptr, g_ptr[:-1], g, *sizes)
     with pytest.raises(RuntimeError, match="ptr and g_ptr must be of the same crystals"):
         torch.ops.crystalformer.cpu_reciprocal_sum(*x.inputs[3:6], x.ptr, g_ptr[:-1], g, *sizes, 14)
+
+
+def test_weights_of_thousands_of_images_add_up_to_one_in_fp32():
+    """Then an atom alone in its cell passes its gradient on to v as it is.
+
+    Added up from the nearest on, every image would round the whole sum: 2e-5.
+    """
+    x = problem(kinds=(("cubic", 1),), decay_min=0.01, heads=8).to(torch.float32)
+    assert x.images.num_images > 5000
+    v, positions = x.v.requires_grad_(), x.positions.requires_grad_()
+    grad = torch.ones_like(v)
+    y = x.attention(
+        x.q, x.k, v, x.decay, positions, x.lattice, x.edge_weight, backend="cpu", edge_weight=None, basis=None
+    )
+    torch.testing.assert_close(torch.autograd.grad(y, v, grad)[0], grad, rtol=3e-6, atol=0.0)
