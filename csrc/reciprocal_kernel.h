@@ -259,11 +259,11 @@ INLINE void finish_geometry(const ReciprocalRows<T>& x, const ReciprocalCrystal<
     for (int m = 0; m < 9; ++m) x.row_lattice[9 * i + m] = T(d_basis[m]);
 }
 
-// Equation (B12), what belongs to the rows: gradients of q and decay, and of the pairs' weights and scores.
-template <class T>
-void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
+// Equation (B12), what belongs to the rows: the gradient of decay, and what that of the geometry needs. For each head,
+// `gradient(crystal, i, head, sums, gamma)` makes dS (columns), zero in the padding, of S; gamma (columns) is scratch.
+template <class T, class Gradient>
+INLINE void backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch, Gradient gradient) {
     const ReciprocalInputs<T>& in = x.in;
-    const T scale = T(1 / __builtin_sqrt(double(in.dim)));
     for (int64_t i = first; i < last; ++i) {
         const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[i]];
         const int64_t columns = crystal.columns(), atoms = crystal.atoms();
@@ -285,27 +285,10 @@ void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t
             for (int64_t m = real * columns; m < HEADS * columns; ++m) sums[m] = slope[m] = 0;
             for (int h = 0; h < real; ++h) {
                 const int64_t head = i * in.heads + first_head + h;
-                T* p = x.pair_p + x.pair[i] * in.heads + (first_head + h) * columns;
-                T* ds = x.pair_ds + x.pair[i] * in.heads + (first_head + h) * columns;
-                T *sum = sums + h * columns, *along = slope + h * columns;
-                const T* grad = x.grad + head * in.value_dim;
-                softmax_columns(in, crystal, i, first_head + h, sum, p);
-                dot_columns(grad, crystal.v, crystal.tiles, in.heads, first_head + h, in.value_dim, gamma);
-                const T delta = dot_flat(grad, x.saved + head * in.value_dim, in.value_dim);
-                T d_decay = 0;
-                for (int64_t j = 0; j < columns; ++j) {
-                    const T d = p[j] * (gamma[j] - delta);
-                    ds[j] = d * scale;
-                    sum[j] = sum[j] > T(RECIPROCAL_CLAMP) ? d / sum[j] : T(0);  // from here on dS
-                }
+                T *sum = sums + h * columns, *along = slope + h * columns, d_decay = 0;
+                gradient(crystal, i, first_head + h, sum, gamma);
                 for (int64_t j = 0; j < atoms; ++j) d_decay -= sum[j] * along[j];
                 x.result.decay[head] = d_decay;
-                T* to = x.result.q + head * in.dim;
-                for (int d = 0; d < in.dim; ++d) to[d] = 0;
-                for (int64_t j = 0; j < atoms; ++j) {
-                    const T* k = in.k + ((crystal.begin + j) * in.heads + first_head + h) * in.dim;
-                    for (int d = 0; d < in.dim; ++d) to[d] += ds[j] * k[d];
-                }
                 if (force)
                     for (int64_t j = 0; j < columns; ++j) along[j] = in.decay[head] * sum[j];  // from here on c dS
             }
@@ -313,6 +296,34 @@ void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t
         }
         if (force) finish_geometry(x, crystal, i, stress);
     }
+}
+
+// Also the gradient of q, and the pairs' weights and gradients of scores.
+template <class T>
+void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
+    const ReciprocalInputs<T>& in = x.in;
+    const T scale = T(1 / __builtin_sqrt(double(in.dim)));
+    backward_rows(x, first, last, scratch,
+                  [&](const ReciprocalCrystal<T>& crystal, int64_t i, int h, T* sum, T* gamma) {
+                      const int64_t head = i * in.heads + h, columns = crystal.columns();
+                      T* p = x.pair_p + x.pair[i] * in.heads + h * columns;
+                      T* ds = x.pair_ds + x.pair[i] * in.heads + h * columns;
+                      const T* grad = x.grad + head * in.value_dim;
+                      softmax_columns(in, crystal, i, h, sum, p);
+                      dot_columns(grad, crystal.v, crystal.tiles, in.heads, h, in.value_dim, gamma);
+                      const T delta = dot_flat(grad, x.saved + head * in.value_dim, in.value_dim);
+                      for (int64_t j = 0; j < columns; ++j) {
+                          const T d = p[j] * (gamma[j] - delta);
+                          ds[j] = d * scale;
+                          sum[j] = sum[j] > T(RECIPROCAL_CLAMP) ? d / sum[j] : T(0);
+                      }
+                      T* to = x.result.q + head * in.dim;
+                      for (int d = 0; d < in.dim; ++d) to[d] = 0;
+                      for (int64_t j = 0; j < crystal.atoms(); ++j) {
+                          const T* k = in.k + ((crystal.begin + j) * in.heads + h) * in.dim;
+                          for (int d = 0; d < in.dim; ++d) to[d] += ds[j] * k[d];
+                      }
+                  });
 }
 
 // A crystal's rows in the block.
@@ -385,44 +396,14 @@ void reciprocal_sum_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last
     }
 }
 
-// From the gradient of S to that of the decay, and what the geometry needs of the rows. Equation (B12), second part.
+// From the gradient of S. Equation (B12), second part.
 template <class T>
 void reciprocal_sum_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
-    const ReciprocalInputs<T>& in = x.in;
-    for (int64_t i = first; i < last; ++i) {
-        const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[i]];
-        const int64_t columns = crystal.columns(), atoms = crystal.atoms();
-        T* own = scratch;
-        T* weight = own + 2 * crystal.vectors;
-        T* sums = weight + HEADS * crystal.shells;
-        T* slope = sums + HEADS * columns;
-        T* force = x.pair_force ? x.pair_force + 3 * x.pair[i] : nullptr;
-        Atoms<T> stress[6];
-        for (int m = 0; m < 6; ++m) stress[m] = Atoms<T>::all(0);
-        for (int64_t m = 0; force && m < 3 * columns; ++m) force[m] = 0;
-        own_phases(crystal, i, own);
-        for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
-            const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
-            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
-                               weight);
-            for (int h = 0; h < real; h += 4) sum_vectors<4, true>(crystal, own, weight, h, sums, slope);
-            for (int64_t m = 0; m < HEADS * columns; ++m) sums[m] = 0;
-            for (int64_t m = real * columns; m < HEADS * columns; ++m) slope[m] = 0;
-            const T* grad = x.grad + x.first_pair[i] * in.heads + first_head;
-            for (int h = 0; h < real; ++h) {
-                const int64_t head = i * in.heads + first_head + h;
-                T *sum = sums + h * columns, *along = slope + h * columns, d_decay = 0;
-                for (int64_t j = 0; j < atoms; ++j) {
-                    sum[j] = grad[j * in.heads + h];
-                    d_decay -= sum[j] * along[j];
-                }
-                x.result.decay[head] = d_decay;
-                for (int64_t j = 0; j < columns; ++j) along[j] = in.decay[head] * sum[j];
-            }
-            if (force) sum_geometry(crystal, own, weight, sums, slope, force, stress);
-        }
-        if (force) finish_geometry(x, crystal, i, stress);
-    }
+    const int heads = x.in.heads;
+    backward_rows(x, first, last, scratch, [&](const ReciprocalCrystal<T>& crystal, int64_t i, int h, T* sum, T*) {
+        const T* grad = x.grad + x.first_pair[i] * heads + h;
+        for (int64_t j = 0; j < crystal.columns(); ++j) sum[j] = j < crystal.atoms() ? grad[j * heads] : T(0);
+    });
 }
 
 template <class T>
