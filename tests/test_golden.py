@@ -72,3 +72,21 @@ def test_official_numbers(golden, tag, backend, dtype, tol, value_bound, gradien
     assert set(found) == {key for key in golden if key.startswith(f"{tag}/grad/")}
     for name, grad in found.items():
         assert error(grad, golden[name]) < gradient_bound, name
+
+
+@pytest.mark.skipif(
+    cf.available_backends()["triton"] is not True, reason="needs an NVIDIA GPU, or Triton's interpreter: test_triton.py"
+)
+@torch.no_grad()
+@pytest.mark.parametrize("tag", TAGS)
+def test_official_numbers_of_triton(golden, tag):
+    """Of the two smallest crystals: the interpreter is slow."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, batch = load(golden, tag, "triton", torch.float32, 1e-7)
+    small = golden["sizes"].argsort()[:2]
+    atoms = np.concatenate([np.arange(*batch.ptr[i : i + 2].tolist()) for i in small])
+    ptr = torch.from_numpy(np.concatenate([[0], np.cumsum(golden["sizes"][small])]))
+    batch = cf.CrystalBatch(batch.species[atoms], batch.positions[atoms], batch.lattice[small], ptr).to(device)
+    model = model.to(device)
+    assert error(model.encode(batch).cpu(), golden[f"{tag}/features"][atoms]) < 2e-5
+    assert error(model(batch)[:, 0].cpu(), golden[f"{tag}/output"][small]) < 2e-5

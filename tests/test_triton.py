@@ -10,14 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_golden import FILE as GOLDEN
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_contract_in_the_interpreter():
-    contract = Path(__file__).with_name("triton_contract.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", contract]
+def run_in_the_interpreter(name, *options):
+    file = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *options]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
     assert " skipped" not in run.stdout
+
+
+def test_contract():
+    run_in_the_interpreter("triton_contract.py")
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"the golden numbers are not here: {GOLDEN.name}")
+def test_numbers_of_the_paper():
+    run_in_the_interpreter("test_golden.py", "-k", "triton")
