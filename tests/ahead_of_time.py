@@ -42,12 +42,19 @@ CASES = [
 ]
 
 
+def argument_type(x):
+    """Triton's name of its type; of a pointer or an integer also what is left when 16 divides it."""
+    if isinstance(x, torch.Tensor):
+        return TYPES[x.dtype], x.data_ptr() % 16
+    return ("i32", x % 16) if isinstance(x, int) else ("fp32", None)
+
+
 def launches():
     """Name, function, arguments and keywords of all different launches of the cases."""
     noted = {}
 
     def note(function, *args, grid, warmup, **kwargs):
-        types = tuple((TYPES[x.dtype], x.data_ptr() % 16) if isinstance(x, torch.Tensor) else "fp32" for x in args)
+        types = tuple(map(argument_type, args))
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
@@ -92,15 +99,20 @@ def loop_instructions(sass):
 def narrow_offsets(ttir):
     """Integers of 32 bits, added or multiplied, that come from data or from the number of an atom's or pair's program.
 
-    They overflow where arrays are large. Constants, tl.arange and the number of the head block are bounded by the
-    shape, and additions to pointers are wide whatever the offset.
+    They overflow where arrays are large. Constants, a minimum with one, tl.arange and the number of the head block are
+    bounded by the shape, and additions to pointers are wide whatever the offset.
     """
     comes_from = {}
     for line in ttir.splitlines():
         made, _, source = line.partition(" = ")
         names = re.findall(r"%[\w#]+", line.partition(" loc(")[0])
-        if "scf.for" in line:  # the counter and what is carried come from the bounds and from before the loop
-            comes_from |= dict.fromkeys(names, (source, names))
+        if "scf.for" in line:  # the counter comes from the bounds, what is carried from before the loop
+            bounds, _, carried = line.partition(" loc(")[0].partition("iter_args")
+            counter, *bounds = re.findall(r"%\w+", bounds.partition("scf.for")[2])
+            comes_from[counter] = ("", bounds)
+            comes_from |= {name: ("", [before]) for name, before in re.findall(r"(%\w+) = (%\w+)", carried)}
+            if made.startswith("scf.for"):
+                continue
         for name in re.findall(r"%\w+", made):
             comes_from[name] = (source, names)
 
@@ -110,6 +122,8 @@ def narrow_offsets(ttir):
         seen.add(name)
         source, names = comes_from[name]
         if "tt.bitcast" in source:  # the bits of a float
+            return False
+        if "arith.minsi" in source and any("arith.constant" in comes_from.get(x, ("",))[0] for x in names):
             return False
         return (
             "tt.load" in source or "get_program_id x" in source or any(unbounded(x.split("#")[0], seen) for x in names)
@@ -124,8 +138,8 @@ def narrow_offsets(ttir):
 def resources(function, types, kwargs, arch):
     constants = {name: value for name, value in kwargs.items() if name not in OPTIONS}
     names = [name for name in function.arg_names if name not in constants]
-    aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if t != "fp32" and t[1] == 0}
-    signature = {name: t if t == "fp32" else t[0] for name, t in zip(names, types, strict=True)}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if t[1] == 0}
+    signature = {name: t[0] for name, t in zip(names, types, strict=True)}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
