@@ -151,8 +151,6 @@ def _errors(
     repeat: int,
 ) -> dict[str, float]:
     require_backend(backend)
-    if (backend, op) == ("triton", "reciprocal"):
-        raise Absent("has no reciprocal attention")
     options = {}
     if precision == "tf32":
         run = {"attention": cf.periodic_attention, "encoding": cf.periodic_encoding}.get(op, cf.reciprocal_attention)

@@ -63,8 +63,7 @@ class PeriodicAttention(nn.Module):
         self.num_heads, self.num_real = heads, config.num_real_heads(block)
         self.r0, self.r0_reciprocal = config.block_r0(block), config.block_r0_reciprocal(block)
         self.bound, self.bound_reciprocal = config.decay_bound, config.decay_bound_reciprocal
-        # Triton has no reciprocal attention: PyTorch's matrix products serve it on a GPU.
-        self.backend, self.reciprocal_backend = backend, "auto" if backend == "triton" else backend
+        self.backend = backend
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.decay = Decay(heads, head_dim)
         self.basis: RadialBasis | None = None
@@ -102,7 +101,7 @@ class PeriodicAttention(nn.Module):
             heads = (q[:, reciprocal].to(c.dtype), k[:, reciprocal].to(c.dtype), v[:, reciprocal].to(c.dtype), c)
             crystal = (batch.positions, batch.lattice, batch.ptr)
             waves = batch.wave_vectors
-            outputs.append(reciprocal_attention(*heads, *crystal, backend=self.reciprocal_backend, wave_vectors=waves))
+            outputs.append(reciprocal_attention(*heads, *crystal, backend=self.backend, wave_vectors=waves))
         return self.out_proj(torch.cat(outputs, 1).flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ class Crystalformer(nn.Module):
 
     Args:
         config: sizes and physics; the paper's by default.
-        backend: of the attention, see `periodic_attention`; "triton" has none for reciprocal heads, which then take the
-            reference.
+        backend: of the attention, see `periodic_attention`.
     """
 
     def __init__(self, config: CrystalformerConfig | None = None, backend: str = "auto") -> None:

@@ -79,6 +79,10 @@ def launches():
             kernels.OPERATORS["attention_backward"](y, x.decay, *inputs, y, x.decay, c, moving)
         if tile != TILE:
             continue
+        if dtype == FP32 and not tf32:
+            inputs = (*x.inputs[:6], *x.wave_vectors())
+            kernels.OPERATORS["reciprocal"](*inputs)
+            kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, False)
         layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
