@@ -1,8 +1,8 @@
-"""Backward of reciprocal attention, equation (B12) of docs/math.md, without the gradients of positions and lattice.
+"""Backward of reciprocal attention, equation (B12) of docs/math.md.
 
 The row kernel sums dq and dc of atom i, and writes p and ds of each pair and head, up to the norm of the row, which it
-knows last. The column kernel reads them for dk and dv of atom j: no atomics. Where positions or lattice are
-differentiated, the reference's matrix products serve the whole backward.
+knows last. The column kernel reads them for dk and dv of atom j: no atomics. For the gradients of positions and lattice
+the row kernel writes dS, too.
 """
 
 import math
@@ -15,7 +15,9 @@ from torch import Tensor
 from crystalformer.ops import NAMESPACE
 
 from .functions import LOG2E, gather_heads, load_heads, store_heads
-from .reciprocal_fwd import CLAMP, fits, padded, phase_table, sum_vectors, tile
+from .phases import fits, make_phases, padded
+from .reciprocal_fwd import CLAMP, sum_vectors, tile
+from .reciprocal_geometry import geometry_gradients
 from .table import head_blocks, reciprocal_blocks
 
 
@@ -26,7 +28,7 @@ def reciprocal_bwd_rows(
     v_p,
     decay_p,
     phase_p,
-    length2_p,
+    vector_p,
     crystal_p,
     ptr_p,
     g_ptr_p,
@@ -36,6 +38,7 @@ def reciprocal_bwd_rows(
     d_decay_p,
     p_p,
     ds_p,
+    d_sum_p,
     norm_p,
     q_scale,
     stride,
@@ -48,6 +51,7 @@ def reciprocal_bwd_rows(
     BV: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
+    GEOMETRY: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -71,7 +75,7 @@ def reciprocal_bwd_rows(
     for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)
         sums, slope = sum_vectors(
-            phase_p, length2_p + crystal * stride, stride, number, i, start, j, c, BH, BN, BW, True
+            phase_p, vector_p + (4 * crystal + 3) * stride, stride, number, i, start, j, c, BH, BN, BW, True
         )
         k_j = gather_heads(k_p + start * (H * D), j, h, H, D, BD)
         e = tl.exp2(tl.sum(k_j * q[None, :, :], 2) - top[None, :])  # [BN, BH]
@@ -83,12 +87,15 @@ def reciprocal_bwd_rows(
         norm += tl.sum(p, 0)
         dq += tl.sum(ds[:, :, None] * k_j, 0)
         # ds / S = e (gamma - delta), and none for a clamped pair
-        d_decay += tl.sum(tl.where(sums > CLAMP, e * weight * slope, 0.0), 0)
+        d_sum = tl.where(sums > CLAMP, e * weight, 0.0)
+        d_decay += tl.sum(d_sum * slope, 0)
         m_pair = m_j[:, None] & (h[None, :] < H)
         o_tile = (i * columns + start - first) * H
         o_pair = j[:, None] * H + h[None, :]
         tl.store(p_p + o_tile + o_pair, p, mask=m_pair)
         tl.store(ds_p + o_tile + o_pair, ds, mask=m_pair)
+        if GEOMETRY:
+            tl.store(d_sum_p + o_tile + o_pair, d_sum, mask=m_pair)
     store_heads(dq_p, i, h, dq / norm[:, None] * (q_scale / LOG2E), H, D, BD)
     tl.store(d_decay_p + i * H + h, -d_decay / norm, mask=h < H)
     tl.store(norm_p + i * H + h, norm, mask=h < H)
@@ -153,22 +160,25 @@ def reciprocal_backward(
     geometry: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v, decay_reciprocal, positions, lattice: the operator `triton_reciprocal_backward`."""
-    if geometry or not fits(q, max_atoms, max_vectors):
+    if not fits(q, max_atoms, max_vectors):
         by_products = getattr(torch.ops, NAMESPACE).reference_reciprocal_backward
         lists = (ptr, g_ptr, g, max_atoms, max_vectors)
         return by_products(grad_y, q, k, v, decay_reciprocal, positions, lattice, *lists, y, geometry)
     q, k, v, decay, grad_y = (x.contiguous() for x in (q, k, v, decay_reciprocal, grad_y))
     dq, dk, dv, d_decay, norm = (torch.empty_like(x) for x in (q, k, v, decay, decay))
-    p, ds = q.new_empty(2, len(q), padded(max_atoms), q.shape[1])
+    p, ds, d_sum = (q.new_empty(len(q) if k < 2 or geometry else 0, padded(max_atoms), q.shape[1]) for k in range(3))
     blocks, grid = reciprocal_blocks(q, v), (len(q), head_blocks(q.shape[1]))
     q_scale = 1 / math.sqrt(q.shape[2])
     with torch.cuda.device_of(q):
-        table = phase_table(positions, lattice, ptr, g_ptr, g, max_vectors)
+        x = make_phases(positions, lattice, ptr, g_ptr, g, max_vectors)
         reciprocal_bwd_rows[grid](
-            *(q, k, v, decay, *table, y, grad_y, dq, d_decay, p, ds, norm),
-            *(q_scale * math.log2(math.e), table[0].shape[2], p.shape[1]),
+            *(q, k, v, decay, *x.read, y, grad_y, dq, d_decay, p, ds, d_sum, norm),
+            *(q_scale * math.log2(math.e), x.stride, p.shape[1]),
             **blocks,
+            GEOMETRY=geometry,
         )
         del blocks["BW"]  # whose sums are there
-        reciprocal_bwd_columns[grid](q, grad_y, p, ds, norm, *table[2:4], dk, dv, q_scale, p.shape[1], **blocks)
-    return dq, dk, dv, d_decay, positions.new_empty(0), lattice.new_empty(0)
+        reciprocal_bwd_columns[grid](q, grad_y, p, ds, norm, x.crystal, ptr, dk, dv, q_scale, p.shape[1], **blocks)
+        if not geometry:
+            return dq, dk, dv, d_decay, positions.new_empty(0), lattice.new_empty(0)
+        return dq, dk, dv, d_decay, *geometry_gradients(positions, decay, x, d_sum, norm)

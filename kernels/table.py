@@ -95,3 +95,9 @@ def reciprocal_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
     takes, because most crystals have few."""
     s = _sizes(q, v) | {"BN": 16, "BW": VECTORS}
     return s | _launch(s["BN"] * s["BH"] * (s["BD"] + s["BV"]))
+
+
+def reciprocal_geometry_blocks(decay: Tensor) -> dict[str, int]:
+    """Compile-time arguments of `reciprocal_forces`, where a matrix product sums over the heads: 16, no fewer."""
+    s = {"H": decay.shape[1], "BH": 16, "BN": 16, "BW": VECTORS}
+    return s | _launch(12 * s["BN"] * s["BW"])

@@ -82,7 +82,8 @@ def launches():
         if dtype == FP32 and not tf32:
             inputs = (*x.inputs[:6], *x.wave_vectors())
             kernels.OPERATORS["reciprocal"](*inputs)
-            kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, False)
+            for moving in (False, True):
+                kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, moving)
         layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
@@ -92,12 +93,11 @@ def launches():
 
 
 def loop_instructions(sass):
-    """Instructions of the longest loop, from the disassembly."""
+    """Instructions of each loop, by where they begin, from the disassembly."""
     code = {int(at, 16): rest for at, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)}
     places = sorted(code)
     jumps = [(at, int(to.group(1), 16)) for at in places if (to := re.search(r"BRA.* 0x([0-9a-f]+)", code[at]))]
-    spans = [sum(to <= place <= at for place in places) for at, to in jumps if to < at]
-    return max(spans, default=0)
+    return [sum(to <= place <= at for place in places) for to, at in sorted((to, at) for at, to in jumps if to < at)]
 
 
 def narrow_offsets(ttir):
@@ -160,7 +160,7 @@ def resources(function, types, kwargs, arch):
         # To disassemble takes as long as to compile.
         paper = zip(("H", "D", "DV", "K", "G", "BG"), (*PAPER, *TILE), strict=True)
         counted = all(constants.get(name, size) == size for name, size in paper)
-        loop = loop_instructions(dump("sass")) if counted else None
+        loops = loop_instructions(dump("sass")) if counted else []
     found = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1 and word[-1].isdigit())
     shape = {name: value for name, value in constants.items() if name.isupper()}
     return {
@@ -170,7 +170,8 @@ def resources(function, types, kwargs, arch):
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        "loop": loop,
+        "loop": max(loops, default=None),
+        "loops": loops,
         "narrow": narrow_offsets(compiled.asm["ttir"]),
         "inputs": signature.get("q_p", "*fp32")[1:],
         **shape,

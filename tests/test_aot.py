@@ -29,6 +29,8 @@ BUDGET = {
     "reciprocal_fwd": 168,
     "reciprocal_bwd_rows": 232,
     "reciprocal_bwd_columns": 208,
+    "reciprocal_forces": 248,
+    "reciprocal_positions": 64,
 }
 
 

@@ -142,7 +142,7 @@ def test_reciprocal_far_from_the_origin():
 
 
 def test_reciprocal_beyond_the_scratch_is_the_reference(monkeypatch):
-    module = import_module("crystalformer.kernels.reciprocal_fwd")
+    module = import_module("crystalformer.kernels.phases")
 
     x = on_device(problem())
     monkeypatch.setattr(module, "SCRATCH", 100)
@@ -204,7 +204,7 @@ def test_autocast_does_not_reach_the_sums(function):
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("function", [attention, encoding])
+@pytest.mark.parametrize("function", [attention, encoding, reciprocal])
 def test_geometry_changes_no_other_gradient(function):
     x = on_device(problem(every_pair=True))
     all_of_them = function(x, "triton")
