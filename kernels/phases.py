@@ -4,8 +4,10 @@ Nothing waits for the device. So no transcendental is computed for a pair of ato
 the other kernels.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +16,7 @@ from crystalformer.images import crystal_of_atom
 
 from .table import VECTORS
 
-# Numbers of 32 bits that a call may keep between its kernels, 256 MiB. Beyond, the reference's parts serve.
+# Numbers of 32 bits that a call may keep between its kernels, 256 MiB.
 SCRATCH = 1 << 26
 
 
@@ -142,9 +144,49 @@ def padded(number: int) -> int:
     return -(-number // VECTORS) * VECTORS
 
 
-def fits(q: Tensor, max_atoms: int, max_vectors: int) -> bool:
+def fits(num_atoms: int, heads: int, max_atoms: int, max_vectors: int) -> bool:
     """Whether the phases of all atoms and, for a backward, p, ds, dS and F of all pairs fit in SCRATCH."""
-    return len(q) * (2 * padded(max_vectors) + 3 * padded(max_atoms) * (q.shape[1] + 1)) <= SCRATCH
+    return num_atoms * (2 * padded(max_vectors) + 3 * padded(max_atoms) * (heads + 1)) <= SCRATCH
+
+
+def in_parts(
+    run: Callable[..., tuple[Tensor, ...]],
+    reference: Callable[..., tuple[Tensor, ...]],
+    by_atom: Sequence[Tensor],
+    lattice: Tensor,
+    ptr: Tensor,
+    g_ptr: Tensor,
+    g: Tensor,
+    max_atoms: int,
+    max_vectors: int,
+) -> tuple[Tensor, ...]:
+    """run(*by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors), of as many consecutive crystals at a time as fit,
+    joined. `reference` serves a crystal that is too large by itself.
+
+    Only if one part does not hold them all is the device asked for the sizes of the crystals.
+
+    Args:
+        by_atom: tensors (N,...), the first one (N,H,...).
+    """
+    num_atoms, heads = by_atom[0].shape[:2]
+    if fits(num_atoms, heads, max_atoms, max_vectors):
+        return run(*by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors)
+    atom, vector = ptr.tolist(), g_ptr.tolist()
+    made: list[tuple[Tensor, ...]] = []
+    first = 0
+    while first < len(lattice):
+        last, size = first, (0, 0)
+        while last < len(lattice):
+            larger = max(size[0], atom[last + 1] - atom[last]), max(size[1], vector[last + 1] - vector[last])
+            if last > first and not fits(atom[last + 1] - atom[first], heads, *larger):
+                break
+            last, size = last + 1, larger
+        a, b, u, v = atom[first], atom[last], vector[first], vector[last]
+        serve = run if fits(b - a, heads, *size) else reference
+        lists = (ptr[first : last + 1] - a, g_ptr[first : last + 1] - u, g[u:v])
+        made.append(serve(*(x[a:b] for x in by_atom), lattice[first:last], *lists, *size))
+        first = last
+    return tuple(map(torch.cat, zip(*made, strict=True)))
 
 
 def make_phases(positions: Tensor, lattice: Tensor, ptr: Tensor, g_ptr: Tensor, g: Tensor, max_vectors: int) -> Phases:

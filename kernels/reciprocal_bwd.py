@@ -6,6 +6,8 @@ the row kernel writes dS, too.
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,7 @@ from torch import Tensor
 from crystalformer.ops import NAMESPACE
 
 from .functions import LOG2E, gather_heads, load_heads, store_heads
-from .phases import fits, make_phases, padded
+from .phases import in_parts, make_phases, padded
 from .reciprocal_fwd import CLAMP, sum_vectors, tile
 from .reciprocal_geometry import geometry_gradients
 from .table import head_blocks, reciprocal_blocks
@@ -143,6 +145,41 @@ def reciprocal_bwd_columns(
     store_heads(dv_p, j, h, dv, H, DV, BV)
 
 
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    positions: Tensor,
+    grad_y: Tensor,
+    y: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    g_ptr: Tensor,
+    g: Tensor,
+    max_atoms: int,
+    max_vectors: int,
+    geometry: bool,
+) -> tuple[Tensor, ...]:
+    q, k, v, decay, grad_y, y = (x.contiguous() for x in (q, k, v, decay, grad_y, y))
+    dq, dk, dv, d_decay, norm = (torch.empty_like(x) for x in (q, k, v, decay, decay))
+    p, ds, d_sum = (q.new_empty(len(q) if k < 2 or geometry else 0, padded(max_atoms), q.shape[1]) for k in range(3))
+    blocks, grid = reciprocal_blocks(q, v), (len(q), head_blocks(q.shape[1]))
+    q_scale = 1 / math.sqrt(q.shape[2])
+    x = make_phases(positions, lattice, ptr, g_ptr, g, max_vectors)
+    reciprocal_bwd_rows[grid](
+        *(q, k, v, decay, *x.read, y, grad_y, dq, d_decay, p, ds, d_sum, norm),
+        *(q_scale * math.log2(math.e), x.stride, p.shape[1]),
+        **blocks,
+        GEOMETRY=geometry,
+    )
+    del blocks["BW"]  # whose sums are there
+    reciprocal_bwd_columns[grid](q, grad_y, p, ds, norm, x.crystal, ptr, dk, dv, q_scale, p.shape[1], **blocks)
+    if not geometry:
+        return dq, dk, dv, d_decay, positions.new_empty(0), lattice.new_empty(0)
+    return dq, dk, dv, d_decay, *geometry_gradients(positions, decay, x, d_sum, norm)
+
+
 def reciprocal_backward(
     grad_y: Tensor,
     q: Tensor,
@@ -160,25 +197,12 @@ def reciprocal_backward(
     geometry: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v, decay_reciprocal, positions, lattice: the operator `triton_reciprocal_backward`."""
-    if not fits(q, max_atoms, max_vectors):
-        by_products = getattr(torch.ops, NAMESPACE).reference_reciprocal_backward
-        lists = (ptr, g_ptr, g, max_atoms, max_vectors)
-        return by_products(grad_y, q, k, v, decay_reciprocal, positions, lattice, *lists, y, geometry)
-    q, k, v, decay, grad_y = (x.contiguous() for x in (q, k, v, decay_reciprocal, grad_y))
-    dq, dk, dv, d_decay, norm = (torch.empty_like(x) for x in (q, k, v, decay, decay))
-    p, ds, d_sum = (q.new_empty(len(q) if k < 2 or geometry else 0, padded(max_atoms), q.shape[1]) for k in range(3))
-    blocks, grid = reciprocal_blocks(q, v), (len(q), head_blocks(q.shape[1]))
-    q_scale = 1 / math.sqrt(q.shape[2])
+
+    def by_products(*x: Any) -> tuple[Tensor, ...]:
+        run = getattr(torch.ops, NAMESPACE).reference_reciprocal_backward
+        return run(x[5], *x[:5], *x[7:], x[6], geometry)
+
+    by_atom = (q, k, v, decay_reciprocal, positions, grad_y, y)
     with torch.cuda.device_of(q):
-        x = make_phases(positions, lattice, ptr, g_ptr, g, max_vectors)
-        reciprocal_bwd_rows[grid](
-            *(q, k, v, decay, *x.read, y, grad_y, dq, d_decay, p, ds, d_sum, norm),
-            *(q_scale * math.log2(math.e), x.stride, p.shape[1]),
-            **blocks,
-            GEOMETRY=geometry,
-        )
-        del blocks["BW"]  # whose sums are there
-        reciprocal_bwd_columns[grid](q, grad_y, p, ds, norm, x.crystal, ptr, dk, dv, q_scale, p.shape[1], **blocks)
-        if not geometry:
-            return dq, dk, dv, d_decay, positions.new_empty(0), lattice.new_empty(0)
-        return dq, dk, dv, d_decay, *geometry_gradients(positions, decay, x, d_sum, norm)
+        kernels = partial(_backward, geometry=geometry)
+        return in_parts(kernels, by_products, by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors)

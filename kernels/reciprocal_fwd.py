@@ -6,6 +6,7 @@ leave the registers.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from crystalformer.ops import NAMESPACE
 from crystalformer.reference import RECIPROCAL_CLAMP
 
 from .functions import LOG2E, dot, gather_heads, load_heads, store_heads
-from .phases import fits, make_phases
+from .phases import in_parts, make_phases
 from .table import head_blocks, reciprocal_blocks
 
 CLAMP = tl.constexpr(RECIPROCAL_CLAMP)
@@ -106,6 +107,29 @@ def reciprocal_fwd(
     store_heads(y_p, i, h, y / total[:, None], H, DV, BV)
 
 
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    g_ptr: Tensor,
+    g: Tensor,
+    max_atoms: int,
+    max_vectors: int,
+) -> tuple[Tensor]:
+    q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
+    y = torch.empty_like(v)
+    x = make_phases(positions, lattice, ptr, g_ptr, g, max_vectors)
+    q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
+    reciprocal_fwd[len(q), head_blocks(q.shape[1])](
+        q, k, v, decay, *x.read, y, q_scale, x.stride, **reciprocal_blocks(q, v)
+    )
+    return (y,)
+
+
 def reciprocal(
     q: Tensor,
     k: Tensor,
@@ -120,15 +144,10 @@ def reciprocal(
     max_vectors: int,
 ) -> Tensor:
     """y (N,H,Dv): the operator `triton_reciprocal`."""
-    if not fits(q, max_atoms, max_vectors):
-        by_products = getattr(torch.ops, NAMESPACE).reference_reciprocal
-        return by_products(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors)
-    q, k, v, decay = (x.contiguous() for x in (q, k, v, decay_reciprocal))
-    y = torch.empty_like(v)
+    by_atom = (q, k, v, decay_reciprocal, positions)
     with torch.cuda.device_of(q):
-        x = make_phases(positions, lattice, ptr, g_ptr, g, max_vectors)
-        q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
-        reciprocal_fwd[len(q), head_blocks(q.shape[1])](
-            q, k, v, decay, *x.read, y, q_scale, x.stride, **reciprocal_blocks(q, v)
-        )
-    return y
+        return in_parts(_forward, _by_products, by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors)[0]
+
+
+def _by_products(*inputs: Any) -> tuple[Tensor]:
+    return (getattr(torch.ops, NAMESPACE).reference_reciprocal(*inputs),)

@@ -141,14 +141,22 @@ def test_reciprocal_far_from_the_origin():
         assert relative_error(there[name], here[name]) < 1e-6, name
 
 
-def test_reciprocal_beyond_the_scratch_is_the_reference(monkeypatch):
+def test_reciprocal_in_parts(monkeypatch):
+    """Crystals in parts that fit are what they are together; one that does not fit alone is the reference's."""
     module = import_module("crystalformer.kernels.phases")
 
-    x = on_device(problem())
-    monkeypatch.setattr(module, "SCRATCH", 100)
-    found = reciprocal(x, "triton")
-    for name, value in reciprocal(x, "reference").items():
-        assert torch.equal(value, found[name]), name
+    x = on_device(problem(kinds=(("cubic", 1), ("skewed", 2), ("cubic", 5), ("cubic", 1))))
+    whole = {geometry: reciprocal(x, "triton", geometry) for geometry in (True, False)}
+    _, g_ptr, _, max_atoms, max_vectors = x.wave_vectors()
+    single = max(module.padded(n) for n in g_ptr.diff().tolist())
+    monkeypatch.setattr(module, "SCRATCH", 5 * (2 * single + 3 * module.padded(max_atoms) * 3))
+    assert not module.fits(9, 2, max_atoms, max_vectors)
+    for geometry, exact in whole.items():
+        for name, value in reciprocal(x, "triton", geometry).items():
+            assert torch.equal(value, exact[name]), name
+    monkeypatch.setattr(module, "SCRATCH", 1)
+    for name, value in reciprocal(x, "triton").items():
+        assert relative_error(value, whole[True][name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("function", [attention, encoding])
