@@ -1,7 +1,6 @@
 """What the kernels of reciprocal attention read: cos and sin of G·p, N times the wave vectors, made once a call.
 
-Nothing waits for the device. So no transcendental is computed for a pair of atoms, and exp(-c |G|²) is the only one of
-the other kernels.
+So no cosine is computed for a pair of atoms. Nothing waits for the device, but for batches that do not fit in SCRATCH.
 """
 
 from collections.abc import Callable, Sequence

@@ -80,16 +80,22 @@ def launches():
         if tile != TILE:
             continue
         if dtype == FP32 and not tf32:
-            inputs = (*x.inputs[:6], *x.wave_vectors())
-            kernels.OPERATORS["reciprocal"](*inputs)
-            for moving in (False, True):
-                kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, moving)
+            launch_reciprocal(x)
         layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)
+    for dim, value_dim in ((8, 64), (64, 8)):
+        launch_reciprocal(problem(kinds=(("cubic", 2),), heads=8, dim=dim, value_dim=value_dim).to(torch.float32))
     return noted.values()
+
+
+def launch_reciprocal(x):
+    inputs, y = (*x.inputs[:6], *x.wave_vectors()), torch.zeros_like(x.v)
+    kernels.OPERATORS["reciprocal"](*inputs)
+    for moving in (False, True):
+        kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, moving)
 
 
 def loop_instructions(sass):
