@@ -28,7 +28,12 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         {"ops": ("attention",), "problems": CELLS[4:], "providers": (*FAST, *SLOW[1:])},
     ],
     "cuda": [
-        {"ops": ("attention", "encoding", "images"), "problems": ("w32",)},
+        {"ops": ("attention", "encoding", "images", "reciprocal"), "problems": ("w32",)},
+        {
+            "ops": ("reciprocal",),
+            "problems": ("jarvis256", "mp128", "bigcell-320"),
+            "providers": ("triton", "reference"),
+        },
         {"ops": ("attention",), "problems": ("w32",), "sizes": ("simple",)},
         {
             "ops": ("attention",),

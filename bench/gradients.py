@@ -24,6 +24,7 @@ from .cases import (
     Absent,
     Results,
     library_attention,
+    library_reciprocal,
     relative_error,
     require_backend,
     upstream_like,
@@ -127,13 +128,14 @@ def measure(
             print(f"  {op:10} {backend:11} {dtype} {precision:5} {row['note']}")
             yield row
     if torch.device(device).type == "cuda":
-        said = {"op": "attention", "problem": BUSY, "backend": "triton", "dtype": "fp32", "precision": "exact"}
-        yield from _rows(said, {"bits": _races(make(BUSY, size, torch.float32, device, smoke), repeat)}, 0.0)
+        busy = make(BUSY, size, torch.float32, device, smoke)
+        for op, library in (("attention", library_attention), ("reciprocal", library_reciprocal)):
+            said = {"op": op, "problem": BUSY, "backend": "triton", "dtype": "fp32", "precision": "exact"}
+            yield from _rows(said, {"bits": _races(busy, library(busy, "triton"), _inputs(busy, op), repeat)}, 0.0)
 
 
-def _races(x: Problem, repeat: int) -> int:
+def _races(x: Problem, function: Function, inputs: Mapping[str, Tensor], repeat: int) -> int:
     """How many of `repeat` runs on the GPU give other bits than the first."""
-    function, inputs = library_attention(x, "triton"), _inputs(x, "attention")
     first = results(x, function, inputs)
     again = (results(x, function, inputs) for _ in range(repeat))
     return sum(not all(torch.equal(y[name], first[name]) for name in first) for y in again)
@@ -151,8 +153,6 @@ def _errors(
     repeat: int,
 ) -> dict[str, float]:
     require_backend(backend)
-    if (backend, op) == ("triton", "reciprocal"):
-        raise Absent("has no reciprocal attention")
     options = {}
     if precision == "tf32":
         run = {"attention": cf.periodic_attention, "encoding": cf.periodic_encoding}.get(op, cf.reciprocal_attention)

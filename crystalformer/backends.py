@@ -5,8 +5,8 @@ import torch
 from .extension import LOADED
 
 NAMES = ("triton", "cpu", "reference")
-# On a GPU the reference's matrix products serve these.
-NOT_IN_TRITON = ("reciprocal", "reciprocal_sum")
+# On a GPU the reference's matrix products serve it.
+NOT_IN_TRITON = ("reciprocal_sum",)
 
 
 def _load_triton() -> bool | str:

@@ -205,7 +205,8 @@ def reciprocal_attention(
         positions: (N,3), Cartesian, Å.  lattice: (C,3,3), Å, either handedness.
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
         tol: how much of the sum over G may be left out, absolutely; its G = 0 term is 1.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference"; see `available_backends`. Cells of more than some 1,300 atoms
+            have the reference's matrix products in the place of "triton".
         decay_min: smallest c that the choice of G must serve, Å². Default: the smallest in decay_reciprocal, which
             costs a GPU synchronisation and lets the choice vary with the data.
         wave_vectors: the G, from `build_wave_vectors` for these crystals, made once for many calls; tol and decay_min

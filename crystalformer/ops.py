@@ -305,5 +305,5 @@ for _op in OPS:
     implement_reference(_op)
 for _op in OPS:
     register(_op, "cpu")  # implemented in csrc/bindings.cpp
-for _op in (ATTENTION, ENCODING):
+for _op in (ATTENTION, ENCODING, RECIPROCAL):
     register(_op, "triton")  # implemented in kernels/

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.runtime import JITFunction
 
-from . import attention_bwd, attention_fwd, encoding, images
+from . import attention_bwd, attention_fwd, encoding, images, reciprocal_bwd, reciprocal_fwd
 
 INTERPRETED = not isinstance(attention_fwd.attention_fwd, JITFunction)
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -19,6 +19,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "attention_backward": attention_bwd.attention_backward,
     "encoding": encoding.encoding,
     "encoding_backward": encoding.encoding_backward,
+    "reciprocal": reciprocal_fwd.reciprocal,
+    "reciprocal_backward": reciprocal_bwd.reciprocal_backward,
 }
 
 for _name, _function in OPERATORS.items():

@@ -14,6 +14,8 @@ HEADS = 8
 # Basis functions whose u fits in the registers, and how many are taken at a time when there are more.
 BASIS = 64
 BASIS_BLOCK = 32
+# Wave vectors that are taken at a time.
+VECTORS = 32
 # Live elements a thread; the rest of its 255 registers is addresses, and what the count leaves out.
 ELEMENTS = 150
 # Registers of a multiprocessor.
@@ -27,7 +29,8 @@ def head_blocks(heads: int) -> int:
     return -(-heads // HEADS)
 
 
-def _sizes(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
+def _sizes(q: Tensor, v: Tensor, shape: tuple[int, ...] = ()) -> dict[str, int]:
+    """Sizes of q and v, plain and padded, and the (G, BG) of the tiles of images."""
     heads, dim, value_dim = q.shape[1], q.shape[2], v.shape[2]
     return {
         "H": heads,
@@ -36,8 +39,7 @@ def _sizes(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
         "BH": min(triton.next_power_of_2(heads), HEADS),
         "BD": triton.next_power_of_2(dim),
         "BV": triton.next_power_of_2(value_dim),
-        "G": shape[0],
-        "BG": shape[1],
+        **dict(zip(("G", "BG"), shape, strict=False)),
     }
 
 
@@ -86,3 +88,16 @@ def encoding_backward_blocks(decay: Tensor, beta: Tensor, num: int) -> dict[str,
     s = encoding_blocks(decay, num)
     s["BU"] = min(s.pop("BK"), BASIS)
     return s | {"DV": beta.shape[2], "BV": triton.next_power_of_2(max(1, beta.shape[2]))}
+
+
+def reciprocal_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Compile-time arguments of `reciprocal_fwd` and its backward: 16 atoms a tile, the fewest that a matrix product
+    takes, because most crystals have few."""
+    s = _sizes(q, v) | {"BN": 16, "BW": VECTORS}
+    return s | _launch(2 * s["BN"] * s["BH"] * max(s["BD"], s["BV"]))
+
+
+def reciprocal_geometry_blocks(decay: Tensor) -> dict[str, int]:
+    """Compile-time arguments of `reciprocal_forces`, where a matrix product sums over the heads: 16, no fewer."""
+    s = {"H": decay.shape[1], "BH": 16, "BN": 16, "BW": VECTORS}
+    return s | _launch(12 * s["BN"] * s["BW"])

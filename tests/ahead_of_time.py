@@ -42,12 +42,19 @@ CASES = [
 ]
 
 
+def argument_type(x):
+    """Triton's name of its type; of a pointer or an integer also what is left when 16 divides it."""
+    if isinstance(x, torch.Tensor):
+        return TYPES[x.dtype], x.data_ptr() % 16
+    return ("i32", x % 16) if isinstance(x, int) else ("fp32", None)
+
+
 def launches():
     """Name, function, arguments and keywords of all different launches of the cases."""
     noted = {}
 
     def note(function, *args, grid, warmup, **kwargs):
-        types = tuple((TYPES[x.dtype], x.data_ptr() % 16) if isinstance(x, torch.Tensor) else "fp32" for x in args)
+        types = tuple(map(argument_type, args))
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
@@ -72,35 +79,50 @@ def launches():
             kernels.OPERATORS["attention_backward"](y, x.decay, *inputs, y, x.decay, c, moving)
         if tile != TILE:
             continue
+        if dtype == FP32 and not tf32:
+            launch_reciprocal(x)
         layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)
+    for dim, value_dim in ((8, 64), (64, 8)):
+        launch_reciprocal(problem(kinds=(("cubic", 2),), heads=8, dim=dim, value_dim=value_dim).to(torch.float32))
     return noted.values()
 
 
+def launch_reciprocal(x):
+    inputs, y = (*x.inputs[:6], *x.wave_vectors()), torch.zeros_like(x.v)
+    kernels.OPERATORS["reciprocal"](*inputs)
+    for moving in (False, True):
+        kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, moving)
+
+
 def loop_instructions(sass):
-    """Instructions of the longest loop, from the disassembly."""
+    """Instructions of each loop, by where they begin, from the disassembly."""
     code = {int(at, 16): rest for at, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)}
     places = sorted(code)
     jumps = [(at, int(to.group(1), 16)) for at in places if (to := re.search(r"BRA.* 0x([0-9a-f]+)", code[at]))]
-    spans = [sum(to <= place <= at for place in places) for at, to in jumps if to < at]
-    return max(spans, default=0)
+    return [sum(to <= place <= at for place in places) for to, at in sorted((to, at) for at, to in jumps if to < at)]
 
 
 def narrow_offsets(ttir):
     """Integers of 32 bits, added or multiplied, that come from data or from the number of an atom's or pair's program.
 
-    They overflow where arrays are large. Constants, tl.arange and the number of the head block are bounded by the
-    shape, and additions to pointers are wide whatever the offset.
+    They overflow where arrays are large. Constants, a minimum with one, tl.arange and the number of the head block are
+    bounded by the shape, and additions to pointers are wide whatever the offset.
     """
     comes_from = {}
     for line in ttir.splitlines():
         made, _, source = line.partition(" = ")
         names = re.findall(r"%[\w#]+", line.partition(" loc(")[0])
-        if "scf.for" in line:  # the counter and what is carried come from the bounds and from before the loop
-            comes_from |= dict.fromkeys(names, (source, names))
+        if "scf.for" in line:  # the counter comes from the bounds, what is carried from before the loop
+            bounds, _, carried = line.partition(" loc(")[0].partition("iter_args")
+            counter, *bounds = re.findall(r"%\w+", bounds.partition("scf.for")[2])
+            comes_from[counter] = ("", bounds)
+            comes_from |= {name: ("", [before]) for name, before in re.findall(r"(%\w+) = (%\w+)", carried)}
+            if made.startswith("scf.for"):
+                continue
         for name in re.findall(r"%\w+", made):
             comes_from[name] = (source, names)
 
@@ -110,6 +132,8 @@ def narrow_offsets(ttir):
         seen.add(name)
         source, names = comes_from[name]
         if "tt.bitcast" in source:  # the bits of a float
+            return False
+        if "arith.minsi" in source and any("arith.constant" in comes_from.get(x, ("",))[0] for x in names):
             return False
         return (
             "tt.load" in source or "get_program_id x" in source or any(unbounded(x.split("#")[0], seen) for x in names)
@@ -124,8 +148,8 @@ def narrow_offsets(ttir):
 def resources(function, types, kwargs, arch):
     constants = {name: value for name, value in kwargs.items() if name not in OPTIONS}
     names = [name for name in function.arg_names if name not in constants]
-    aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if t != "fp32" and t[1] == 0}
-    signature = {name: t if t == "fp32" else t[0] for name, t in zip(names, types, strict=True)}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if t[1] == 0}
+    signature = {name: t[0] for name, t in zip(names, types, strict=True)}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
@@ -142,7 +166,7 @@ def resources(function, types, kwargs, arch):
         # To disassemble takes as long as to compile.
         paper = zip(("H", "D", "DV", "K", "G", "BG"), (*PAPER, *TILE), strict=True)
         counted = all(constants.get(name, size) == size for name, size in paper)
-        loop = loop_instructions(dump("sass")) if counted else None
+        loops = loop_instructions(dump("sass")) if counted else []
     found = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1 and word[-1].isdigit())
     shape = {name: value for name, value in constants.items() if name.isupper()}
     return {
@@ -152,7 +176,8 @@ def resources(function, types, kwargs, arch):
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        "loop": loop,
+        "loop": max(loops, default=None),
+        "loops": loops,
         "narrow": narrow_offsets(compiled.asm["ttir"]),
         "inputs": signature.get("q_p", "*fp32")[1:],
         **shape,

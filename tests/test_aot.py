@@ -25,6 +25,12 @@ BUDGET = {
     "encoding_bwd": 128,
     "geometry_rows": 80,
     "segment_sums": 80,
+    "phases": 80,
+    "reciprocal_fwd": 168,
+    "reciprocal_bwd_rows": 232,
+    "reciprocal_bwd_columns": 208,
+    "reciprocal_forces": 248,
+    "reciprocal_positions": 64,
 }
 
 

@@ -80,11 +80,22 @@ def on_gpu():
     return replace(x, **{name: getattr(x, name).to("cuda") for name in names})
 
 
+def attend(x, name):
+    """A Triton op as a function of a problem's inputs, and how many of them; its lists are ready."""
+    if name == "attention":
+        return lambda *t: x.attention(*t, backend="triton"), 7
+    waves = cf.build_wave_vectors(x.lattice, x.ptr, 0.5)
+    return lambda *t: x.reciprocal(*t, backend="triton", wave_vectors=waves), 6
+
+
 @needs_triton
-def test_auto_is_triton_for_fp32():
+@pytest.mark.parametrize("name", ["attention", "reciprocal"])
+def test_auto_is_triton_for_fp32(name):
     x = on_gpu()
-    assert torch.equal(x.attention(backend="auto"), x.attention(backend="triton"))
-    assert torch.equal(x.to(torch.float64).attention(backend="auto"), x.to(torch.float64).attention())
+    run = getattr(x, name)
+    assert torch.equal(run(backend="auto"), run(backend="triton"))
+    run = getattr(x.to(torch.float64), name)
+    assert torch.equal(run(backend="auto"), run())
 
 
 @needs_triton
@@ -102,25 +113,29 @@ def test_model_under_autocast():
 
 
 @needs_triton
-def test_nothing_waits_for_the_gpu():
+@pytest.mark.parametrize("name", ["attention", "reciprocal"])
+def test_nothing_waits_for_the_gpu(name):
     x = on_gpu()
-    inputs = [t.clone().requires_grad_() for t in x.inputs]
+    run, number = attend(x, name)
+    inputs = [t.clone().requires_grad_() for t in x.inputs[:number]]
     for sync in ("default", "error"):  # the first call packs the list
         torch.cuda.set_sync_debug_mode(sync)
         try:
-            torch.autograd.grad(x.attention(*inputs, backend="triton").sum(), inputs)
+            torch.autograd.grad(run(*inputs).sum(), inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_triton
-def test_in_a_graph_and_on_another_stream():
+@pytest.mark.parametrize("name", ["attention", "reciprocal"])
+def test_in_a_graph_and_on_another_stream(name):
     x = on_gpu()
+    run, number = attend(x, name)
     grad = torch.randn_like(x.v)
 
     def step():
-        inputs = [t.detach().requires_grad_(k not in (4, 5)) for k, t in enumerate(x.inputs)]
-        y = x.attention(*inputs, backend="triton")
+        inputs = [t.detach().requires_grad_(k not in (4, 5)) for k, t in enumerate(x.inputs[:number])]
+        y = run(*inputs)
         return y, *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad)
 
     exact = step()
@@ -161,7 +176,7 @@ def test_a_cell_of_4000_atoms_fits_in_a_gib():
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer_finds_nothing(tool):
     script = "import triton_contract as t; x = t.problem(every_pair=True); x = t.on_device(x)\n"
-    script += "for function in (t.attention, t.encoding): function(x, 'triton')\n"
+    script += "for function in (t.attention, t.encoding, t.reciprocal): function(x, 'triton')\n"
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", script]
     # Without a cache of memory, to see what is beyond a tensor's end.
     paths = os.pathsep.join([*(str(Path(__file__).parents[k]) for k in (0, 1)), os.environ.get("PYTHONPATH", "")])

@@ -30,6 +30,14 @@ SIZES = {
         kinds=(("cubic", 12), ("plate", 1)), heads=2, dim=8, value_dim=8, num_basis=16, decay_min=2.0
     ),
 }
+RECIPROCAL_SIZES = {
+    "plain": dict(heads=4, dim=8, value_dim=8),
+    "odd": dict(heads=3, dim=5, value_dim=9),
+    "head blocks": dict(heads=12, dim=8, value_dim=16, decay_min=1.0),
+    "one head": dict(heads=1, dim=64, value_dim=8),
+    "tiles of atoms": dict(kinds=(("cubic", 2), ("cubic", 19)), dim=8, value_dim=8, decay_min=2.5),
+    "clamped": dict(kinds=(("needle", 4),), decay_min=2.0, tol=1e-9),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +91,17 @@ def encoding(x, backend, with_basis=True, geometry=True, **options):
     )
 
 
+def reciprocal(x, backend, geometry=True):
+    """y and its gradients, by name; decay is that of wave vectors."""
+    names = ["q", "k", "v", "decay", *(["positions", "lattice"] if geometry else [])]
+    given = dict(zip(["q", "k", "v", "decay", "positions", "lattice"], x.inputs[:6], strict=True))
+    given |= {name: given[name].clone().requires_grad_() for name in names}
+    waves = cf.build_wave_vectors(x.lattice, x.ptr, float(x.decay.min()) if len(x.q) else 1.0)
+    y = x.reciprocal(*given.values(), backend=backend, wave_vectors=waves)
+    grads = torch.autograd.grad(y, [given[name] for name in names], weights([y])[0])
+    return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+
 def assert_as_good_as_the_reference(function, x, **options):
     """Error-ratio rule: at most twice the error of the plain fp32 reference against fp64."""
     exact, plain = function(x, "reference", **options), function(x.to(torch.float32), "reference", **options)
@@ -100,6 +119,44 @@ def test_attention(size):
 @pytest.mark.parametrize("size", ["plain", "odd", "head blocks"])
 def test_encoding(size):
     assert_as_good_as_the_reference(encoding, problem(**SIZES[size], every_pair=True))
+
+
+@pytest.mark.parametrize("geometry", [True, False])
+@pytest.mark.parametrize("size", RECIPROCAL_SIZES)
+def test_reciprocal(size, geometry):
+    x = problem(**RECIPROCAL_SIZES[size])
+    if size == "clamped":
+        sums = torch.ops.crystalformer.reference_reciprocal_sum(*x.inputs[3:6], *x.wave_vectors(2.0), 16)
+        assert (sums < 1e-7).any()
+    assert_as_good_as_the_reference(reciprocal, x, geometry=geometry)
+
+
+def test_reciprocal_far_from_the_origin():
+    """A translation by lattice vectors changes nothing, although G·p is large then."""
+    x = problem(kinds=(("cubic", 2),), decay_min=1.0)
+    x = replace(x, lattice=x.lattice.round(), positions=(x.positions * 64).round() / 64)
+    far = replace(x, positions=x.positions + 20 * x.lattice.sum(1))
+    here, there = (reciprocal(on_device(y), "triton", geometry=False) for y in (x, far))
+    for name in here:
+        assert relative_error(there[name], here[name]) < 1e-6, name
+
+
+def test_reciprocal_in_parts(monkeypatch):
+    """Crystals in parts that fit are what they are together; one that does not fit alone is the reference's."""
+    module = import_module("crystalformer.kernels.phases")
+
+    x = on_device(problem(kinds=(("cubic", 1), ("skewed", 2), ("cubic", 5), ("cubic", 1))))
+    whole = {geometry: reciprocal(x, "triton", geometry) for geometry in (True, False)}
+    _, g_ptr, _, max_atoms, max_vectors = x.wave_vectors()
+    single = max(module.padded(n) for n in g_ptr.diff().tolist())
+    monkeypatch.setattr(module, "SCRATCH", 5 * (2 * single + 3 * module.padded(max_atoms) * 3))
+    assert not module.fits(9, 2, max_atoms, max_vectors)
+    for geometry, exact in whole.items():
+        for name, value in reciprocal(x, "triton", geometry).items():
+            assert torch.equal(value, exact[name]), name
+    monkeypatch.setattr(module, "SCRATCH", 1)
+    for name, value in reciprocal(x, "triton").items():
+        assert relative_error(value, whole[True][name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("function", [attention, encoding])
@@ -146,7 +203,7 @@ def test_second_derivatives_in_half_precision():
         assert relative_error(one.cpu(), other) < (2**-8 if one.dtype == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("function", [attention, encoding])
+@pytest.mark.parametrize("function", [attention, encoding, reciprocal])
 def test_autocast_does_not_reach_the_sums(function):
     x = on_device(problem(every_pair=True))
     expected = function(x, "triton")
@@ -155,7 +212,7 @@ def test_autocast_does_not_reach_the_sums(function):
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("function", [attention, encoding])
+@pytest.mark.parametrize("function", [attention, encoding, reciprocal])
 def test_geometry_changes_no_other_gradient(function):
     x = on_device(problem(every_pair=True))
     all_of_them = function(x, "triton")
@@ -163,7 +220,7 @@ def test_geometry_changes_no_other_gradient(function):
         assert torch.equal(grad, all_of_them[name]), name
 
 
-@pytest.mark.parametrize("function", [attention, encoding])
+@pytest.mark.parametrize("function", [attention, encoding, reciprocal])
 def test_same_bits_every_time(function):
     x = on_device(problem(every_pair=True))
     first = function(x, "triton")
@@ -186,6 +243,7 @@ def test_no_atoms():
     x = on_device(problem(kinds=(), every_pair=True))
     assert attention(x, "triton")["y"].shape == (0, 2, 4)
     assert encoding(x, "triton")["beta"].shape == (0, 2, 4)
+    assert reciprocal(x, "triton")["y"].shape == (0, 2, 4)
 
 
 def test_layout_holds_every_image_once():
@@ -219,6 +277,23 @@ def test_takes_fp32_alone():
     x = problem()
     with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):
         x.attention(backend="triton")
+    with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):
+        x.reciprocal(backend="triton")
+
+
+def test_model_in_both_spaces():
+    """backend="triton" serves the reciprocal heads, too, and says so in fp64."""
+    torch.manual_seed(0)
+    config = cf.CrystalformerConfig(domain="multihead", num_blocks=1, model_dim=16, num_heads=4, num_basis=8, ff_dim=16)
+    x = problem(kinds=(("cubic", 2),))
+    batch = cf.CrystalBatch(torch.arange(1, 1 + len(x.positions)), x.positions, x.lattice, x.ptr)
+    models = {name: cf.Crystalformer(config, name) for name in ("triton", "reference")}
+    models["triton"].load_state_dict(models["reference"].state_dict())
+    prepared = {name: model.to(DEVICE).prepare(batch.to(torch.float32).to(DEVICE)) for name, model in models.items()}
+    found, expected = (models[name](prepared[name]) for name in models)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):
+        models["triton"].double()(batch.to(DEVICE))
 
 
 def attention_arguments(x):
@@ -231,12 +306,17 @@ def encoding_arguments(x):
     return (x.decay, x.edge_weight, x.positions, x.lattice), settings
 
 
+def reciprocal_arguments(x):
+    return x.inputs[:6], x.wave_vectors(decay_min=2.0)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "dtype"),
     [
         ("attention", attention_arguments, torch.float32),
         ("attention", attention_arguments, torch.float16),
         ("encoding", encoding_arguments, torch.float32),
+        ("reciprocal", reciprocal_arguments, torch.float32),
     ],
 )
 def test_opcheck(name, arguments, dtype):
@@ -245,15 +325,17 @@ def test_opcheck(name, arguments, dtype):
     forward = getattr(torch.ops.crystalformer, f"triton_{name}").default
     torch.library.opcheck(forward, (*(t.clone().requires_grad_() for t in inputs), *settings))
     outputs = forward(*inputs, *settings)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     backward = getattr(torch.ops.crystalformer, f"triton_{name}_backward").default
     for geometry in (True, False):
         torch.library.opcheck(backward, (*map(torch.randn_like, outputs[:2]), *inputs, *settings, *outputs, geometry))
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("name", ["attention", "reciprocal"])
+def test_second_derivatives(name):
     def curvature(x, backend):
-        inputs = [t.clone().requires_grad_() for t in x.inputs]
-        y = x.attention(*inputs, backend=backend).square().sum()
+        inputs = [t.clone().requires_grad_() for t in x.inputs[: 7 if name == "attention" else 6]]
+        y = getattr(x, name)(*inputs, backend=backend).square().sum()
         first = torch.autograd.grad(y, inputs, create_graph=True)
         return torch.autograd.grad(sum((g * g).sum() for g in first), inputs)
 

@@ -163,7 +163,7 @@ PROVIDERS = [
         for name in ("cpu", "triton", "reference")
     ),
     *(Provider(name, "training", STEP_BOUND, _training(name)) for name in ("cpu", "triton", "reference")),
-    *(Provider(name, "reciprocal", FP32_BOUND, _reciprocal(name)) for name in ("cpu", "reference")),
+    *(Provider(name, "reciprocal", FP32_BOUND, _reciprocal(name)) for name in ("cpu", "triton", "reference")),
     Provider("cpu", "alpha", FP32_BOUND, _alpha("cpu")),
     Provider("cpu-slow-decay", "alpha", FP32_BOUND, _alpha("cpu", slow=True)),
     Provider("cpu-dual-space", "training", STEP_BOUND, _training("cpu", "multihead")),
