@@ -7,7 +7,7 @@ live in the loop; tests/test_aot.py compiles the kernels over the range of shape
 import triton
 from torch import Tensor
 
-from .images import padded
+from .layout import padded
 
 # More heads than this go to several programs: the operand u of a product is held whole by every warp.
 HEADS = 8

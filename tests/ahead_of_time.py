@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from crystalformer import kernels
-from crystalformer.kernels import images
+from crystalformer.kernels import layout as packing
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
@@ -35,7 +35,7 @@ LARGEST, FP32 = (16, 64, 64, 128), torch.float32
 # Shape, tile, dtype of q, k, v, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range of
 # shapes, tf32 and half precision for one.
 CASES = [
-    *((PAPER, tile, FP32, False) for tile in images.SHAPES),
+    *((PAPER, tile, FP32, False) for tile in packing.SHAPES),
     *((shape, TILE, FP32, False) for shape in (LARGEST, (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
     *((shape, TILE, torch.bfloat16, False) for shape in (PAPER, LARGEST)),
     *((PAPER, TILE, dtype, True) for dtype in (FP32, torch.float16)),
@@ -52,7 +52,7 @@ def launches():
 
     JITFunction.run = note
     for (heads, dim, value_dim, num), tile, dtype, tf32 in CASES:
-        images.SHAPES = (tile,)
+        packing.SHAPES = (tile,)
         x = (
             problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1))
             .to(torch.float32)
@@ -65,14 +65,14 @@ def launches():
             x.edge_weight[..., :num],
             ((6.0, 1.0), 0.0, tf32),
         )
-        layout = images.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
+        layout = packing.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
         inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
         kernels.OPERATORS["attention"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["attention_backward"](y, x.decay, *inputs, y, x.decay, c, moving)
         if tile != TILE:
             continue
-        layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
+        layout = packing.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):

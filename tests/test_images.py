@@ -531,7 +531,7 @@ def test_a_gpu_is_waited_for_only_for_sizes(
 @pytest.mark.parametrize("by_pair", [False, True])
 def test_packing_for_a_gpu_waits_once(batch: tuple[Tensor, Tensor, Tensor], by_pair: bool, waits: Waits) -> None:
     pytest.importorskip("triton", reason="needs triton")
-    from crystalformer.kernels.images import pack as pack_layout
+    from crystalformer.kernels.layout import pack as pack_layout
 
     images = cf.build_images(*batch, every_pair=True)
     lists = (images.ptr, images.row_ptr, images.col, images.shift)

@@ -189,7 +189,7 @@ def test_no_atoms():
 
 
 def test_layout_holds_every_image_once():
-    module = import_module("crystalformer.kernels.images")
+    module = import_module("crystalformer.kernels.layout")
 
     for kinds in ((("cubic", 1),), (("skewed", 3),), (("cubic", 12),)):
         x = on_device(problem(kinds=kinds))
