@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from triton.runtime import JITFunction
 
-from . import attention_bwd, attention_fwd, encoding, layout
+from . import attention_bwd, attention_fwd, encoding, images, layout
 
 INTERPRETED = not isinstance(attention_fwd.attention_fwd, JITFunction)
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "images": images.build,
     "layout": layout.pack,
     "attention": attention_fwd.attention,
     "attention_backward": attention_bwd.attention_backward,

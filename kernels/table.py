@@ -86,3 +86,12 @@ def encoding_backward_blocks(decay: Tensor, beta: Tensor, num: int) -> dict[str,
     s = encoding_blocks(decay, num)
     s["BU"] = min(s.pop("BK"), BASIS)
     return s | {"DV": beta.shape[2], "BV": triton.next_power_of_2(max(1, beta.shape[2]))}
+
+
+def image_blocks(atoms: int, crystals: int) -> dict[str, int]:
+    """Compile-time arguments of the kernels of the image list: an element a thread.
+
+    A pair has the fewer images, the more atoms its cell has; how many is known on the GPU alone.
+    """
+    candidates = 32 if atoms < 64 * crystals else 4
+    return {"BJ": 128 // candidates, "BC": candidates, "num_warps": 4, "maxnreg": 255}

@@ -23,6 +23,7 @@ from crystalformer.kernels import layout as packing
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -47,7 +48,10 @@ def launches():
     noted = {}
 
     def note(function, *args, grid, warmup, **kwargs):
-        types = tuple((TYPES[x.dtype], x.data_ptr() % 16) if isinstance(x, torch.Tensor) else "fp32" for x in args)
+        types = tuple(
+            (TYPES[x.dtype], x.data_ptr() % 16) if isinstance(x, torch.Tensor) else parameter.annotation_type or "fp32"
+            for x, parameter in zip(args, function.params, strict=False)
+        )
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
@@ -77,6 +81,11 @@ def launches():
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)
+    for kind, size in (("cubic", 2), ("cubic", 80)):  # many images a pair, and few
+        x = problem(kinds=((kind, size),), decay_min=5.0)
+        for cutoff, every_pair in ((None, False), (2.0, False), (None, True)):
+            inputs = (x.positions, x.lattice, x.ptr, x.lattice[:, 0, 0])
+            kernels.OPERATORS["images"](*inputs, 1e-6, 4.0, 0.01, cutoff, every_pair)
     return noted.values()
 
 
@@ -124,8 +133,8 @@ def narrow_offsets(ttir):
 def resources(function, types, kwargs, arch):
     constants = {name: value for name, value in kwargs.items() if name not in OPTIONS}
     names = [name for name in function.arg_names if name not in constants]
-    aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if t != "fp32" and t[1] == 0}
-    signature = {name: t if t == "fp32" else t[0] for name, t in zip(names, types, strict=True)}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if not isinstance(t, str) and t[1] == 0}
+    signature = {name: t if isinstance(t, str) else t[0] for name, t in zip(names, types, strict=True)}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}

@@ -25,6 +25,8 @@ BUDGET = {
     "encoding_bwd": 128,
     "geometry_rows": 80,
     "segment_sums": 80,
+    "row_cutoffs": 128,
+    "list_rows": 160,
 }
 
 
