@@ -5,9 +5,11 @@ writes them. With every_pair, `list_rows` finds the cutoff of each pair itself, 
 number a pair before the host knows how many there are. Equation numbers are those of docs/math.md.
 
 A program takes tiles of BJ pairs and BC candidates for their images: all n in the box around the sphere, in the rotated
-frame in which T is triangular, so the box is as tight for a skewed cell as for a cubic one. Distances and sums differ
-from those of the torch code by rounding, so a cutoff can in principle be another by one step of the bisection, 1/4096
-of the squared outer radius, where the condition holds or fails by no more than that.
+frame in which T is triangular, so the box is as tight for a skewed cell as for a cubic one. Candidates are made anew in
+each pass, so a pass tries the three cutoffs that two bisections may come to.
+
+Distances and sums differ from those of the torch code by rounding, so a cutoff can in principle be another by one step
+of the bisection, 1/4096 of the squared outer radius, where the condition holds or fails by no more than that.
 
 (i, j, n) and (j, i, -n) have the same distance bit for bit, because negation commutes with everything on the way from
 positions to distances. The cutoff of a pair is found from its lower atom for both, in a box of its own, so that its
@@ -134,6 +136,29 @@ def bounded_radius2(slack, bounds):
 
 
 @triton.jit
+def quarters(low, high):
+    """The ends of the first three quarters of (low, high], with the bits that two bisections give them."""
+    middle = 0.5 * (low + high)
+    return 0.5 * (low + middle), middle, 0.5 * (middle + high)
+
+
+@triton.jit
+def quarter_where(low, high, ends, holds):
+    """The quarter of (low, high] at whose end a monotone condition holds first; it is known to hold at `high`."""
+    end_1, end_2, end_3 = ends
+    holds_1, holds_2, holds_3 = holds
+    above = tl.where(holds_1, low, tl.where(holds_2, end_1, tl.where(holds_3, end_2, end_3)))
+    return above, tl.where(holds_1, end_1, tl.where(holds_2, end_2, tl.where(holds_3, end_3, high)))
+
+
+@triton.jit
+def worst_case(tail, whole, m_j, beyond, tol, spread):
+    """g(T_j - tol F_j) [BJ] of equation (12), from the parts [BJ, BC] of both sums."""
+    excess = tl.sum(tail, 1) + beyond - tol * tl.sum(whole, 1)
+    return tl.where(m_j, tl.where(excess > 0, excess * spread, excess), 0.0)
+
+
+@triton.jit
 def row_cutoffs(
     positions_p,
     lattice_p,
@@ -163,25 +188,32 @@ def row_cutoffs(
     number = tl.max(box[3], 0)
     low = outer2 * 0.0
     high = outer2
-    for _step in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        excess = tl.zeros((BJ,), tl.float64)
+    tl.static_assert(BISECTIONS % 2 == 0)
+    for _step in range(BISECTIONS // 2):
+        end_1, end_2, end_3 = quarters(low, high)
+        excess_1 = tl.zeros((BJ,), tl.float64)
+        excess_2 = tl.zeros((BJ,), tl.float64)
+        excess_3 = tl.zeros((BJ,), tl.float64)
         for first_j in range(begin, end, BJ):
             j = first_j + tl.arange(0, BJ)
             m_j = j < end
             x, y, z = displacements(positions_p, i, tl.where(m_j, j, i), q)
             whole = tl.zeros((BJ, BC), tl.float64)
-            tail = tl.zeros((BJ, BC), tl.float64)
+            tail_1 = tl.zeros((BJ, BC), tl.float64)
+            tail_2 = tl.zeros((BJ, BC), tl.float64)
+            tail_3 = tl.zeros((BJ, BC), tl.float64)
             for first in range(0, number, BC):
                 _n, d2 = candidates(first, x, y, z, box, t, BC)
                 weight = tl.where(d2 <= outer2, tl.exp(-a * d2), 0.0)
                 whole += weight
-                tail += tl.where(d2 > middle, weight, 0.0)
-            more = tl.sum(tail, 1) + beyond - tol * tl.sum(whole, 1)
-            more = tl.where(more > 0, more * spread, more)
-            excess += tl.where(m_j, more, 0.0)
-        holds = tl.sum(excess) <= 0
-        low, high = tl.where(holds, low, middle), tl.where(holds, middle, high)
+                tail_1 += tl.where(d2 > end_1, weight, 0.0)
+                tail_2 += tl.where(d2 > end_2, weight, 0.0)
+                tail_3 += tl.where(d2 > end_3, weight, 0.0)
+            excess_1 += worst_case(tail_1, whole, m_j, beyond, tol, spread)
+            excess_2 += worst_case(tail_2, whole, m_j, beyond, tol, spread)
+            excess_3 += worst_case(tail_3, whole, m_j, beyond, tol, spread)
+        holds = (tl.sum(excess_1) <= 0, tl.sum(excess_2) <= 0, tl.sum(excess_3) <= 0)
+        low, high = quarter_where(low, high, (end_1, end_2, end_3), holds)
     tl.store(cutoff2_p + i, high)
 
 
@@ -210,17 +242,22 @@ def pair_cutoffs(x, y, z, a, bounds, t, tol, slack, BISECTIONS: tl.constexpr, BJ
     beyond = tl.exp(slack - a * (near2 - nearest2))
     low = outer2 * 0.0
     high = outer2
-    for _step in range(BISECTIONS):
-        middle = 0.5 * (low + high)
+    for _step in range(BISECTIONS // 2):
+        end_1, end_2, end_3 = quarters(low, high)
         whole = tl.zeros((BJ, BC), tl.float64)
-        tail = tl.zeros((BJ, BC), tl.float64)
+        tail_1 = tl.zeros((BJ, BC), tl.float64)
+        tail_2 = tl.zeros((BJ, BC), tl.float64)
+        tail_3 = tl.zeros((BJ, BC), tl.float64)
         for first in range(0, number, BC):
             _n, d2 = candidates(first, x, y, z, box, t, BC)
             weight = tl.where(d2 <= outer2[:, None], tl.exp(a * (nearest2[:, None] - d2)), 0.0)
             whole += weight
-            tail += tl.where(d2 > middle[:, None], weight, 0.0)
-        holds = tl.sum(tail, 1) + beyond <= tol * tl.sum(whole, 1)
-        low, high = tl.where(holds, low, middle), tl.where(holds, middle, high)
+            tail_1 += tl.where(d2 > end_1[:, None], weight, 0.0)
+            tail_2 += tl.where(d2 > end_2[:, None], weight, 0.0)
+            tail_3 += tl.where(d2 > end_3[:, None], weight, 0.0)
+        allowed = tol * tl.sum(whole, 1) - beyond
+        holds = (tl.sum(tail_1, 1) <= allowed, tl.sum(tail_2, 1) <= allowed, tl.sum(tail_3, 1) <= allowed)
+        low, high = quarter_where(low, high, (end_1, end_2, end_3), holds)
     return high
 
 
