@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .extension import LOADED
 from .lattice import points_in_spheres, triangular
 from .packed import Packed, check_parts, weakest
 from .poisson import crossover, slow_wave_vectors
@@ -23,16 +22,19 @@ PAIRS_AT_ONCE = 1 << 18
 # 500 Å in fp32 are known to 3e-5.
 CUTOFF_SLACK = 1e-4
 
-torch.library.define(
-    "crystalformer::cpu_images",
-    "(Tensor positions, Tensor lattice, Tensor ptr, Tensor decay_min, float tol, float logit_range, "
-    "float beyond, float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff)",
+SCHEMA = (
+    "(Tensor positions, Tensor lattice, Tensor ptr, Tensor decay_min, float tol, float logit_range, float beyond, "
+    "float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff, SymInt num_pairs)"
 )
+
+torch.library.define("crystalformer::cpu_images", SCHEMA)  # implemented in csrc/bindings.cpp
+torch.library.define("crystalformer::triton_images", SCHEMA)  # implemented in kernels/images.py
 
 
 @torch.library.register_fake("crystalformer::cpu_images")
-def _(positions: Tensor, lattice: Tensor, ptr: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    number = torch.library.get_ctx().new_dynamic_size()
+@torch.library.register_fake("crystalformer::triton_images")
+def _(positions: Tensor, lattice: Tensor, ptr: Tensor, *_: Any) -> tuple[Tensor | torch.SymInt, ...]:
+    number, num_pairs = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     row_ptr = ptr.new_empty(len(positions) + 1)
     int32 = torch.int32
     return (
@@ -40,6 +42,7 @@ def _(positions: Tensor, lattice: Tensor, ptr: Tensor, *_: Any) -> tuple[Tensor,
         ptr.new_empty(number, dtype=int32),
         ptr.new_empty(number, 3, dtype=int32),
         lattice.new_empty(len(lattice)),
+        num_pairs,
     )
 
 
@@ -184,7 +187,8 @@ def build_images(
             the larger `real_decay_min` on.
 
     Returns:
-        ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit.
+        ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit. With Triton, a GPU
+        is waited for once, for sizes; with `reciprocal` more often.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -203,9 +207,13 @@ def build_images(
 
     smallest = torch.full_like(lattice[:, 0, 0], a)
     slow = crossover(lattice, a, tol) if reciprocal else None
-    build = _build_compiled if LOADED is True and positions.device.type == "cpu" else _build
     served = smallest if slow is None else torch.maximum(smallest, slow)
-    images = build(positions, lattice, ptr, served, tol, logit_range, cutoff, every_pair)
+    settings = (served, tol, logit_range, cutoff, every_pair)
+    backend = _backend(positions.device)
+    if backend == "reference":
+        images = _build(positions, lattice, ptr, *settings)
+    else:
+        images = _build_compiled(backend, positions, lattice, ptr, *settings)
     if cutoff is not None:
         return images
     images = replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
@@ -214,7 +222,14 @@ def build_images(
     return replace(images, crossover=slow, wave_vectors=slow_wave_vectors(lattice, ptr, slow, tol))
 
 
+def _backend(device: torch.device) -> str:
+    from .backends import choose_backend  # loads the kernels, which load this module
+
+    return choose_backend("auto", device, "images")
+
+
 def _build_compiled(
+    backend: str,
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
@@ -224,12 +239,13 @@ def _build_compiled(
     cutoff: float | None,
     every_pair: bool,
 ) -> ImageList:
-    """`_build` in C++, with the same result."""
+    """`_build` by an operator, with the same result."""
     radius = None if cutoff is None else cutoff + CUTOFF_SLACK
-    run = torch.ops.crystalformer.cpu_images
-    row_ptr, col, shift, found = run(positions, lattice, ptr, a, tol, logit_range, BEYOND, radius, every_pair)
+    run = getattr(torch.ops.crystalformer, f"{backend}_images")
+    settings = (tol, logit_range, BEYOND, radius, every_pair)
+    row_ptr, col, shift, found, num_pairs = run(positions, lattice, ptr, a, *settings)
     radii = found if cutoff is None else torch.full_like(found, cutoff)
-    return ImageList(row_ptr, col, shift, ptr, radii, num_pairs=int(ptr.diff().square().sum()))
+    return ImageList(row_ptr, col, shift, ptr, radii, num_pairs)
 
 
 def _build(
@@ -244,8 +260,8 @@ def _build(
 ) -> ImageList:
     """The list, of checked arguments, not saying yet what it is certified for.
 
-    Waits for a GPU five times, for sizes: the number of pairs, of points after each of the three axes, and of images
-    kept. Fewer would cost more than they save: arrays with room for a box around each sphere are 2 to 3 times as long.
+    Serves where no operator is there. It waits for a GPU five times, for sizes: the number of pairs, of points after
+    each of the three axes, and of images kept.
     """
     t, q = triangular(lattice)
     row_crystal = crystal_of_atom(ptr, len(positions))

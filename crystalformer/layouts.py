@@ -19,7 +19,7 @@ SCHEMA = (
 )
 
 torch.library.define(f"{NAMESPACE}::cpu_layout", SCHEMA)  # implemented in csrc/bindings.cpp
-torch.library.define(f"{NAMESPACE}::triton_layout", SCHEMA)  # implemented in kernels/images.py
+torch.library.define(f"{NAMESPACE}::triton_layout", SCHEMA)  # implemented in kernels/layout.py
 
 
 @torch.library.register_fake(f"{NAMESPACE}::cpu_layout")

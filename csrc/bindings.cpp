@@ -424,9 +424,10 @@ std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& gra
     return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_images(const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
-                                                      const Tensor& decay_min, double tol, double logit_range,
-                                                      double beyond, std::optional<double> cutoff, bool every_pair) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
+                                                                   const Tensor& ptr, const Tensor& decay_min,
+                                                                   double tol, double logit_range, double beyond,
+                                                                   std::optional<double> cutoff, bool every_pair) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
     const ImageRequest request{positions.size(0),
                                ptr.size(0) - 1,
@@ -450,7 +451,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_images(const Tensor& positions, c
         shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
         search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
     }
-    return {row_ptr, col, shift, radius};
+    int64_t pairs = 0;
+    for (int64_t c = 0; c < request.crystals; ++c) {
+        const int64_t atoms = request.ptr[c + 1] - request.ptr[c];
+        pairs += atoms * atoms;
+    }
+    return {row_ptr, col, shift, radius, pairs};
 }
 
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from triton.runtime import JITFunction
 
-from . import attention_bwd, attention_fwd, encoding, images, reciprocal_bwd, reciprocal_fwd
+from . import attention_bwd, attention_fwd, encoding, images, layout, reciprocal_bwd, reciprocal_fwd
 
 INTERPRETED = not isinstance(attention_fwd.attention_fwd, JITFunction)
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "layout": images.pack,
+    "images": images.build,
+    "layout": layout.pack,
     "attention": attention_fwd.attention,
     "attention_backward": attention_bwd.attention_backward,
     "encoding": encoding.encoding,

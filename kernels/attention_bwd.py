@@ -16,7 +16,7 @@ from crystalformer.ops import without_autocast
 
 from .functions import LOG2E, basis, dot, gather_heads, load_columns, load_heads, store_heads
 from .geometry import spread
-from .images import scale, unpack
+from .layout import scale, unpack
 from .table import column_blocks, head_blocks, row_blocks
 
 

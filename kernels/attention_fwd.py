@@ -14,7 +14,7 @@ from torch import Tensor
 from crystalformer.ops import without_autocast
 
 from .functions import LN2, basis, dot, gather_heads, load_heads, store_heads
-from .images import scale, unpack
+from .layout import scale, unpack
 from .table import forward_blocks, head_blocks
 
 

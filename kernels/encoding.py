@@ -15,7 +15,7 @@ from crystalformer.ops import without_autocast
 
 from .functions import LN2, LOG2E, basis, dot, load_columns, load_heads
 from .geometry import spread, sum_segments
-from .images import FAR, Layout, scale, unpack
+from .layout import FAR, Layout, scale, unpack
 from .table import encoding_backward_blocks, encoding_blocks, head_blocks
 
 # Elements of c, or of its gradient, at a time.

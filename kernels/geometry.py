@@ -7,7 +7,7 @@ from torch import Tensor
 
 from crystalformer.images import crystal_of_atom
 
-from .images import Layout
+from .layout import Layout
 
 
 @triton.jit

@@ -1,204 +1,395 @@
-"""Packing of the image list for the kernels, with torch operations on the list's device.
+"""The image list, as images.py builds it with torch operations: one program per atom, in fp64, and one wait for sizes.
 
-Attention reads the list in tiles of BG groups of G images of one pair (i, j), nearest first, so that k_j and v_j are
-gathered once for G images. A tile is one record of R words: BG atoms j, the BG groups of the mirror images (j, i, -n),
-G·BG distances. Empty places have the distance FAR, whose weight is zero; empty groups have the mirror -1. All distances
-are x = d sqrt(log2(e)/2) / w, so that b(d) = 2^-(x - mu)².
+`row_cutoffs` finds the cutoff of each row, `list_rows` counts its images and, once the host has fetched their number,
+writes them. With every_pair, `list_rows` finds the cutoff of each pair itself, both times: there is no room for one
+number a pair before the host knows how many there are. Equation numbers are those of docs/math.md.
 
-A layout is one tensor, so that it passes through an operator: rows of one record each, and behind them the centres mu
-of the basis, the first tile of each atom, and where in the records each image of the list and its mirror are. The
-encoding reads plain rows of one distance each, sorted by pair, then distance.
+A program takes tiles of BJ pairs and BC candidates for their images: all n in the box around the sphere, in the rotated
+frame in which T is triangular, so the box is as tight for a skewed cell as for a cubic one. Candidates are made anew in
+each pass, so a pass tries the three cutoffs that two bisections may come to.
+
+Distances and sums differ from those of the torch code by rounding, so a cutoff can in principle be another by one step
+of the bisection, 1/4096 of the squared outer radius, where the condition holds or fails by no more than that.
+
+(i, j, n) and (j, i, -n) have the same distance bit for bit, because negation commutes with everything on the way from
+positions to distances. The cutoff of a pair is found from its lower atom for both, in a box of its own, so that its
+sums have one order whatever else is in the tile. So the list is symmetric.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
-from crystalformer.images import ImageList, crystal_of_atom
-from crystalformer.reference import displacement
+from crystalformer import checks
+from crystalformer.images import crystal_of_atom
+from crystalformer.segments import offsets
+from crystalformer.truncation import BISECTIONS, SPLITS
 
-# (G, BG): many images a pair in small cells, one in large ones. R = 2 BG + G BG tells them apart.
-SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
-# Instructions of a group (two gathers, the content score) over those of an image, counted in the compiled kernels.
-GROUP_COST = 3.0
-FAR = 1e18
-FAR_BITS = int(torch.tensor(FAR).view(torch.int32))
+from .table import image_blocks
+
+PI = tl.constexpr(math.pi)
+FIRST_SPLIT, SPLIT_STEP = tl.constexpr(SPLITS[0]), tl.constexpr((SPLITS[1] - SPLITS[0]) / (SPLITS[2] - 1))
+LAST_SPLIT, PADDED_SPLITS = tl.constexpr(SPLITS[2] - 1), tl.constexpr(triton.next_power_of_2(SPLITS[2]))
+FLATTEST = tl.constexpr(checks.FLATTEST)
+# A pair's candidates are numbered in 32 bits: a division of 64 bits is a subroutine.
+MOST_CANDIDATES = tl.constexpr(float(1 << 30))
+SHIFTER = tl.constexpr(float(3 << 51))  # added and subtracted, it rounds to an integer
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A layout, unpacked: views, no copies.
+@triton.jit
+def cell(lattice_p, c):
+    """T and Q of L = T Q, by Gram-Schmidt from the last row up, and whether L is a cell.
 
-    Attributes:
-        records: (T,R) int32, or (M,1) for the encoding.
-        mu: (BK) fp32, centres of the basis in units of x.
-        first: (N+1), first record of each atom; (P+1), of each pair, for the encoding.
-        place, mirror: (M) where in the T·G·BG distances each image of the list and its mirror are.
-        atom: (P) atom i of each pair, for the encoding.
+    T is (t_00, t_01, t_02, t_11, t_12, t_22), Q three rows [4].
     """
-
-    records: Tensor
-    mu: Tensor
-    first: Tensor
-    place: Tensor
-    mirror: Tensor
-    atom: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(G, BG)."""
-        return next(shape for shape in SHAPES if _words(*shape) == self.records.shape[1])
-
-
-def _words(group: int, groups: int) -> int:
-    return groups * (2 + group)
-
-
-def padded(num: int) -> int:
-    """K padded to what a matrix product takes, or 0 for no basis."""
-    return max(16, triton.next_power_of_2(num)) if num else 0
+    xyz = tl.arange(0, 4)
+    p = lattice_p + c * 9 + xyz
+    l_0 = tl.load(p, mask=xyz < 3, other=0.0)
+    l_1 = tl.load(p + 3, mask=xyz < 3, other=0.0)
+    l_2 = tl.load(p + 6, mask=xyz < 3, other=0.0)
+    edges = tl.sqrt(tl.sum(l_0 * l_0)) * tl.sqrt(tl.sum(l_1 * l_1)) * tl.sqrt(tl.sum(l_2 * l_2))
+    t_22 = tl.sqrt(tl.sum(l_2 * l_2))
+    q_2 = l_2 / t_22
+    t_12 = tl.sum(l_1 * q_2)
+    l_1 -= t_12 * q_2
+    t_11 = tl.sqrt(tl.sum(l_1 * l_1))
+    q_1 = l_1 / t_11
+    t_02 = tl.sum(l_0 * q_2)
+    l_0 -= t_02 * q_2
+    t_01 = tl.sum(l_0 * q_1)
+    l_0 -= t_01 * q_1
+    t_00 = tl.sqrt(tl.sum(l_0 * l_0))
+    volume = t_00 * t_11 * t_22
+    return (t_00, t_01, t_02, t_11, t_12, t_22), (l_0 / t_00, q_1, q_2), volume > edges * FLATTEST
 
 
-def scale(num: int, basis: Sequence[float]) -> float:
-    """x / d, Å^-1, for K = num basis functions of (r_max, width)."""
-    if not num:
-        return 1.0
-    r_max, width = basis
-    return math.sqrt(0.5 * math.log2(math.e)) * num / (width * r_max)
+@triton.jit
+def displacements(positions_p, i, j, q):
+    """x, y, z [BJ] from atom i to atoms j in the rotated frame."""
+    xyz = tl.arange(0, 4)
+    q_0, q_1, q_2 = q
+    own = tl.load(positions_p + i * 3 + xyz, mask=xyz < 3, other=0.0)
+    r = tl.load(positions_p + j[:, None] * 3 + xyz[None, :], mask=(xyz < 3)[None, :], other=0.0) - own[None, :]
+    return tl.sum(r * q_0[None, :], 1), tl.sum(r * q_1[None, :], 1), tl.sum(r * q_2[None, :], 1)
 
 
-def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
-    """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions."""
-    sizes = [padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == 1 else 0]
-    tail = sum(map(_aligned, sizes))
-    records = layout[: len(layout) - -(-tail // layout.shape[1])]
-    parts, start = [], records.numel()
-    for size in sizes:
-        parts.append(layout.view(-1)[start : start + size])
-        start += _aligned(size)
-    return Layout(records, parts[0].view(torch.float32), *parts[1:])
+@triton.jit
+def box_around(radius2, t):
+    """The boxes around spheres of squared radii [BJ]: half their width, candidates along the last two axes, and in all.
 
-
-def _aligned(size: int) -> int:
-    """Words that a part takes: each starts at a multiple of 16 bytes, which loads are faster from."""
-    return -(-size // 4) * 4
-
-
-def _join(records: Tensor, num: int, basis: Sequence[float], *tables: Tensor) -> Tensor:
-    width = basis[1] if num else 1.0
-    centers = torch.arange(1, padded(num) + 1, device=records.device)
-    mu = torch.where(centers <= num, centers * (math.sqrt(0.5 * math.log2(math.e)) / width), -FAR)
-    parts = [records.flatten(), mu.float().view(torch.int32), *(x.int() for x in tables)]
-    joined = torch.cat([pad(part, (0, _aligned(len(part)) - len(part))) for part in parts])
-    width_of_row = records.shape[1]
-    return pad(joined, (0, -len(joined) % width_of_row)).view(-1, width_of_row)
-
-
-@dataclass(frozen=True)
-class _Sorted:
-    """The list sorted by pair, then distance.
-
-    Attributes:
-        order: (M) the entry of the list.
-        i, j, x: (M) of each image.
-        rank: (M) how many images of its pair are nearer.
-        first_mirror: (M) the nearest image of the pair (j, i).
+    None in all where something is not finite, or they are too many: every loop ends.
     """
-
-    order: Tensor
-    i: Tensor
-    j: Tensor
-    x: Tensor
-    rank: Tensor
-    first_mirror: Tensor
-
-
-def _sort(images: ImageList, positions: Tensor, lattice: Tensor, scale: float) -> _Sorted:
-    n, m = images.num_atoms, images.num_images
-    i = torch.repeat_interleave(images.row_ptr.diff(), output_size=m)
-    crystal = crystal_of_atom(images.ptr, n)
-    # In fp64: the rounding of d would be the largest error of the scores.
-    r = displacement(positions.double(), lattice.double(), crystal, i, images.col, images.shift)
-    d = r.square().sum(-1).sqrt()
-    pair = i * n + images.col
-    order = torch.argsort(d, stable=True)
-    order = order[torch.argsort(pair[order], stable=True)]
-    i, j, pair = i[order], images.col[order].long(), pair[order]
-    entry = torch.arange(m, device=d.device)
-    rank = entry - torch.searchsorted(pair, pair)
-    return _Sorted(order, i, j, (d[order] * scale).float(), rank, torch.searchsorted(pair, j * n + i))
+    t_00, _, _, t_11, _, t_22 = t
+    # A little wider, so that what an image's own d² admits is never outside by rounding.
+    half = tl.sqrt(radius2) * (1 + 1e-9) + 1e-9
+    k_0 = tl.floor(2 * half / t_00) + 1
+    k_1 = tl.floor(2 * half / t_11) + 1
+    k_2 = tl.floor(2 * half / t_22) + 1
+    number = k_0 * k_1 * k_2
+    known = number < MOST_CANDIDATES
+    k_1 = tl.where(known, k_1, 1.0).to(tl.int32)
+    k_2 = tl.where(known, k_2, 1.0).to(tl.int32)
+    return half, k_1, k_2, tl.where(known, number, 0.0).to(tl.int64)
 
 
-def _back(order: Tensor, x: Tensor) -> Tensor:
-    """x in the order of the list."""
-    return torch.empty_like(x).index_copy_(0, order, x)
+@triton.jit
+def candidates(first, x, y, z, box, t, BC: tl.constexpr):
+    """n = (n_0, n_1, n_2) and d² [BJ, BC] of candidates first to first + BC, d² infinite behind the last; n rises."""
+    t_00, t_01, t_02, t_11, t_12, t_22 = t
+    half, k_1, k_2, number = box
+    half, k_1, k_2, number = half[:, None], k_1[:, None], k_2[:, None], number[:, None]
+    c = (first + tl.arange(0, BC))[None, :]
+    c_32 = c.to(tl.int32)
+    row = c_32 // k_2
+    n_0 = tl.ceil((-x[:, None] - half) * (1 / t_00)) + (row // k_1).to(tl.float64)
+    x = x[:, None] + n_0 * t_00
+    y = y[:, None] + n_0 * t_01
+    z = z[:, None] + n_0 * t_02
+    n_1 = tl.ceil((-y - half) * (1 / t_11)) + (row % k_1).to(tl.float64)
+    y += n_1 * t_11
+    z += n_1 * t_12
+    n_2 = tl.ceil((-z - half) * (1 / t_22)) + (c_32 % k_2).to(tl.float64)
+    z += n_2 * t_22
+    d2 = x * x + y * y + z * z
+    return (n_0, n_1, n_2), tl.where(c < number, d2, float("inf"))
 
 
-def pack(
+@triton.jit
+def tail_bounds(a, t):
+    """log B(b) and a - b of equation (10), for all b that are tried."""
+    t_00, _, _, t_11, _, t_22 = t
+    split = tl.minimum(tl.arange(0, PADDED_SPLITS), LAST_SPLIT).to(tl.float64)
+    b = a * (split * SPLIT_STEP + FIRST_SPLIT)
+    width = tl.sqrt(1 / b * PI)
+    return tl.log(1 + width / t_00) + tl.log(1 + width / t_11) + tl.log(1 + width / t_22), a - b
+
+
+@triton.jit
+def bounded_radius2(slack, bounds):
+    """The squared radius beyond which a pair has at most exp(slack), equation (10)."""
+    bound, rest = bounds
+    return tl.maximum(tl.min((bound - slack) / rest, -1), 0.0)
+
+
+@triton.jit
+def quarters(low, high):
+    """The ends of the first three quarters of (low, high], with the bits that two bisections give them."""
+    middle = 0.5 * (low + high)
+    return 0.5 * (low + middle), middle, 0.5 * (middle + high)
+
+
+@triton.jit
+def quarter_where(low, high, ends, holds):
+    """The quarter of (low, high] at whose end a monotone condition holds first; it is known to hold at `high`."""
+    end_1, end_2, end_3 = ends
+    holds_1, holds_2, holds_3 = holds
+    above = tl.where(holds_1, low, tl.where(holds_2, end_1, tl.where(holds_3, end_2, end_3)))
+    return above, tl.where(holds_1, end_1, tl.where(holds_2, end_2, tl.where(holds_3, end_3, high)))
+
+
+@triton.jit
+def worst_case(tail, whole, m_j, beyond, tol, spread):
+    """g(T_j - tol F_j) [BJ] of equation (12), from the parts [BJ, BC] of both sums."""
+    excess = tl.sum(tail, 1) + beyond - tol * tl.sum(whole, 1)
+    return tl.where(m_j, tl.where(excess > 0, excess * spread, excess), 0.0)
+
+
+@triton.jit
+def row_cutoffs(
+    positions_p,
+    lattice_p,
+    ptr_p,
+    crystal_p,
+    decay_p,
+    cutoff2_p,
+    tol: tl.float64,
+    log_beyond: tl.float64,
+    logit_range: tl.float64,
+    BISECTIONS: tl.constexpr,
+    BJ: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The squared cutoff of one row: the smallest on its crystal's grid for which equation (12) holds."""
+    i = tl.program_id(0).to(tl.int64)
+    crystal = tl.load(crystal_p + i)
+    begin = tl.load(ptr_p + crystal)
+    end = tl.load(ptr_p + crystal + 1)
+    a = tl.load(decay_p + crystal)
+    t, q, _ = cell(lattice_p, crystal)
+    log_beyond = log_beyond - logit_range - tl.log((end - begin).to(tl.float64))
+    beyond = tl.exp(log_beyond)
+    spread = tl.exp(tl.full((), 0.0, tl.float64) + logit_range)
+    outer2 = bounded_radius2(log_beyond, tail_bounds(a, t))
+    box = box_around(outer2 + tl.zeros((BJ,), tl.float64), t)
+    number = tl.max(box[3], 0)
+    low = outer2 * 0.0
+    high = outer2
+    tl.static_assert(BISECTIONS % 2 == 0)
+    for _step in range(BISECTIONS // 2):
+        end_1, end_2, end_3 = quarters(low, high)
+        excess_1 = tl.zeros((BJ,), tl.float64)
+        excess_2 = tl.zeros((BJ,), tl.float64)
+        excess_3 = tl.zeros((BJ,), tl.float64)
+        for first_j in range(begin, end, BJ):
+            j = first_j + tl.arange(0, BJ)
+            m_j = j < end
+            x, y, z = displacements(positions_p, i, tl.where(m_j, j, i), q)
+            whole = tl.zeros((BJ, BC), tl.float64)
+            tail_1 = tl.zeros((BJ, BC), tl.float64)
+            tail_2 = tl.zeros((BJ, BC), tl.float64)
+            tail_3 = tl.zeros((BJ, BC), tl.float64)
+            for first in range(0, number, BC):
+                _n, d2 = candidates(first, x, y, z, box, t, BC)
+                weight = tl.where(d2 <= outer2, tl.exp(-a * d2), 0.0)
+                whole += weight
+                tail_1 += tl.where(d2 > end_1, weight, 0.0)
+                tail_2 += tl.where(d2 > end_2, weight, 0.0)
+                tail_3 += tl.where(d2 > end_3, weight, 0.0)
+            excess_1 += worst_case(tail_1, whole, m_j, beyond, tol, spread)
+            excess_2 += worst_case(tail_2, whole, m_j, beyond, tol, spread)
+            excess_3 += worst_case(tail_3, whole, m_j, beyond, tol, spread)
+        holds = (tl.sum(excess_1) <= 0, tl.sum(excess_2) <= 0, tl.sum(excess_3) <= 0)
+        low, high = quarter_where(low, high, (end_1, end_2, end_3), holds)
+    tl.store(cutoff2_p + i, high)
+
+
+@triton.jit
+def pair_cutoffs(x, y, z, a, bounds, t, tol, slack, BISECTIONS: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr):
+    """The squared cutoff [BJ] of each pair: the smallest on its grid that leaves at most tol of the pair's own sum."""
+    t_00, t_01, t_02, t_11, t_12, t_22 = t
+    # An image near to the nearest one (Babai's nearest plane).
+    n_0 = (x / t_00 + SHIFTER) - SHIFTER
+    n_1 = ((y - n_0 * t_01) / t_11 + SHIFTER) - SHIFTER
+    near_x = x - n_0 * t_00
+    near_y = y - n_0 * t_01 - n_1 * t_11
+    near_z = z - n_0 * t_02 - n_1 * t_12
+    n_2 = (near_z / t_22 + SHIFTER) - SHIFTER
+    near_z -= n_2 * t_22
+    near2 = near_x * near_x + near_y * near_y + near_z * near_z
+    outer2 = bounded_radius2((slack - a * near2)[:, None], bounds)
+    box = box_around(outer2, t)
+    number = tl.max(box[3], 0)
+    nearest2 = tl.full((BJ,), float("inf"), tl.float64)
+    for first in range(0, number, BC):
+        _n, d2 = candidates(first, x, y, z, box, t, BC)
+        nearest2 = tl.minimum(nearest2, tl.min(d2, 1))
+    # Weights are relative to the nearest image's: far pairs would underflow, and relative to the image at near2, which
+    # a skewed cell has far from the nearest, they would overflow.
+    beyond = tl.exp(slack - a * (near2 - nearest2))
+    low = outer2 * 0.0
+    high = outer2
+    for _step in range(BISECTIONS // 2):
+        end_1, end_2, end_3 = quarters(low, high)
+        whole = tl.zeros((BJ, BC), tl.float64)
+        tail_1 = tl.zeros((BJ, BC), tl.float64)
+        tail_2 = tl.zeros((BJ, BC), tl.float64)
+        tail_3 = tl.zeros((BJ, BC), tl.float64)
+        for first in range(0, number, BC):
+            _n, d2 = candidates(first, x, y, z, box, t, BC)
+            weight = tl.where(d2 <= outer2[:, None], tl.exp(a * (nearest2[:, None] - d2)), 0.0)
+            whole += weight
+            tail_1 += tl.where(d2 > end_1[:, None], weight, 0.0)
+            tail_2 += tl.where(d2 > end_2[:, None], weight, 0.0)
+            tail_3 += tl.where(d2 > end_3[:, None], weight, 0.0)
+        allowed = tol * tl.sum(whole, 1) - beyond
+        holds = (tl.sum(tail_1, 1) <= allowed, tl.sum(tail_2, 1) <= allowed, tl.sum(tail_3, 1) <= allowed)
+        low, high = quarter_where(low, high, (end_1, end_2, end_3), holds)
+    return high
+
+
+@triton.jit
+def list_rows(
+    positions_p,
+    lattice_p,
+    ptr_p,
+    crystal_p,
+    decay_p,
+    cutoff2_p,
+    row_p,
+    col_p,
+    shift_p,
+    tol: tl.float64,
+    slack: tl.float64,
+    EVERY_PAIR: tl.constexpr,
+    WRITE: tl.constexpr,
+    BISECTIONS: tl.constexpr,
+    BJ: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """One row's number of images, -1 where the geometry is none; with WRITE, its images from row_p[i] on, by (j, n).
+
+    cutoff2_p: (C) squared cutoffs; with EVERY_PAIR (N), to which the longest of the row's pairs is written.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    crystal = tl.load(crystal_p + i)
+    begin = tl.load(ptr_p + crystal)
+    end = tl.load(ptr_p + crystal + 1)
+    t, q, sound = cell(lattice_p, crystal)
+    if EVERY_PAIR:
+        a = tl.load(decay_p + crystal)
+        bounds = tail_bounds(a, t)
+        longest2 = tl.zeros((BJ,), tl.float64)
+    else:
+        cutoff2 = tl.load(cutoff2_p + crystal) + tl.zeros((BJ,), tl.float64)
+    if WRITE:
+        place = tl.load(row_p + i)
+    else:
+        own = tl.load(positions_p + i * 3 + tl.arange(0, 4), mask=tl.arange(0, 4) < 3, other=0.0)
+        sound = sound & (tl.sum(own * 0.0) == 0)  # finite
+        total = tl.zeros((BJ,), tl.int64)
+    for first_j in range(begin, end, BJ):
+        j = first_j + tl.arange(0, BJ)
+        m_j = j < end
+        x, y, z = displacements(positions_p, i, tl.where(m_j, j, i), q)
+        if EVERY_PAIR:
+            turn = tl.where(j < i, -1.0, 1.0).to(tl.float64)
+            cutoff2 = pair_cutoffs(turn * x, turn * y, turn * z, a, bounds, t, tol, slack, BISECTIONS, BJ, BC)
+            longest2 = tl.maximum(longest2, tl.where(m_j, cutoff2, 0.0))
+        box = box_around(cutoff2, t)
+        number = tl.max(box[3], 0)
+        kept = tl.zeros((BJ, BC), tl.int64)
+        for first in range(0, number, BC):
+            _n, d2 = candidates(first, x, y, z, box, t, BC)
+            kept += (d2 <= cutoff2[:, None]).to(tl.int64)
+        count = tl.where(m_j, tl.sum(kept, 1), 0)
+        if WRITE:
+            next_place = place + tl.cumsum(count, 0) - count
+            for first in range(0, number, BC):
+                n, d2 = candidates(first, x, y, z, box, t, BC)
+                n_0, n_1, n_2 = n
+                keep = (d2 <= cutoff2[:, None]) & m_j[:, None]
+                one = keep.to(tl.int64)
+                e = next_place[:, None] + tl.cumsum(one, 1) - one
+                tl.store(col_p + e, tl.broadcast_to(j[:, None], (BJ, BC)).to(tl.int32), mask=keep)
+                tl.store(shift_p + e * 3, n_0.to(tl.int32), mask=keep)
+                tl.store(shift_p + e * 3 + 1, n_1.to(tl.int32), mask=keep)
+                tl.store(shift_p + e * 3 + 2, n_2.to(tl.int32), mask=keep)
+                next_place += tl.sum(one, 1)
+            place += tl.sum(count, 0)
+        else:
+            sound = sound & (tl.min(box[3], 0) > 0)
+            total += count
+    if not WRITE:
+        tl.store(row_p + i, tl.where(sound, tl.sum(total, 0), -1))
+        if EVERY_PAIR:
+            tl.store(cutoff2_p + i, tl.max(longest2, 0))
+
+
+def build(
     positions: Tensor,
     lattice: Tensor,
     ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
-    num: int,
-    basis: Sequence[float],
+    decay_min: Tensor,
     tol: float,
-    by_pair: bool,
-    merge: bool,
-) -> Tensor:
-    """The layout of a list: (rows, R) int32.
+    logit_range: float,
+    beyond: float,
+    cutoff: float | None,
+    every_pair: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """row_ptr (N+1), col (M), shift (M,3), cutoff (C) and the number of pairs: the operator `triton_images`.
 
-    One host synchronisation, for the number of tiles. `merge` would join images at one distance; here each keeps its
-    place, so that a layout serves with and without the gradients of the geometry.
+    One host synchronisation, which brings the two sizes and whether all rows had a geometry.
+
+    Raises:
+        ValueError: for positions or a lattice that are not finite, a cell without a volume, or 2^30 images of a pair.
     """
-    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=0)
-    e = _sort(images, positions, lattice, scale(num, basis))
-    if by_pair:
-        return _pack_pairs(e, images, num, basis)
+    atoms, crystals = len(positions), len(lattice)
+    crystal = crystal_of_atom(ptr, atoms)
+    inputs = (positions.contiguous(), lattice.contiguous(), ptr.contiguous(), crystal, decay_min.contiguous())
+    sizes = image_blocks(atoms, crystals) | {"BISECTIONS": BISECTIONS}
+    slack = math.log(tol * beyond)
+    by_row = positions.new_zeros(atoms)
 
-    def tiles(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(M) the group of each image, counted without gaps, and (N+1) the first tile of each atom."""
-        group = (e.rank % shape[0] == 0).cumsum(0)
-        groups = pad(group, (1, 0))[row_ptr]
-        return group - 1 - groups[e.i], pad((-(-groups.diff() // shape[1])).cumsum(0), (1, 0))
+    def longest2() -> Tensor:
+        """(C) the largest of the rows of each crystal."""
+        return positions.new_zeros(crystals).scatter_reduce_(0, crystal, by_row, "amax")
 
-    made = [tiles(shape) for shape in SHAPES]
-    number = torch.stack([first[-1] for _, first in made]).tolist()
-    cost = [t * groups * (group + GROUP_COST) for t, (group, groups) in zip(number, SHAPES, strict=True)]
-    best = cost.index(min(cost))
-    (group, groups), (group_in_row, first), t = SHAPES[best], made[best], number[best]
-
-    position = first[e.i] * groups + group_in_row
-    tile, lane = position // groups, position % groups
-    mirror = position[e.first_mirror] + e.rank // group
-    records = torch.zeros(t, _words(group, groups), dtype=torch.int32, device=ptr.device)
-    records[:, groups : 2 * groups] = -1
-    records[:, 2 * groups :] = FAR_BITS
-    slot = e.rank % group * groups
-    records[tile, lane] = e.j.int()
-    records[tile, groups + lane] = mirror.int()
-    records[tile, 2 * groups + slot + lane] = e.x.view(torch.int32)
-    place = tile * (group * groups) + slot + lane
-    mirror_place = mirror // groups * (group * groups) + slot + mirror % groups
-    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
+    with torch.cuda.device_of(positions):
+        if cutoff is not None:
+            cutoff2 = positions.new_full((crystals,), cutoff**2)
+        elif every_pair:
+            cutoff2 = by_row
+        else:
+            row_cutoffs[(atoms,)](*inputs, by_row, tol, slack, logit_range, **sizes)
+            cutoff2 = longest2()
+        count, none = ptr.new_zeros(atoms), ptr.new_empty(0, dtype=torch.int32)
+        settings = {"EVERY_PAIR": every_pair, **sizes}
+        list_rows[(atoms,)](*inputs, cutoff2, count, none, none, tol, slack, WRITE=False, **settings)
+        row_ptr = offsets(count)
+        bad, number, num_pairs = torch.stack([(count < 0).sum(), row_ptr[-1], ptr.diff().square().sum()]).tolist()
+        if bad:
+            _refuse(positions, lattice)
+        col, shift = ptr.new_empty(number, dtype=torch.int32), ptr.new_empty(number, 3, dtype=torch.int32)
+        list_rows[(atoms,)](*inputs, cutoff2, row_ptr, col, shift, tol, slack, WRITE=True, **settings)
+        return row_ptr, col, shift, (longest2() if every_pair else cutoff2).sqrt(), num_pairs
 
 
-def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float]) -> Tensor:
-    """The encoding's layout. One host synchronisation, for the number of pairs."""
-    n, size = images.num_atoms, images.ptr.diff()
-    number = int(size.square().sum())
-    crystal = crystal_of_atom(images.ptr, n)
-    partners = size[crystal]
-    first_pair = partners.cumsum(0) - partners - images.ptr[crystal]
-    pair = torch.arange(number + 1, device=e.i.device)
-    first = torch.searchsorted(first_pair[e.i] + e.j, pair)
-    atom = torch.repeat_interleave(partners, output_size=number)
-    place, mirror = torch.arange(len(e.x), device=e.i.device), e.first_mirror + e.rank
-    records = e.x.view(torch.int32)[:, None]
-    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror), atom)
+def _refuse(positions: Tensor, lattice: Tensor) -> NoReturn:
+    """Says what is wrong with a geometry, in the words of the checks: waiting for the GPU matters no more."""
+    with checks.debug_checks(True):
+        checks.check_geometry(positions, lattice)
+    raise ValueError("a pair of atoms must have fewer than 2^30 images: use a shorter cutoff, or a larger decay_min")

@@ -7,7 +7,7 @@ live in the loop; tests/test_aot.py compiles the kernels over the range of shape
 import triton
 from torch import Tensor
 
-from .images import padded
+from .layout import padded
 
 # More heads than this go to several programs: the operand u of a product is held whole by every warp.
 HEADS = 8
@@ -101,3 +101,12 @@ def reciprocal_geometry_blocks(decay: Tensor) -> dict[str, int]:
     """Compile-time arguments of `reciprocal_forces`, where a matrix product sums over the heads: 16, no fewer."""
     s = {"H": decay.shape[1], "BH": 16, "BN": 16, "BW": VECTORS}
     return s | _launch(12 * s["BN"] * s["BW"])
+
+
+def image_blocks(atoms: int, crystals: int) -> dict[str, int]:
+    """Compile-time arguments of the kernels of the image list: an element a thread.
+
+    A pair has the fewer images, the more atoms its cell has; how many is known on the GPU alone.
+    """
+    candidates = 32 if atoms < 64 * crystals else 4
+    return {"BJ": 128 // candidates, "BC": candidates, "num_warps": 4, "maxnreg": 255}

@@ -19,10 +19,11 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from crystalformer import kernels
-from crystalformer.kernels import images
+from crystalformer.kernels import layout as packing
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -35,17 +36,19 @@ LARGEST, FP32 = (16, 64, 64, 128), torch.float32
 # Shape, tile, dtype of q, k, v, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range of
 # shapes, tf32 and half precision for one.
 CASES = [
-    *((PAPER, tile, FP32, False) for tile in images.SHAPES),
+    *((PAPER, tile, FP32, False) for tile in packing.SHAPES),
     *((shape, TILE, FP32, False) for shape in (LARGEST, (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
     *((shape, TILE, torch.bfloat16, False) for shape in (PAPER, LARGEST)),
     *((PAPER, TILE, dtype, True) for dtype in (FP32, torch.float16)),
 ]
 
 
-def argument_type(x):
+def argument_type(x, annotation):
     """Triton's name of its type; of a pointer or an integer also what is left when 16 divides it."""
     if isinstance(x, torch.Tensor):
         return TYPES[x.dtype], x.data_ptr() % 16
+    if annotation:
+        return annotation, None
     return ("i32", x % 16) if isinstance(x, int) else ("fp32", None)
 
 
@@ -54,12 +57,12 @@ def launches():
     noted = {}
 
     def note(function, *args, grid, warmup, **kwargs):
-        types = tuple(map(argument_type, args))
+        types = tuple(argument_type(x, p.annotation_type) for x, p in zip(args, function.params, strict=False))
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
     for (heads, dim, value_dim, num), tile, dtype, tf32 in CASES:
-        images.SHAPES = (tile,)
+        packing.SHAPES = (tile,)
         x = (
             problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1))
             .to(torch.float32)
@@ -72,7 +75,7 @@ def launches():
             x.edge_weight[..., :num],
             ((6.0, 1.0), 0.0, tf32),
         )
-        layout = images.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
+        layout = packing.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
         inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
         kernels.OPERATORS["attention"](*inputs)
         for moving in (False, True):
@@ -81,13 +84,18 @@ def launches():
             continue
         if dtype == FP32 and not tf32:
             launch_reciprocal(x)
-        layout = images.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
+        layout = packing.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)
     for dim, value_dim in ((8, 64), (64, 8)):
         launch_reciprocal(problem(kinds=(("cubic", 2),), heads=8, dim=dim, value_dim=value_dim).to(torch.float32))
+    for kind, size in (("cubic", 2), ("cubic", 80)):  # many images a pair, and few
+        x = problem(kinds=((kind, size),), decay_min=5.0)
+        for cutoff, every_pair in ((None, False), (2.0, False), (None, True)):
+            inputs = (x.positions, x.lattice, x.ptr, x.lattice[:, 0, 0])
+            kernels.OPERATORS["images"](*inputs, 1e-6, 4.0, 0.01, cutoff, every_pair)
     return noted.values()
 
 

@@ -1,7 +1,11 @@
-"""What all tests share: the backends, and one thread for steady times on a busy machine."""
+"""What all tests share: the backends, a count of waits, and one thread for steady times on a busy machine."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from waits import Waits
 
 import crystalformer as cf
 
@@ -15,3 +19,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     if missing is not True:
         pytest.skip(f"backend {request.param}: {missing}")
     return request.param
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    mode, tolist = Waits(), Tensor.tolist  # the dispatcher does not see tolist
+
+    def noted(x: Tensor) -> Any:
+        mode.found.append("tolist")
+        return tolist(x)
+
+    monkeypatch.setattr(Tensor, "tolist", noted)
+    return mode

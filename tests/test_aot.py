@@ -31,6 +31,8 @@ BUDGET = {
     "reciprocal_bwd_columns": 208,
     "reciprocal_forces": 248,
     "reciprocal_positions": 64,
+    "row_cutoffs": 128,
+    "list_rows": 160,
 }
 
 

@@ -93,7 +93,7 @@ def test_radial_grid_is_right():
     assert 0 < verify(provider("attention", "radial-grid"), case, cases.truth(x, "attention")) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["certified", "given-cutoff", "vesin", "pymatgen"])
+@pytest.mark.parametrize("name", ["certified", "certified-reference", "given-cutoff", "vesin", "pymatgen"])
 def test_lists_are_right(small, name):
     try:
         case = provider("images", name).prepare(small)

@@ -16,22 +16,31 @@ import crystalformer as cf
 from bench.cases import attention_case, library_attention
 from bench.measure import peak_memory
 from bench.problems import make
+from crystalformer import images as images_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def test_images_are_the_same():
+BUILDERS = [name for name in ("triton", "reference") if cf.available_backends()[name] is True]
+
+
+@pytest.mark.parametrize("backend", BUILDERS)
+def test_images_are_the_same(backend, monkeypatch):
     x = problem(every_pair=True)
     for options in ({}, {"cutoff": 7.3}, {"every_pair": True}):
         here = cf.build_images(x.positions, x.lattice, x.ptr, **options)
-        there = cf.build_images(x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda(), **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(images_module, "_backend", lambda device: backend)
+            there = cf.build_images(x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda(), **options)
         for name in ("row_ptr", "col", "shift", "ptr"):
             assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lists_wait_for_sizes_alone():
-    """As test_images.py counts on the CPU; here PyTorch counts."""
+@pytest.mark.parametrize("backend", BUILDERS)
+def test_lists_wait_for_sizes_alone(backend, monkeypatch):
+    """As test_images.py and triton_contract.py count on the CPU; here PyTorch counts."""
+    monkeypatch.setattr(images_module, "_backend", lambda device: backend)
     x = problem()
     geometry = (x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda())
     cf.build_images(*geometry)
@@ -42,7 +51,7 @@ def test_lists_wait_for_sizes_alone():
             cf.build_images(*geometry)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in waits if "synchroniz" in str(w.message)]) <= 5
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) <= (1 if backend == "triton" else 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

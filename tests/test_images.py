@@ -27,7 +27,7 @@ from crystals import (
     rotation,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 import crystalformer as cf
 from crystalformer import checks
@@ -467,41 +467,6 @@ def test_values_on_other_devices_are_looked_at_only_when_asked() -> None:
     assert not checks.values_visible(elsewhere)
 
 
-class Waits(TorchDispatchMode):
-    """Notes the operations that would wait for a GPU, to learn a size or a value."""
-
-    SIZE_FROM_VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.__name__, kwargs or {}
-        by_mask = name.startswith("index") and any(
-            isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8)
-            for indices in args[1:2]
-            if isinstance(indices, (list, tuple))
-            for x in indices
-        )
-        unknown_length = name.startswith("repeat_interleave") and kwargs.get("output_size") is None
-        if by_mask or unknown_length or any(part in name for part in self.SIZE_FROM_VALUES):
-            self.found.append(name)
-        return func(*args, **kwargs)
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    mode, tolist = Waits(), Tensor.tolist  # the dispatcher does not see tolist
-
-    def noted(x: Tensor) -> Any:
-        mode.found.append("tolist")
-        return tolist(x)
-
-    monkeypatch.setattr(Tensor, "tolist", noted)
-    return mode
-
-
 def test_what_is_a_wait_is_noted(waits: Waits) -> None:
     x, mask = torch.arange(4), torch.tensor([True, False, True, True])
     with waits:
@@ -521,7 +486,7 @@ def test_a_gpu_is_waited_for_only_for_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the number of pairs, of points after each axis, and of images kept; whatever the number of crystals."""
-    monkeypatch.setattr(images_module, "LOADED", "not for this test")
+    monkeypatch.setattr(images_module, "_backend", lambda device: "reference")
     monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
     with waits:
         cf.build_images(*batch, **options)
@@ -531,7 +496,7 @@ def test_a_gpu_is_waited_for_only_for_sizes(
 @pytest.mark.parametrize("by_pair", [False, True])
 def test_packing_for_a_gpu_waits_once(batch: tuple[Tensor, Tensor, Tensor], by_pair: bool, waits: Waits) -> None:
     pytest.importorskip("triton", reason="needs triton")
-    from crystalformer.kernels.images import pack as pack_layout
+    from crystalformer.kernels.layout import pack as pack_layout
 
     images = cf.build_images(*batch, every_pair=True)
     lists = (images.ptr, images.row_ptr, images.col, images.shift)

@@ -1,9 +1,11 @@
 """Lists of the periodic images: this library's, and those of neighbour-list libraries, sorted as ours are.
 
-`certified` finds its cutoffs from the tolerance; `given-cutoff` and the other libraries are told these, crystal by
-crystal. A list is right if it has the same images as that of the plain PyTorch code, in the same order.
+`certified` finds its cutoffs from the tolerance, and so does `certified-reference` in plain PyTorch; `given-cutoff` and
+the other libraries are told these, crystal by crystal. A list is right if it has the same images as that of the plain
+PyTorch code, in the same order.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -41,13 +43,17 @@ def _keys_of(found: cf.ImageList) -> Results:
     return {"images": keys(torch.repeat_interleave(found.row_ptr.diff()), found.col, found.shift)}
 
 
+def _plain(crystals: cf.CrystalBatch) -> cf.ImageList:
+    batch = crystals.to(torch.float64)
+    decay_min = torch.full_like(batch.lattice[:, 0, 0], CERTIFICATE["decay_min"])
+    settings = (decay_min, CERTIFICATE["tol"], CERTIFICATE["logit_range"], None, False)
+    return _build(batch.positions, batch.lattice, batch.ptr, *settings)
+
+
 def _truth(x: Problem, given: bool) -> Results:
     """The images by the PyTorch code of the library, on the CPU, where the compiled code serves otherwise."""
     if not given:
-        batch = x.crystals.to(torch.float64).to(torch.device("cpu"))
-        decay_min = torch.full_like(batch.lattice[:, 0, 0], CERTIFICATE["decay_min"])
-        settings = (decay_min, CERTIFICATE["tol"], CERTIFICATE["logit_range"], None, False)
-        return _keys_of(_build(batch.positions, batch.lattice, batch.ptr, *settings))
+        return _keys_of(_plain(x.crystals.to(torch.device("cpu"))))
     lists = []
     for positions, lattice, ptr, cutoff in _crystals(x):
         any_decay = torch.ones(1, dtype=torch.float64)
@@ -58,6 +64,11 @@ def _truth(x: Problem, given: bool) -> Results:
 def _certified(x: Problem) -> Case:
     batch = x.crystals.to(torch.float64)
     build = lambda: cf.build_images(batch.positions, batch.lattice, batch.ptr, **CERTIFICATE)  # noqa: E731
+    return Case({"build": build}, lambda: _keys_of(build()), lambda: _truth(x, given=False))
+
+
+def _certified_reference(x: Problem) -> Case:
+    build = functools.partial(_plain, x.crystals)
     return Case({"build": build}, lambda: _keys_of(build()), lambda: _truth(x, given=False))
 
 
@@ -139,6 +150,7 @@ def _with_itself(i: np.ndarray, j: np.ndarray, n: np.ndarray, num_atoms: int) ->
 
 PROVIDERS = [
     Provider("certified", "images", 0.0, _certified),
+    Provider("certified-reference", "images", 0.0, _certified_reference),
     Provider("given-cutoff", "images", 0.0, _given_cutoff),
     Provider("vesin", "images", 0.0, _others(_vesin)),
     Provider("pymatgen", "images", 0.0, _others(_pymatgen)),

@@ -1,0 +1,204 @@
+"""Packing of the image list for the kernels, with torch operations on the list's device.
+
+Attention reads the list in tiles of BG groups of G images of one pair (i, j), nearest first, so that k_j and v_j are
+gathered once for G images. A tile is one record of R words: BG atoms j, the BG groups of the mirror images (j, i, -n),
+G·BG distances. Empty places have the distance FAR, whose weight is zero; empty groups have the mirror -1. All distances
+are x = d sqrt(log2(e)/2) / w, so that b(d) = 2^-(x - mu)².
+
+A layout is one tensor, so that it passes through an operator: rows of one record each, and behind them the centres mu
+of the basis, the first tile of each atom, and where in the records each image of the list and its mirror are. The
+encoding reads plain rows of one distance each, sorted by pair, then distance.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import pad
+
+from crystalformer.images import ImageList, crystal_of_atom
+from crystalformer.reference import displacement
+
+# (G, BG): many images a pair in small cells, one in large ones. R = 2 BG + G BG tells them apart.
+SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
+# Instructions of a group (two gathers, the content score) over those of an image, counted in the compiled kernels.
+GROUP_COST = 3.0
+FAR = 1e18
+FAR_BITS = int(torch.tensor(FAR).view(torch.int32))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout, unpacked: views, no copies.
+
+    Attributes:
+        records: (T,R) int32, or (M,1) for the encoding.
+        mu: (BK) fp32, centres of the basis in units of x.
+        first: (N+1), first record of each atom; (P+1), of each pair, for the encoding.
+        place, mirror: (M) where in the T·G·BG distances each image of the list and its mirror are.
+        atom: (P) atom i of each pair, for the encoding.
+    """
+
+    records: Tensor
+    mu: Tensor
+    first: Tensor
+    place: Tensor
+    mirror: Tensor
+    atom: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(G, BG)."""
+        return next(shape for shape in SHAPES if _words(*shape) == self.records.shape[1])
+
+
+def _words(group: int, groups: int) -> int:
+    return groups * (2 + group)
+
+
+def padded(num: int) -> int:
+    """K padded to what a matrix product takes, or 0 for no basis."""
+    return max(16, triton.next_power_of_2(num)) if num else 0
+
+
+def scale(num: int, basis: Sequence[float]) -> float:
+    """x / d, Å^-1, for K = num basis functions of (r_max, width)."""
+    if not num:
+        return 1.0
+    r_max, width = basis
+    return math.sqrt(0.5 * math.log2(math.e)) * num / (width * r_max)
+
+
+def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
+    """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions."""
+    sizes = [padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == 1 else 0]
+    tail = sum(map(_aligned, sizes))
+    records = layout[: len(layout) - -(-tail // layout.shape[1])]
+    parts, start = [], records.numel()
+    for size in sizes:
+        parts.append(layout.view(-1)[start : start + size])
+        start += _aligned(size)
+    return Layout(records, parts[0].view(torch.float32), *parts[1:])
+
+
+def _aligned(size: int) -> int:
+    """Words that a part takes: each starts at a multiple of 16 bytes, which loads are faster from."""
+    return -(-size // 4) * 4
+
+
+def _join(records: Tensor, num: int, basis: Sequence[float], *tables: Tensor) -> Tensor:
+    width = basis[1] if num else 1.0
+    centers = torch.arange(1, padded(num) + 1, device=records.device)
+    mu = torch.where(centers <= num, centers * (math.sqrt(0.5 * math.log2(math.e)) / width), -FAR)
+    parts = [records.flatten(), mu.float().view(torch.int32), *(x.int() for x in tables)]
+    joined = torch.cat([pad(part, (0, _aligned(len(part)) - len(part))) for part in parts])
+    width_of_row = records.shape[1]
+    return pad(joined, (0, -len(joined) % width_of_row)).view(-1, width_of_row)
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """The list sorted by pair, then distance.
+
+    Attributes:
+        order: (M) the entry of the list.
+        i, j, x: (M) of each image.
+        rank: (M) how many images of its pair are nearer.
+        first_mirror: (M) the nearest image of the pair (j, i).
+    """
+
+    order: Tensor
+    i: Tensor
+    j: Tensor
+    x: Tensor
+    rank: Tensor
+    first_mirror: Tensor
+
+
+def _sort(images: ImageList, positions: Tensor, lattice: Tensor, scale: float) -> _Sorted:
+    n, m = images.num_atoms, images.num_images
+    i = torch.repeat_interleave(images.row_ptr.diff(), output_size=m)
+    crystal = crystal_of_atom(images.ptr, n)
+    # In fp64: the rounding of d would be the largest error of the scores.
+    r = displacement(positions.double(), lattice.double(), crystal, i, images.col, images.shift)
+    d = r.square().sum(-1).sqrt()
+    pair = i * n + images.col
+    order = torch.argsort(d, stable=True)
+    order = order[torch.argsort(pair[order], stable=True)]
+    i, j, pair = i[order], images.col[order].long(), pair[order]
+    entry = torch.arange(m, device=d.device)
+    rank = entry - torch.searchsorted(pair, pair)
+    return _Sorted(order, i, j, (d[order] * scale).float(), rank, torch.searchsorted(pair, j * n + i))
+
+
+def _back(order: Tensor, x: Tensor) -> Tensor:
+    """x in the order of the list."""
+    return torch.empty_like(x).index_copy_(0, order, x)
+
+
+def pack(
+    positions: Tensor,
+    lattice: Tensor,
+    ptr: Tensor,
+    row_ptr: Tensor,
+    col: Tensor,
+    shift: Tensor,
+    num: int,
+    basis: Sequence[float],
+    tol: float,
+    by_pair: bool,
+    merge: bool,
+) -> Tensor:
+    """The layout of a list: (rows, R) int32.
+
+    One host synchronisation, for the number of tiles. `merge` would join images at one distance; here each keeps its
+    place, so that a layout serves with and without the gradients of the geometry.
+    """
+    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=0)
+    e = _sort(images, positions, lattice, scale(num, basis))
+    if by_pair:
+        return _pack_pairs(e, images, num, basis)
+
+    def tiles(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(M) the group of each image, counted without gaps, and (N+1) the first tile of each atom."""
+        group = (e.rank % shape[0] == 0).cumsum(0)
+        groups = pad(group, (1, 0))[row_ptr]
+        return group - 1 - groups[e.i], pad((-(-groups.diff() // shape[1])).cumsum(0), (1, 0))
+
+    made = [tiles(shape) for shape in SHAPES]
+    number = torch.stack([first[-1] for _, first in made]).tolist()
+    cost = [t * groups * (group + GROUP_COST) for t, (group, groups) in zip(number, SHAPES, strict=True)]
+    best = cost.index(min(cost))
+    (group, groups), (group_in_row, first), t = SHAPES[best], made[best], number[best]
+
+    position = first[e.i] * groups + group_in_row
+    tile, lane = position // groups, position % groups
+    mirror = position[e.first_mirror] + e.rank // group
+    records = torch.zeros(t, _words(group, groups), dtype=torch.int32, device=ptr.device)
+    records[:, groups : 2 * groups] = -1
+    records[:, 2 * groups :] = FAR_BITS
+    slot = e.rank % group * groups
+    records[tile, lane] = e.j.int()
+    records[tile, groups + lane] = mirror.int()
+    records[tile, 2 * groups + slot + lane] = e.x.view(torch.int32)
+    place = tile * (group * groups) + slot + lane
+    mirror_place = mirror // groups * (group * groups) + slot + mirror % groups
+    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
+
+
+def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float]) -> Tensor:
+    """The encoding's layout. One host synchronisation, for the number of pairs."""
+    n, size = images.num_atoms, images.ptr.diff()
+    number = int(size.square().sum())
+    crystal = crystal_of_atom(images.ptr, n)
+    partners = size[crystal]
+    first_pair = partners.cumsum(0) - partners - images.ptr[crystal]
+    pair = torch.arange(number + 1, device=e.i.device)
+    first = torch.searchsorted(first_pair[e.i] + e.j, pair)
+    atom = torch.repeat_interleave(partners, output_size=number)
+    place, mirror = torch.arange(len(e.x), device=e.i.device), e.first_mirror + e.rank
+    records = e.x.view(torch.int32)[:, None]
+    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror), atom)
