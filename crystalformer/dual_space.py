@@ -83,6 +83,6 @@ def implement(backend: str) -> None:
         torch.library.impl(name, "CompositeExplicitAutograd")(function)
 
 
-for _backend in ("reference", "cpu"):
+for _backend in ("reference", "cpu", "triton"):
     ops.register(DUAL_SPACE, _backend)
     implement(_backend)

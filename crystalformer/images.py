@@ -12,7 +12,7 @@ from . import checks
 from .lattice import points_in_spheres, triangular
 from .packed import Packed, check_parts, weakest
 from .poisson import crossover, slow_wave_vectors
-from .segments import cat_ptr, offsets
+from .segments import cat_ptr, crystal_of_atom, offsets
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
 from .wave_vectors import WaveVectors
 
@@ -141,11 +141,6 @@ class ImageList(Packed):
             crossover=torch.cat(crossovers) if crossovers else None,
             wave_vectors=WaveVectors.cat(waves) if waves else None,
         )
-
-
-def crystal_of_atom(ptr: Tensor, num_atoms: int) -> Tensor:
-    """(N) the crystal of each atom."""
-    return torch.repeat_interleave(ptr.diff(), output_size=num_atoms)
 
 
 @torch.inference_mode(False)  # the list outlives this call, and may be saved for a backward

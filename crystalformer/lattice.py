@@ -31,7 +31,7 @@ def volume(lattice: Tensor) -> Tensor:
 
 def reciprocal(lattice: Tensor) -> Tensor:
     """Rows are the reciprocal lattice vectors, Å^-1, 2 pi included: lattice @ result.mT = 2 pi."""
-    return 2 * math.pi * torch.linalg.inv(lattice).mT
+    return 2 * math.pi * torch.linalg.inv_ex(lattice).inverse.mT
 
 
 def points_in_spheres(t: Tensor, cell: Tensor, center: Tensor, radius2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .basis import RadialBasis
-from .images import ImageList, crystal_of_atom
+from .images import ImageList
 from .lattice import reciprocal
-from .segments import offsets, ordinals
+from .segments import crystal_of_atom, offsets, ordinals
 from .wave_vectors import WaveVectors
 
 # Images, or elements of the pair matrices, worked on at once.

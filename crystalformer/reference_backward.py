@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .basis import RadialBasis
-from .images import ImageList, crystal_of_atom
+from .images import ImageList
 from .lattice import reciprocal
 from .reference import (
     RECIPROCAL_CLAMP,
@@ -27,6 +27,7 @@ from .reference import (
     root,
     row_images,
 )
+from .segments import crystal_of_atom
 
 Tensors = Sequence[Tensor]
 

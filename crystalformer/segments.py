@@ -19,3 +19,8 @@ def ordinals(count: Tensor, segment: Tensor) -> Tensor:
 def cat_ptr(ptrs: Sequence[Tensor]) -> Tensor:
     """Offsets of parts, each from 0 on, as offsets into the parts joined."""
     return offsets(torch.cat([ptr.diff() for ptr in ptrs]))
+
+
+def crystal_of_atom(ptr: Tensor, num_atoms: int) -> Tensor:
+    """(N) the crystal of each atom."""
+    return torch.repeat_interleave(ptr.diff(), output_size=num_atoms)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from . import checks
 from .backends import choose_backend
-from .images import ImageList, crystal_of_atom
+from .images import ImageList
 from .lattice import volume
 from .ops import NAMESPACE
 from .reference import pair_atoms
+from .segments import crystal_of_atom
 
 
 def cheaper_alpha(

@@ -25,8 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer import checks
-from crystalformer.images import crystal_of_atom
-from crystalformer.segments import offsets
+from crystalformer.segments import crystal_of_atom, offsets
 from crystalformer.truncation import BISECTIONS, SPLITS
 
 from .table import image_blocks

@@ -19,8 +19,9 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from crystalformer.images import ImageList, crystal_of_atom
+from crystalformer.images import ImageList
 from crystalformer.reference import displacement
+from crystalformer.segments import crystal_of_atom
 
 # (G, BG): many images a pair in small cells, one in large ones. R = 2 BG + G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer.images import crystal_of_atom
+from crystalformer.segments import crystal_of_atom
 
 from .table import VECTORS
 
