@@ -10,6 +10,7 @@ import pytest
 import torch
 from crystals import KINDS, pack, random_crystal
 from problems import problem, relative_error
+from test_dual_space import both
 
 import crystalformer as cf
 from crystalformer import checks
@@ -462,3 +463,16 @@ def test_model_in_tf32():
         torch.manual_seed(0)
         outputs.append(cf.Crystalformer(config, "triton", precision).to(DEVICE)(batch))
     assert 0 < relative_error(*outputs) < 4 * 2**-11
+
+
+def test_dual_space():
+    """Heads in both spaces in one op: what the two ops give, and their gradients added where they share an input."""
+    x = both(kinds=(("cubic", 2), ("skewed", 1)), dim=8, value_dim=8, num_basis=16)
+    x = replace(x, x=on_device(x.x), waves=x.waves.to(DEVICE))
+    inputs = [t.detach().clone().requires_grad_() for t in x.inputs]
+    results = []
+    for function in (x.together, x.one_by_one):
+        y = function(*inputs, backend="triton")
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, weights([y])[0])])
+    for one, other in zip(*results, strict=True):
+        assert relative_error(one, other) < 1e-6
