@@ -182,7 +182,7 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v, decay, edge_weight, positions and lattice: the operator `triton_attention_backward`."""
     num = edge_weight.shape[2]
-    q, k, v, decay, grad_y, grad_lse = (x.contiguous() for x in (q, k, v, decay, grad_y, grad_lse))
+    q, k, v, decay, grad_y, grad_lse, y, lse = (x.contiguous() for x in (q, k, v, decay, grad_y, grad_lse, y, lse))
     tiles = unpack(layout, len(q), len(col), num)
     group, groups = tiles.shape
     grid = (len(q), head_blocks(q.shape[1]))

@@ -186,7 +186,7 @@ def encoding_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of decay, edge_weight, positions and lattice: the operator `triton_encoding_backward`."""
     num = edge_weight.shape[2]
-    decay, grad_alpha, grad_beta = (x.contiguous() for x in (decay, grad_alpha, grad_beta))
+    decay, grad_alpha, grad_beta, alpha, beta = (x.contiguous() for x in (decay, grad_alpha, grad_beta, alpha, beta))
     pairs = unpack(layout, num_pairs, len(col), num)
     d_pair, d_edge_weight = torch.empty_like(alpha), torch.zeros_like(edge_weight)
     blocks = head_blocks(decay.shape[1])

@@ -102,7 +102,7 @@ def spread(
     layout: Layout,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of positions and lattice, from f (T·G·BG, head blocks) at the places of a layout."""
-    crystal = crystal_of_atom(ptr, len(positions))
+    positions, lattice, crystal = positions.contiguous(), lattice.contiguous(), crystal_of_atom(ptr, len(positions))
     d_positions, d_cell = torch.empty_like(positions), positions.new_empty(len(positions), 9)
     geometry_rows[(len(positions),)](
         positions, lattice, crystal, row_ptr, col, shift, layout.place, layout.mirror, force, d_positions, d_cell,

@@ -142,6 +142,21 @@ def test_fp32_gradients_are_as_good_as_the_reference(op, backend):
         assert relative_error(one, best) < 2 * relative_error(reference, best) + 5e-7
 
 
+def test_nothing_has_to_lie_in_memory_in_order(backend):
+    """A lattice often comes as columns."""
+    x, inputs = tiny(every_pair=True)
+    turned = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for t in inputs]
+    waves = cf.build_wave_vectors(x.lattice, x.ptr, decay_min=1.0)
+    found, exact = [], []
+    for leaves, results in ((turned, found), (inputs, exact)):
+        y = x.attention(*leaves, backend=backend).square().sum()
+        y = y + x.reciprocal(*leaves, backend=backend, wave_vectors=waves).square().sum()
+        y = y + sum(z.square().sum() for z in x.encoding(*encoding_inputs(leaves), backend=backend))
+        results += torch.autograd.grad(y, leaves)
+    for one, other in zip(found, exact, strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
 def test_shifting_all_atoms_changes_nothing(backend):
     x, inputs = tiny()
     y = x.attention(*inputs, backend=backend).square().sum() + x.reciprocal(*inputs, backend=backend).square().sum()

@@ -135,6 +135,17 @@ def test_reciprocal(size, geometry):
     assert_as_good_as_the_reference(reciprocal, x, geometry=geometry)
 
 
+@pytest.mark.parametrize("function", [attention, encoding, reciprocal])
+def test_any_strides(function):
+    """Nothing has to lie in memory in the order of its dimensions: a lattice often comes as columns."""
+    x = on_device(problem(kinds=(("cubic", 2), ("skewed", 1)), decay_min=1.0, every_pair=True))
+    names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight")
+    turned = {name: getattr(x, name).transpose(0, -1).contiguous().transpose(0, -1) for name in names}
+    exact = function(x, "triton")
+    for name, found in function(replace(x, **turned), "triton").items():
+        assert relative_error(found, exact[name]) < 1e-6, name
+
+
 def test_reciprocal_far_from_the_origin():
     """A translation by lattice vectors changes nothing, although G·p is large then."""
     x = problem(kinds=(("cubic", 2),), decay_min=1.0)
