@@ -84,10 +84,15 @@ class Builder {
 
   private:
     void pack(int64_t segment, int64_t first) {
+        start_.clear();  // of each shell, the nearest first, and where the last one ends
+        for (size_t x = 0; x < sorted_.size(); ++x)
+            if (!x || sorted_[x].d > sorted_[size_t(start_.back())].d + spread_) start_.push_back(int32_t(x));
+        start_.push_back(int32_t(sorted_.size()));
         int64_t shell = first, member = first;
-        for (size_t begin = 0, end = 0; begin < sorted_.size(); begin = end, ++shell) {
+        for (size_t nearer = start_.size() - 1; nearer-- > 0; ++shell) {
+            const size_t begin = size_t(start_[nearer]), end = size_t(start_[nearer + 1]);
             double d = 0;
-            for (; end < sorted_.size() && sorted_[end].d <= sorted_[begin].d + spread_; ++end) d += sorted_[end].d;
+            for (size_t x = begin; x < end; ++x) d += sorted_[x].d;
             d /= double(end - begin);
             const double t = d / window_.spacing;
             const int bin = std::min(window_.bins, int(t / window_.step));

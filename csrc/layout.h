@@ -34,8 +34,9 @@ struct Images {
 
 // Segments are what the weights are summed over: rows (atoms) for attention, pairs of atoms for the encoding. A segment
 // has slots, one for each atom it sees (one only when it is a pair). Its images are grouped into shells of equal
-// distance, the nearest first; a shell has members, one for each image, or for each slot with a count when merged.
-// Shells and members of segment s are at entry_ptr[s] and on: fewer than it has images, so some places stay unused.
+// distance; a shell has members, one for each image, or for each slot with a count when merged. The farthest shell
+// comes first: what is small is added up before what is large, and few images round a sum at its full size. Shells and
+// members of segment s are at entry_ptr[s] and on: fewer than it has images, so some places stay unused.
 template <class T>
 struct Layout {
     int64_t segments;

@@ -30,8 +30,9 @@ struct Weights {
     Heads<T> decay;                    // in base 2
     Heads<T> slot_shift, shell_shift;  // added to the exponents of slots and shells
     bool wide;
-    int64_t first, shells;  // the first shell and how many matter
-    T reach2;               // the squared distance of the last one that does, and of the nearest image of its slots
+    int64_t begin;       // the segment's first shell
+    int64_t first, end;  // those that matter: its last, far shells come first
+    T reach2;            // the largest squared distance that matters, of shells and nearest images of slots
 
     // The largest distance of a slot's nearest image: a shell's distance is a mean, hence a little more.
     static T slot_reach2(T reach2) { return reach2 * T(1.0001); }
@@ -49,23 +50,24 @@ INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, Heads<T> dec
                           T log2_tol) {
     Weights<T> w;
     w.decay = decay;
-    w.first = layout.entry_ptr[segment];
+    w.begin = layout.entry_ptr[segment];
+    w.end = layout.shell_end[segment];
     const Heads<T> above = largest - norm;
     w.wide = above.largest() > FACTORS_SAFE<T>;
     w.shell_shift = w.wide ? Heads<T>::all(0) : above * T(0.5);
     w.slot_shift = w.wide ? norm * T(-1) : above * T(0.5) - largest;
-    const int64_t images = layout.entry_ptr[segment + 1] - w.first;
+    const int64_t images = layout.entry_ptr[segment + 1] - w.begin;
     const T log2_images = T(64 - __builtin_clzll(uint64_t(images) | 1));
     w.reach2 = ((above + (log2_images - log2_tol)) / decay).largest();
-    int64_t low = w.first, high = layout.shell_end[segment];
+    int64_t low = w.begin, high = w.end;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
         if (layout.d2[middle] <= w.reach2)
-            low = middle + 1;
-        else
             high = middle;
+        else
+            low = middle + 1;
     }
-    w.shells = low - w.first;
+    w.first = low;
     return w;
 }
 
@@ -93,24 +95,22 @@ template <class T>
 struct Block {
     alignas(64) T factor[BLOCK * HEADS];  // of each shell, or the exponent when wide
     alignas(64) T total[BLOCK * HEADS];
-    int64_t first, member, member_end;
+    int64_t member, member_end;
     int shells, bin;
 
-    // Takes the last shells before `end`. Far ones come first: what is small is added up before what is large, and the
-    // sum over thousands of images is rounded no more often at its full size than a sum over a few.
-    INLINE void take(const Layout<T>& layout, const Weights<T>& w, int64_t end) {
-        bin = layout.bin[end - 1];
-        const int64_t limit = end - BLOCK > w.first ? end - BLOCK : w.first;
-        first = end - 1;
-        while (first > limit && layout.bin[first - 1] == bin) --first;
-        shells = int(end - first);
-        member = first == w.first ? w.first : layout.member_end[first - 1];
-        member_end = layout.member_end[end - 1];
-        for (int s = 0; s < shells; ++s) {
-            const Heads<T> x = w.shell_shift - w.decay * layout.d2[first + s];
-            (w.wide ? x : exp2_above(x, LOWEST<T>)).store(factor + HEADS * s);
-            Heads<T>::all(0).store(total + HEADS * s);
+    // Takes the next shells from `from` on.
+    INLINE void take(const Layout<T>& layout, const Weights<T>& w, int64_t from) {
+        bin = layout.bin[from];
+        member = from == w.begin ? w.begin : layout.member_end[from - 1];
+        const int64_t limit = from + BLOCK < w.end ? from + BLOCK : w.end;
+        int64_t s = from;
+        for (; s < limit && layout.bin[s] == bin; ++s) {
+            const Heads<T> x = w.shell_shift - w.decay * layout.d2[s];
+            (w.wide ? x : exp2_above(x, LOWEST<T>)).store(factor + HEADS * (s - from));
+            Heads<T>::all(0).store(total + HEADS * (s - from));
         }
+        shells = int(s - from);
+        member_end = layout.member_end[s - 1];
     }
 
     // p of a member, for all heads, given the shell's place in the block.
@@ -127,11 +127,10 @@ template <class T, bool WIDE>
 void sum_shells(const Layout<T>& layout, const Window& window, const Weights<T>& w, const T* slots, T* slot_sum, T* c,
                 T* basis) {
     Block<T> block;
-    for (int64_t s = w.first + w.shells; s > w.first;) {
+    for (int64_t s = w.first; s < w.end; s += block.shells) {
         block.take(layout, w, s);
-        s = block.first;
-        for (int64_t m = block.member_end - 1; m >= block.member; --m) {
-            const int64_t local = layout.shell[m] - (s - w.first), j = layout.slot[m];
+        for (int64_t m = block.member; m < block.member_end; ++m) {
+            const int64_t local = layout.shell[m] - (s - w.begin), j = layout.slot[m];
             const Heads<T> p = block.template weight<WIDE>(layout, m, local, slots + HEADS * j);
             (Heads<T>::load(slot_sum + HEADS * j) + p).store(slot_sum + HEADS * j);
             (Heads<T>::load(block.total + HEADS * local) + p).store(block.total + HEADS * local);
@@ -195,9 +194,8 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
     const T *const slots = x.slots, *const content = x.content;
     T *const slot_p = x.slot_p, *const slot_ds = x.slot_ds;
     Heads<T> grad_decay = x.grad_decay;
-    for (int64_t s = w.first + w.shells; s > w.first;) {
+    for (int64_t s = w.first; s < w.end; s += block.shells) {
         block.take(layout, w, s);
-        s = block.first;
         const bool has_basis = block.bin < window.bins;
         if (has_basis) {
             for (int e = 0; e < block.shells; ++e) basis_window(window, layout.offset[s + e], basis + e * window.size);
@@ -215,8 +213,8 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
             }
             Heads<T>::all(0).store(total_p + HEADS * e);
         }
-        for (int64_t m = block.member_end - 1; m >= block.member; --m) {
-            const int64_t local = layout.shell[m] - (s - w.first), j = HEADS * int64_t(layout.slot[m]);
+        for (int64_t m = block.member; m < block.member_end; ++m) {
+            const int64_t local = layout.shell[m] - (s - w.begin), j = HEADS * int64_t(layout.slot[m]);
             const Heads<T> p = block.template weight<WIDE>(layout, m, local, slots + j);
             const Heads<T> ds = p * (Heads<T>::load(content + j) + Heads<T>::load(ub + HEADS * local));
             (Heads<T>::load(slot_p + j) + p).store(slot_p + j);
@@ -224,7 +222,7 @@ void transposed_shells(const Layout<T>& layout, const Window& window, const Weig
             grad_decay -= ds * layout.d2[s + local];
             if (x.c) (Heads<T>::load(total_p + HEADS * local) + p).store(total_p + HEADS * local);
             if constexpr (GEOMETRY)
-                x.slope[m - w.first] += (p * Heads<T>::load(slope + HEADS * local) - x.decay * (ds * T(2))).sum();
+                x.slope[m - w.begin] += (p * Heads<T>::load(slope + HEADS * local) - x.decay * (ds * T(2))).sum();
         }
         if (x.c && has_basis) add_products(window, block.shells, total_p, basis, x.c + block.bin * window.step);
     }
