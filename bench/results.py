@@ -31,9 +31,16 @@ def environment(device: torch.device) -> dict[str, str]:
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if device.type == "cuda"
         else "none",
-        "commit": first_line("git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    """The commit, and whether anything but the results differs from it."""
+    git = ("git", "-C", str(FOLDER.parents[1]))
+    changed = first_line(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return first_line(*git, "rev-parse", "--short", "HEAD") + ("" if changed == "unknown" else "-dirty")
 
 
 def device_name(device: torch.device) -> str:

@@ -63,14 +63,15 @@ def check_images(images: ImageList, decay: Tensor, known: dict[str, int], recipr
         check_smallest("decay", decay, decay_min, "images")
 
 
-def check_wave_vectors(waves: WaveVectors, ptr: Tensor, decay: Tensor) -> None:
+def check_wave_vectors(waves: WaveVectors, name: str, ptr: Tensor, decay: Tensor) -> None:
+    """Checks those of the crystals of the argument `name`, whose ptr is given."""
     if not isinstance(waves, WaveVectors):
         raise TypeError(f"wave_vectors must be WaveVectors, from build_wave_vectors, not {type(waves).__name__}")
     if waves.device != decay.device:
         raise ValueError(f"wave_vectors must be on {decay.device}, as the other arguments, not on {waves.device}")
     same = waves.ptr.shape == ptr.shape
     if not same or (checks.values_visible(ptr) and not torch.equal(waves.ptr, ptr)):
-        raise ValueError(f"wave_vectors must be of the crystals of ptr, {ptr.tolist()}, not of {waves.ptr.tolist()}")
+        raise ValueError(f"wave_vectors must be of the crystals of {name}, {ptr.tolist()}, not of {waves.ptr.tolist()}")
     check_smallest("decay_reciprocal", decay, waves.decay_min, "wave_vectors")
 
 
@@ -84,6 +85,11 @@ def check_smallest(name: str, decay: Tensor, decay_min: float, built: str) -> No
             f"{name} must be at least {decay_min:g}, the decay_min that {built} were built for, "
             f"but its smallest value is {smallest:g}"
         )
+
+
+def check_precision(precision: str) -> None:
+    if precision not in ("exact", "tf32"):
+        raise ValueError(f"precision must be 'exact' or 'tf32', not {precision!r}")
 
 
 def check_value_encoding(

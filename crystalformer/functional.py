@@ -10,6 +10,7 @@ from .arguments import (
     check_atoms,
     check_heads,
     check_images,
+    check_precision,
     check_value_encoding,
     check_wave_vectors,
     refuse_forward_mode,
@@ -223,6 +224,7 @@ def reciprocal_attention(
     """
     known = check_heads(q, k, v)
     checks.check_ptr("ptr", ptr, known["N"])
+    ptr = ptr.contiguous()
     known["C"] = len(ptr) - 1
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, known, like=q)
     checks.check_geometry(positions, lattice)
@@ -238,7 +240,7 @@ def reciprocal_attention(
             decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
         wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
     else:
-        check_wave_vectors(wave_vectors, ptr, decay_reciprocal)
+        check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal)
     lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
     run = getattr(torch.ops.crystalformer, f"{backend}_{RECIPROCAL.name}")
     y = run(*(x.to(decay_reciprocal.dtype) for x in (q, k, v)), decay_reciprocal, positions, lattice, *lists)
@@ -272,7 +274,8 @@ def dual_space_attention(
         positions: (N,3), Cartesian, Å.  lattice: (C,3,3), Å.
         images: from `build_images`.  wave_vectors: from `build_wave_vectors`, for the same crystals.
         edge_weight: (H1,Dv,K), W, or None.
-        basis, backend, precision: as for `periodic_attention`; so are the dtypes.
+        basis, backend, precision: as for `periodic_attention`; so are the dtypes. The heads in reciprocal space are
+            always exact.
 
     Returns:
         y (N,H,Dv), of v's dtype.
@@ -291,7 +294,7 @@ def dual_space_attention(
     check_atoms("decay", decay, positions, lattice, real, like=q)
     check_images(images, decay, real)
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like=q)
-    check_wave_vectors(wave_vectors, images.ptr, decay_reciprocal)
+    check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal)
     weight, numbers = check_value_encoding(edge_weight, basis, real, decay)
     refuse_forward_mode(q, k, v, decay, decay_reciprocal, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, DUAL_SPACE.name, positions.dtype)
@@ -319,8 +322,7 @@ def _op(
     precision: Precision,
 ) -> tuple[Any, tuple[Tensor, ...], tuple[Any, ...]]:
     """A backend's op, the list as the op takes it, and its settings: basis, tol and tf32."""
-    if precision not in ("exact", "tf32"):
-        raise ValueError(f"precision must be 'exact' or 'tf32', not {precision!r}")
+    check_precision(precision)
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
     tol = 0.0 if moving else images.tol or 0.0

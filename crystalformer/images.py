@@ -189,6 +189,7 @@ def build_images(
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
     positions, lattice = _check_geometry(positions, lattice, ptr)
+    ptr = ptr.contiguous()
     a = checks.check_number("decay_min", decay_min)
     tol = checks.check_number("tol", tol, high=1.0)
     logit_range = checks.check_number("logit_range", logit_range, high=MAX_LOGIT_RANGE, closed=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_precision
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .functional import Precision
@@ -34,6 +35,7 @@ class Crystalformer(nn.Module):
         self, config: CrystalformerConfig | None = None, backend: str = "auto", precision: Precision = "exact"
     ) -> None:
         super().__init__()
+        check_precision(precision)
         self.config = config = config or CrystalformerConfig()
         self.embedding = Embedding(NUM_ELEMENTS, config)
         self.blocks = nn.ModuleList(Block(config, block, backend, precision) for block in range(config.num_blocks))

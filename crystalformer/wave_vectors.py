@@ -89,13 +89,14 @@ def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, to
     known: dict[str, int] = {}
     checks.check_tensor("lattice", lattice, "C 3 3", known)
     checks.check_dtype("lattice", lattice, torch.float32, torch.float64)
-    checks.check_lattice(lattice)
+    with checks.debug_checks(True):  # it waits for a GPU anyway
+        checks.check_lattice(lattice)
     checks.check_ptr("ptr", ptr)
     if len(ptr) - 1 != len(lattice):
         raise ValueError(f"ptr must have shape (C+1={len(lattice) + 1}), as lattice, not {tuple(ptr.shape)}")
     decay_min, tol = checks.check_number("decay_min", decay_min), checks.check_number("tol", tol, high=1.0)
     certified = torch.tensor([decay_min, tol], dtype=torch.float64, device=lattice.device).expand(len(lattice), 2)
-    return choose_wave_vectors(lattice.detach().double(), ptr, *certified.T)
+    return choose_wave_vectors(lattice.detach().double(), ptr.contiguous(), *certified.T)
 
 
 @torch.inference_mode(False)  # they outlive this call, and may be saved for a backward

@@ -296,6 +296,7 @@ def list_rows(
         cutoff2 = tl.load(cutoff2_p + crystal) + tl.zeros((BJ,), tl.float64)
     if WRITE:
         place = tl.load(row_p + i)
+        limit = tl.load(row_p + i + 1)  # whatever the two compilations may round differently, no row writes beyond
     else:
         own = tl.load(positions_p + i * 3 + tl.arange(0, 4), mask=tl.arange(0, 4) < 3, other=0.0)
         sound = sound & (tl.sum(own * 0.0) == 0)  # finite
@@ -323,6 +324,7 @@ def list_rows(
                 keep = (d2 <= cutoff2[:, None]) & m_j[:, None]
                 one = keep.to(tl.int64)
                 e = next_place[:, None] + tl.cumsum(one, 1) - one
+                keep = keep & (e < limit)
                 tl.store(col_p + e, tl.broadcast_to(j[:, None], (BJ, BC)).to(tl.int32), mask=keep)
                 tl.store(shift_p + e * 3, n_0.to(tl.int32), mask=keep)
                 tl.store(shift_p + e * 3 + 1, n_1.to(tl.int32), mask=keep)
@@ -358,7 +360,7 @@ def build(
     """
     atoms, crystals = len(positions), len(lattice)
     crystal = crystal_of_atom(ptr, atoms)
-    inputs = (positions.contiguous(), lattice.contiguous(), ptr.contiguous(), crystal, decay_min.contiguous())
+    inputs = (positions.contiguous(), lattice.contiguous(), ptr, crystal, decay_min)
     sizes = image_blocks(atoms, crystals) | {"BISECTIONS": BISECTIONS}
     slack = math.log(tol * beyond)
     by_row = positions.new_zeros(atoms)
@@ -382,7 +384,7 @@ def build(
         bad, number, num_pairs = torch.stack([(count < 0).sum(), row_ptr[-1], ptr.diff().square().sum()]).tolist()
         if bad:
             _refuse(positions, lattice)
-        col, shift = ptr.new_empty(number, dtype=torch.int32), ptr.new_empty(number, 3, dtype=torch.int32)
+        col, shift = ptr.new_zeros(number, dtype=torch.int32), ptr.new_zeros(number, 3, dtype=torch.int32)
         list_rows[(atoms,)](*inputs, cutoff2, row_ptr, col, shift, tol, slack, WRITE=True, **settings)
         return row_ptr, col, shift, (longest2() if every_pair else cutoff2).sqrt(), num_pairs
 

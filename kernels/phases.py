@@ -144,8 +144,8 @@ def padded(number: int) -> int:
 
 
 def fits(num_atoms: int, heads: int, max_atoms: int, max_vectors: int) -> bool:
-    """Whether the phases of all atoms and, for a backward, p, ds, dS and F of all pairs fit in SCRATCH."""
-    return num_atoms * (2 * padded(max_vectors) + 3 * padded(max_atoms) * (heads + 1)) <= SCRATCH
+    """Whether phases, vectors of up to as many crystals, and a backward's p, ds, dS and F of pairs fit in SCRATCH."""
+    return num_atoms * (6 * padded(max_vectors) + 3 * padded(max_atoms) * (heads + 1)) <= SCRATCH
 
 
 def in_parts(

@@ -18,7 +18,7 @@ from crystalformer.ops import NAMESPACE
 
 from .functions import LOG2E, gather_heads, load_heads, store_heads
 from .phases import in_parts, make_phases, padded
-from .reciprocal_fwd import CLAMP, sum_vectors, tile
+from .reciprocal_fwd import CLAMP, clamped, sum_vectors, tile
 from .reciprocal_geometry import geometry_gradients
 from .table import head_blocks, reciprocal_blocks
 
@@ -82,7 +82,7 @@ def reciprocal_bwd_rows(
         k_j = gather_heads(k_p + start * (H * D), j, h, H, D, BD)
         e = tl.exp2(tl.sum(k_j * q[None, :, :], 2) - top[None, :])  # [BN, BH]
         e = tl.where(m_j[:, None], e, 0.0)
-        p = e * tl.maximum(sums, CLAMP)
+        p = e * clamped(sums)
         # gamma - delta of (B4): what p is multiplied with
         weight = tl.sum(gather_heads(v_p + start * (H * DV), j, h, H, DV, BV) * grad_y[None, :, :], 2) - delta[None, :]
         ds = p * weight

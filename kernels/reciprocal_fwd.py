@@ -59,6 +59,12 @@ def sum_vectors(
 
 
 @triton.jit
+def clamped(sums):
+    """max(S, clamp), and NaN where S is."""
+    return tl.maximum(sums, CLAMP, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def reciprocal_fwd(
     q_p,
     k_p,
@@ -101,7 +107,7 @@ def reciprocal_fwd(
         new_top = tl.maximum(top, tl.max(s, 0))
         shrink = tl.exp2(top - new_top)
         top = new_top
-        p = tl.exp2(s - top[None, :]) * tl.where(m_j[:, None], tl.maximum(sums, CLAMP), 0.0)
+        p = tl.exp2(s - top[None, :]) * tl.where(m_j[:, None], clamped(sums), 0.0)
         total = total * shrink + tl.sum(p, 0)
         y = y * shrink[:, None] + tl.sum(p[:, :, None] * gather_heads(v_p + start * (H * DV), j, h, H, DV, BV), 0)
     store_heads(y_p, i, h, y / total[:, None], H, DV, BV)

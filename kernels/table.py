@@ -106,7 +106,8 @@ def reciprocal_geometry_blocks(decay: Tensor) -> dict[str, int]:
 def image_blocks(atoms: int, crystals: int) -> dict[str, int]:
     """Compile-time arguments of the kernels of the image list: an element a thread.
 
-    A pair has the fewer images, the more atoms its cell has; how many is known on the GPU alone.
+    A pair has the fewer images, the more atoms its cell has; how many is known on the GPU alone. No products are fused
+    with sums, so that the kernel that counts and the one that writes, compiled apart, round alike.
     """
     candidates = 32 if atoms < 64 * crystals else 4
-    return {"BJ": 128 // candidates, "BC": candidates, "num_warps": 4, "maxnreg": 255}
+    return {"BJ": 128 // candidates, "BC": candidates, "num_warps": 4, "maxnreg": 255, "enable_fp_fusion": False}

@@ -30,7 +30,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 PAPER, TILE = (8, 16, 16, 64), (8, 4)
 LARGEST, FP32 = (16, 64, 64, 128), torch.float32
 # Shape, tile, dtype of q, k, v, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range of

@@ -94,7 +94,15 @@ def attend(x, name):
     if name == "attention":
         return lambda *t: x.attention(*t, backend="triton"), 7
     waves = cf.build_wave_vectors(x.lattice, x.ptr, 0.5)
-    return lambda *t: x.reciprocal(*t, backend="triton", wave_vectors=waves), 6
+    if name == "reciprocal":
+        return lambda *t: x.reciprocal(*t, backend="triton", wave_vectors=waves), 6
+
+    def both(q, k, v, decay, positions, lattice, edge_weight):
+        halves = (decay[:, :3], decay[:, 3:])
+        lists, encoding = (x.images, waves), (edge_weight[:3], x.basis)
+        return cf.dual_space_attention(q, k, v, *halves, positions, lattice, *lists, *encoding, backend="triton")
+
+    return both, 7
 
 
 @needs_triton
@@ -122,7 +130,7 @@ def test_model_under_autocast():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["attention", "reciprocal"])
+@pytest.mark.parametrize("name", ["attention", "reciprocal", "dual_space"])
 def test_nothing_waits_for_the_gpu(name):
     x = on_gpu()
     run, number = attend(x, name)
@@ -136,7 +144,7 @@ def test_nothing_waits_for_the_gpu(name):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["attention", "reciprocal"])
+@pytest.mark.parametrize("name", ["attention", "reciprocal", "dual_space"])
 def test_in_a_graph_and_on_another_stream(name):
     x = on_gpu()
     run, number = attend(x, name)

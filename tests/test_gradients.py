@@ -146,7 +146,11 @@ def test_nothing_has_to_lie_in_memory_in_order(backend):
     """A lattice often comes as columns."""
     x, inputs = tiny(every_pair=True)
     turned = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for t in inputs]
-    waves = cf.build_wave_vectors(x.lattice, x.ptr, decay_min=1.0)
+    ptr = torch.stack((x.ptr, x.ptr + 9), 1)[:, 0]
+    waves = cf.build_wave_vectors(x.lattice, ptr, decay_min=1.0)
+    assert torch.equal(waves.g, cf.build_wave_vectors(x.lattice, x.ptr, decay_min=1.0).g)
+    images = cf.build_images(x.positions, x.lattice, ptr, decay_min=1.0, tol=1e-3, every_pair=True)
+    assert torch.equal(images.col, x.images.col)
     found, exact = [], []
     for leaves, results in ((turned, found), (inputs, exact)):
         y = x.attention(*leaves, backend=backend).square().sum()

@@ -165,6 +165,8 @@ def test_images_are_built_once_and_checked():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="batch must be a CrystalBatch, not Tensor"):
         model(x.positions)
+    with pytest.raises(ValueError, match="precision must be 'exact' or 'tf32', not 'fast'"):
+        cf.Crystalformer(precision="fast")
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ def test_any_strides(function):
     x = on_device(problem(kinds=(("cubic", 2), ("skewed", 1)), decay_min=1.0, every_pair=True))
     names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight")
     turned = {name: getattr(x, name).transpose(0, -1).contiguous().transpose(0, -1) for name in names}
+    ptr = torch.stack((x.ptr, x.ptr + 9), 1)[:, 0]
+    images = cf.build_images(x.positions, x.lattice, ptr, decay_min=1.0, every_pair=True)
+    turned |= {"ptr": ptr, "images": images}
     exact = function(x, "triton")
     for name, found in function(replace(x, **turned), "triton").items():
         assert relative_error(found, exact[name]) < 1e-6, name
@@ -164,12 +167,13 @@ def test_reciprocal_in_parts(monkeypatch):
     whole = {geometry: reciprocal(x, "triton", geometry) for geometry in (True, False)}
     _, g_ptr, _, max_atoms, max_vectors = x.wave_vectors()
     single = max(module.padded(n) for n in g_ptr.diff().tolist())
-    monkeypatch.setattr(module, "SCRATCH", 5 * (2 * single + 3 * module.padded(max_atoms) * 3))
+    monkeypatch.setattr(module, "SCRATCH", 5 * (6 * single + 3 * module.padded(max_atoms) * 3))
     assert not module.fits(9, 2, max_atoms, max_vectors)
     for geometry, exact in whole.items():
         for name, value in reciprocal(x, "triton", geometry).items():
             assert torch.equal(value, exact[name]), name
     monkeypatch.setattr(module, "SCRATCH", 1)
+    monkeypatch.setattr(module, "phases", None)  # no kernel
     for name, value in reciprocal(x, "triton").items():
         assert relative_error(value, whole[True][name]) < 1e-5, name
 
@@ -476,14 +480,31 @@ def test_model_in_tf32():
     assert 0 < relative_error(*outputs) < 4 * 2**-11
 
 
-def test_dual_space():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("geometry", [True, False])
+def test_dual_space(dtype, geometry):
     """Heads in both spaces in one op: what the two ops give, and their gradients added where they share an input."""
     x = both(kinds=(("cubic", 2), ("skewed", 1)), dim=8, value_dim=8, num_basis=16)
-    x = replace(x, x=on_device(x.x), waves=x.waves.to(DEVICE))
-    inputs = [t.detach().clone().requires_grad_() for t in x.inputs]
-    results = []
+    x = replace(x, x=on_device(x.x).half(dtype), waves=x.waves.to(DEVICE))
+    inputs = [t.detach().clone().requires_grad_(geometry or k not in (5, 6)) for k, t in enumerate(x.inputs)]
+    leaves, results = [t for t in inputs if t.requires_grad], []
     for function in (x.together, x.one_by_one):
         y = function(*inputs, backend="triton")
-        results.append([y.detach(), *torch.autograd.grad(y, inputs, weights([y])[0])])
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, weights([y])[0])])
     for one, other in zip(*results, strict=True):
-        assert relative_error(one, other) < 1e-6
+        assert one.dtype == other.dtype
+        assert relative_error(one, other) < (1e-6 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("name", ["positions", "lattice", "decay"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+def test_reciprocal_passes_nan_on(name, monkeypatch):
+    """Values on a GPU are not looked at beforehand: a run that went wrong must show."""
+    x = on_device(problem(kinds=(("cubic", 2),), decay_min=2.0))
+    waves = cf.build_wave_vectors(x.lattice, x.ptr, 2.0)
+    getattr(x, name)[0] = float("nan")
+    monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
+    inputs = [t.requires_grad_() for t in x.inputs[:6]]
+    y = x.reciprocal(*inputs, backend="triton", wave_vectors=waves)
+    assert y[0].isnan().all()
+    assert all(g.isnan().any() for g in torch.autograd.grad(y.sum(), inputs))

@@ -10,7 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Waits(TorchDispatchMode):
     """Notes the operations that would wait for a GPU, to learn a size or a value."""
 
-    SIZE_FROM_VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique")
+    SIZE_FROM_VALUES = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "bincount",
+        "unique",
+        "equal",
+        "linalg_check_errors",
+    )
 
     def __init__(self) -> None:
         super().__init__()
