@@ -76,6 +76,8 @@ def reciprocal_bwd_rows(
     dq = tl.zeros((BH, BD), tl.float32)
     for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)
+        # gamma - delta of (B4): what p is multiplied with
+        weight = tl.sum(gather_heads(v_p + start * (H * DV), j, h, H, DV, BV) * grad_y[None, :, :], 2) - delta[None, :]
         sums, slope = sum_vectors(
             phase_p, vector_p + (4 * crystal + 3) * stride, stride, number, i, start, j, c, BH, BN, BW, True
         )
@@ -83,11 +85,8 @@ def reciprocal_bwd_rows(
         e = tl.exp2(tl.sum(k_j * q[None, :, :], 2) - top[None, :])  # [BN, BH]
         e = tl.where(m_j[:, None], e, 0.0)
         p = e * clamped(sums)
-        # gamma - delta of (B4): what p is multiplied with
-        weight = tl.sum(gather_heads(v_p + start * (H * DV), j, h, H, DV, BV) * grad_y[None, :, :], 2) - delta[None, :]
         ds = p * weight
         norm += tl.sum(p, 0)
-        dq += tl.sum(ds[:, :, None] * k_j, 0)
         # ds / S = e (gamma - delta), and none for a clamped pair
         d_sum = tl.where(sums > CLAMP, e * weight, 0.0)
         d_decay += tl.sum(d_sum * slope, 0)
@@ -98,6 +97,7 @@ def reciprocal_bwd_rows(
         tl.store(ds_p + o_tile + o_pair, ds, mask=m_pair)
         if GEOMETRY:
             tl.store(d_sum_p + o_tile + o_pair, d_sum, mask=m_pair)
+        dq += tl.sum(ds[:, :, None] * k_j, 0)  # last, when the registers of all the others are free
     store_heads(dq_p, i, h, dq / norm[:, None] * (q_scale / LOG2E), H, D, BD)
     tl.store(d_decay_p + i * H + h, -d_decay / norm, mask=h < H)
     tl.store(norm_p + i * H + h, norm, mask=h < H)

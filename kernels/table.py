@@ -94,7 +94,7 @@ def reciprocal_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
     """Compile-time arguments of `reciprocal_fwd` and its backward: 16 atoms a tile, the fewest that a matrix product
     takes, because most crystals have few."""
     s = _sizes(q, v) | {"BN": 16, "BW": VECTORS}
-    return s | _launch(2 * s["BN"] * s["BH"] * max(s["BD"], s["BV"]))
+    return s | _launch(2 * s["BN"] * s["BH"] * max(s["BD"], s["BV"]) + s["BD"] * s["BV"])
 
 
 def reciprocal_geometry_blocks(decay: Tensor) -> dict[str, int]:

