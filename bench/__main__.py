@@ -13,7 +13,7 @@ from . import error, gradients, problems, results, speed
 
 CELLS = ("bigcell-20", "bigcell-80", "bigcell-320", "bigcell-1000", "bigcell-4000")
 # What `all` measures: operations, problems, sizes, providers (none: all). On a CPU the slow providers
-# have the small problems, so that all of it takes ten minutes on two cores.
+# have the small problems, so that all of it takes a quarter of an hour on two cores.
 FAST, SLOW = ("cpu", "radial-grid"), ("reference", "dense", "edge-list")
 PLANS: dict[str, list[dict[str, Any]]] = {
     "cpu": [

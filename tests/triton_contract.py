@@ -499,7 +499,10 @@ def test_dual_space(dtype, geometry):
 @pytest.mark.parametrize("name", ["positions", "lattice", "decay"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
 def test_reciprocal_passes_nan_on(name, monkeypatch):
-    """Values on a GPU are not looked at beforehand: a run that went wrong must show."""
+    """Values on a GPU are not looked at beforehand: a run that went wrong must show.
+
+    On a GPU a plain maximum drops NaN; in the interpreter it does not.
+    """
     x = on_device(problem(kinds=(("cubic", 2),), decay_min=2.0))
     waves = cf.build_wave_vectors(x.lattice, x.ptr, 2.0)
     getattr(x, name)[0] = float("nan")
