@@ -1,8 +1,8 @@
 """Backward of reciprocal attention, equation (B12) of docs/math.md.
 
-The row kernel sums dq and dc of atom i, and writes p and ds of each pair and head, up to the norm of the row, which it
-knows last. The column kernel reads them for dk and dv of atom j: no atomics. For the gradients of positions and lattice
-the row kernel writes dS, too.
+The row kernel sums dc of atom i and writes p and ds of each pair and head, up to the norm of the row, which it knows
+last. Another kernel reads them: those of an atom's row for its dq, those of its column for dk and dv, so there are no
+atomics. For the gradients of positions and lattice the row kernel writes dS, too.
 """
 
 import math
@@ -36,7 +36,6 @@ def reciprocal_bwd_rows(
     g_ptr_p,
     y_p,
     grad_y_p,
-    dq_p,
     d_decay_p,
     p_p,
     ds_p,
@@ -73,7 +72,6 @@ def reciprocal_bwd_rows(
         top = tl.maximum(top, tl.max(s, 0))
     norm = tl.zeros((BH,), tl.float32)
     d_decay = tl.zeros((BH,), tl.float32)
-    dq = tl.zeros((BH, BD), tl.float32)
     for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)
         # gamma - delta of (B4): what p is multiplied with
@@ -97,21 +95,21 @@ def reciprocal_bwd_rows(
         tl.store(ds_p + o_tile + o_pair, ds, mask=m_pair)
         if GEOMETRY:
             tl.store(d_sum_p + o_tile + o_pair, d_sum, mask=m_pair)
-        dq += tl.sum(ds[:, :, None] * k_j, 0)  # last, when the registers of all the others are free
-    store_heads(dq_p, i, h, dq / norm[:, None] * (q_scale / LOG2E), H, D, BD)
     tl.store(d_decay_p + i * H + h, -d_decay / norm, mask=h < H)
     tl.store(norm_p + i * H + h, norm, mask=h < H)
 
 
 @triton.jit
-def reciprocal_bwd_columns(
+def reciprocal_bwd_sums(
     q_p,
+    k_p,
     grad_y_p,
     p_p,
     ds_p,
     norm_p,
     crystal_p,
     ptr_p,
+    dq_p,
     dk_p,
     dv_p,
     q_scale,
@@ -124,25 +122,33 @@ def reciprocal_bwd_columns(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    j = tl.program_id(0).to(tl.int64)
+    a = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    crystal = tl.load(crystal_p + j)
+    crystal = tl.load(crystal_p + a)
     first = tl.load(ptr_p + crystal)
     last = tl.load(ptr_p + crystal + 1)
+    dq = tl.zeros((BH, BD), tl.float32)
+    for start in range(first, last, BN):
+        j, m_j = tile(start, last, BN)
+        o_pair = (a * columns + start - first) * H + j[:, None] * H + h[None, :]
+        ds = tl.load(ds_p + o_pair, mask=m_j[:, None] & (h[None, :] < H), other=0.0)  # [BN, BH]
+        dq += tl.sum(ds[:, :, None] * gather_heads(k_p + start * (H * D), j, h, H, D, BD), 0)
+    norm = tl.load(norm_p + a * H + h, mask=h < H, other=1.0)
+    store_heads(dq_p, a, h, dq / norm[:, None] * q_scale, H, D, BD)
     dk = tl.zeros((BH, BD), tl.float32)
     dv = tl.zeros((BH, BV), tl.float32)
     for start in range(first, last, BN):
         i, m_i = tile(start, last, BN)
         m_pair = m_i[:, None] & (h[None, :] < H)
-        o_tile = (start * columns + j - first) * H
+        o_tile = (start * columns + a - first) * H
         o_pair = i[:, None] * (columns * H) + h[None, :]
         inverse = 1 / tl.load(norm_p + start * H + i[:, None] * H + h[None, :], mask=m_pair, other=1.0)  # [BN, BH]
         ds = tl.load(ds_p + o_tile + o_pair, mask=m_pair, other=0.0) * inverse
         p = tl.load(p_p + o_tile + o_pair, mask=m_pair, other=0.0) * inverse
         dk += tl.sum(ds[:, :, None] * gather_heads(q_p + start * (H * D), i, h, H, D, BD), 0)
         dv += tl.sum(p[:, :, None] * gather_heads(grad_y_p + start * (H * DV), i, h, H, DV, BV), 0)
-    store_heads(dk_p, j, h, dk * q_scale, H, D, BD)
-    store_heads(dv_p, j, h, dv, H, DV, BV)
+    store_heads(dk_p, a, h, dk * q_scale, H, D, BD)
+    store_heads(dv_p, a, h, dv, H, DV, BV)
 
 
 def _backward(
@@ -168,13 +174,16 @@ def _backward(
     q_scale = 1 / math.sqrt(q.shape[2])
     x = make_phases(positions, lattice, ptr, g_ptr, g, max_vectors)
     reciprocal_bwd_rows[grid](
-        *(q, k, v, decay, *x.read, y, grad_y, dq, d_decay, p, ds, d_sum, norm),
+        *(q, k, v, decay, *x.read, y, grad_y, d_decay, p, ds, d_sum, norm),
         *(q_scale * math.log2(math.e), x.stride, p.shape[1]),
         **blocks,
         GEOMETRY=geometry,
     )
     del blocks["BW"]  # whose sums are there
-    reciprocal_bwd_columns[grid](q, grad_y, p, ds, norm, x.crystal, ptr, dk, dv, q_scale, p.shape[1], **blocks)
+    reciprocal_bwd_sums[grid](
+        *(q, k, grad_y, p, ds, norm, x.crystal, ptr, dq, dk, dv, q_scale, p.shape[1]),
+        **blocks,
+    )
     if not geometry:
         return dq, dk, dv, d_decay, positions.new_empty(0), lattice.new_empty(0)
     return dq, dk, dv, d_decay, *geometry_gradients(positions, decay, x, d_sum, norm)
