@@ -13,13 +13,12 @@ from . import checks
 from .images import ImageList
 from .ops import NAMESPACE
 
-SCHEMA = (
-    "(Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, "
-    "int num, float[] basis, float tol, bool by_pair, bool merge) -> Tensor"
-)
+LIST = "Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift"
+CPU = f"({LIST}, int num, float[] basis, float tol, bool by_pair, bool merge) -> Tensor"
+TRITON = f"({LIST}, SymInt num_pairs, int num, float[] basis, bool by_pair) -> Tensor"
 
-torch.library.define(f"{NAMESPACE}::cpu_layout", SCHEMA)  # implemented in csrc/bindings.cpp
-torch.library.define(f"{NAMESPACE}::triton_layout", SCHEMA)  # implemented in kernels/layout.py
+torch.library.define(f"{NAMESPACE}::cpu_layout", CPU)  # implemented in csrc/bindings.cpp
+torch.library.define(f"{NAMESPACE}::triton_layout", TRITON)  # implemented in kernels/layout.py
 
 
 @torch.library.register_fake(f"{NAMESPACE}::cpu_layout")
@@ -59,9 +58,8 @@ def layout(
         checks.check_geometry(positions, lattice)
         return positions.new_empty(0, dtype=torch.uint8)
     geometry = (positions.detach(), lattice.detach())
-    if backend == "triton":  # one layout serves every tol, moving atoms too
-        tol, merge = 0.0, False
-    settings = (num, basis, tol, by_pair, merge)
+    # One of Triton's serves every tol, and moving atoms, too.
+    settings = (num, basis, tol, by_pair, merge) if backend == "cpu" else (images.num_pairs, num, basis, by_pair)
 
     def make() -> Tensor:
         lists = (images.ptr, images.row_ptr, images.col, images.shift)

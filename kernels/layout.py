@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from crystalformer.images import ImageList
 from crystalformer.reference import displacement
-from crystalformer.segments import crystal_of_atom
+from crystalformer.segments import crystal_of_atom, offsets
 
 # (G, BG): many images a pair in small cells, one in large ones. R = 2 BG + G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
@@ -140,6 +140,19 @@ def _back(order: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).index_copy_(0, order, x)
 
 
+def _expected_cost(images: ImageList, group: int, groups: int) -> float:
+    """What tiles of this shape are expected to cost, from what the host knows: within a few percent of their number."""
+    m, pairs = images.num_images, min(images.num_pairs, images.num_images)
+    full = max(pairs, (m + pairs * (group - 1) / 2) / group)  # half a group is empty at the end of a pair
+    return (full / groups + images.num_atoms / 2) * groups * (group + GROUP_COST)
+
+
+def _most_tiles(images: ImageList, group: int, groups: int) -> int:
+    """As many tiles as a list of this size can need."""
+    m, pairs = images.num_images, min(images.num_pairs, images.num_images)
+    return (min(m, (m + pairs * (group - 1)) // group) + images.num_atoms * (groups - 1)) // groups
+
+
 def pack(
     positions: Tensor,
     lattice: Tensor,
@@ -147,38 +160,30 @@ def pack(
     row_ptr: Tensor,
     col: Tensor,
     shift: Tensor,
+    num_pairs: int,
     num: int,
     basis: Sequence[float],
-    tol: float,
     by_pair: bool,
-    merge: bool,
 ) -> Tensor:
-    """The layout of a list: (rows, R) int32.
+    """The layout of a list: (rows, R) int32, the operator `triton_layout`.
 
-    One host synchronisation, for the number of tiles. `merge` would join images at one distance; here each keeps its
-    place, so that a layout serves with and without the gradients of the geometry.
+    Nothing waits for the device: there are as many tiles as a list of this size can need, and those that this one does
+    not need come last and are never read. Images at one distance keep a place each, so that a layout serves with and
+    without the gradients of the geometry.
     """
-    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=0)
+    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
     e = _sort(images, positions, lattice, scale(num, basis))
     if by_pair:
         return _pack_pairs(e, images, num, basis)
+    group, groups = min(SHAPES, key=lambda shape: _expected_cost(images, *shape))
 
-    def tiles(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(M) the group of each image, counted without gaps, and (N+1) the first tile of each atom."""
-        group = (e.rank % shape[0] == 0).cumsum(0)
-        groups = pad(group, (1, 0))[row_ptr]
-        return group - 1 - groups[e.i], pad((-(-groups.diff() // shape[1])).cumsum(0), (1, 0))
-
-    made = [tiles(shape) for shape in SHAPES]
-    number = torch.stack([first[-1] for _, first in made]).tolist()
-    cost = [t * groups * (group + GROUP_COST) for t, (group, groups) in zip(number, SHAPES, strict=True)]
-    best = cost.index(min(cost))
-    (group, groups), (group_in_row, first), t = SHAPES[best], made[best], number[best]
-
-    position = first[e.i] * groups + group_in_row
+    before = (e.rank % group == 0).cumsum(0)  # groups up to each image, of all atoms
+    begin = pad(before, (1, 0))[row_ptr]
+    first = offsets(-(-begin.diff() // groups))
+    position = first[e.i] * groups + before - 1 - begin[e.i]
     tile, lane = position // groups, position % groups
     mirror = position[e.first_mirror] + e.rank // group
-    records = torch.zeros(t, _words(group, groups), dtype=torch.int32, device=ptr.device)
+    records = position.new_zeros(_most_tiles(images, group, groups), _words(group, groups), dtype=torch.int32)
     records[:, groups : 2 * groups] = -1
     records[:, 2 * groups :] = FAR_BITS
     slot = e.rank % group * groups
@@ -191,15 +196,13 @@ def pack(
 
 
 def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float]) -> Tensor:
-    """The encoding's layout. One host synchronisation, for the number of pairs."""
-    n, size = images.num_atoms, images.ptr.diff()
-    number = int(size.square().sum())
-    crystal = crystal_of_atom(images.ptr, n)
-    partners = size[crystal]
+    """The encoding's layout."""
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    partners = images.ptr.diff()[crystal]
     first_pair = partners.cumsum(0) - partners - images.ptr[crystal]
-    pair = torch.arange(number + 1, device=e.i.device)
+    pair = torch.arange(images.num_pairs + 1, device=e.i.device)
     first = torch.searchsorted(first_pair[e.i] + e.j, pair)
-    atom = torch.repeat_interleave(partners, output_size=number)
+    atom = torch.repeat_interleave(partners, output_size=images.num_pairs)
     place, mirror = torch.arange(len(e.x), device=e.i.device), e.first_mirror + e.rank
     records = e.x.view(torch.int32)[:, None]
     return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror), atom)

@@ -75,7 +75,7 @@ def launches():
             x.edge_weight[..., :num],
             ((6.0, 1.0), 0.0, tf32),
         )
-        layout = packing.pack(*geometry, num, *settings[:2], by_pair=False, merge=False)
+        layout = packing.pack(*geometry, x.images.num_pairs, num, settings[0], by_pair=False)
         inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
         kernels.OPERATORS["attention"](*inputs)
         for moving in (False, True):
@@ -84,7 +84,7 @@ def launches():
             continue
         if dtype == FP32 and not tf32:
             launch_reciprocal(x)
-        layout = packing.pack(*geometry, num, *settings[:2], by_pair=True, merge=False)
+        layout = packing.pack(*geometry, x.images.num_pairs, num, settings[0], by_pair=True)
         inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):

@@ -360,8 +360,8 @@ def test_layout_holds_every_image_once():
 
     for kinds in ((("cubic", 1),), (("skewed", 3),), (("cubic", 12),)):
         x = on_device(problem(kinds=kinds))
-        lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-        packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), 0.0, by_pair=False, merge=False)
+        lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift, x.images.num_pairs)
+        packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
         layout = module.unpack(packed, len(x.q), x.images.num_images, 5)
         group, groups = layout.shape
         distances = layout.records[:, 2 * groups :].contiguous().view(torch.float32).flatten()
