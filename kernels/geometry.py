@@ -7,7 +7,7 @@ from torch import Tensor
 
 from crystalformer.segments import crystal_of_atom
 
-from .layout import Layout
+from .layout import Layout, power_of_2
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def segment_sums(x_p, first_p, sum_p, W: tl.constexpr, BW: tl.constexpr, BN: tl.
 def sum_segments(x: Tensor, first: Tensor) -> Tensor:
     """(S,W) sums of the rows first[s] to first[s+1] of x (n,W), the same bits every time."""
     total = x.new_empty(len(first) - 1, x.shape[1])
-    block = triton.next_power_of_2(x.shape[1])
+    block = power_of_2(x.shape[1])
     segment_sums[(len(total),)](x, first, total, W=x.shape[1], BW=block, BN=32, num_warps=1)
     return total
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -60,9 +59,14 @@ def _words(group: int, groups: int) -> int:
     return groups * (2 + group)
 
 
+def power_of_2(num: int) -> int:
+    """The first that is not below num >= 1. Triton's own takes ten times as long, and a call asks for a dozen."""
+    return 1 << (num - 1).bit_length()
+
+
 def padded(num: int) -> int:
     """K padded to what a matrix product takes, or 0 for no basis."""
-    return max(16, triton.next_power_of_2(num)) if num else 0
+    return max(16, power_of_2(num)) if num else 0
 
 
 def scale(num: int, basis: Sequence[float]) -> float:
@@ -75,14 +79,15 @@ def scale(num: int, basis: Sequence[float]) -> float:
 
 def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
     """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions."""
-    sizes = [padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == 1 else 0]
-    tail = sum(map(_aligned, sizes))
-    records = layout[: len(layout) - -(-tail // layout.shape[1])]
-    parts, start = [], records.numel()
-    for size in sizes:
-        parts.append(layout.view(-1)[start : start + size])
-        start += _aligned(size)
-    return Layout(records, parts[0].view(torch.float32), *parts[1:])
+    sizes = (padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == 1 else 0)
+    spaces = [space for size in sizes for space in (size, _aligned(size) - size)]
+    tail = sum(spaces)
+    num_records = layout.shape[0] - -(-tail // layout.shape[1])
+    rest = (layout.shape[0] - num_records) * layout.shape[1] - tail
+    records, mu, _, first, _, place, _, mirror, _, atom, _, _ = layout.view(-1).split(
+        (num_records * layout.shape[1], *spaces, rest)
+    )
+    return Layout(records.view(num_records, layout.shape[1]), mu.view(torch.float32), first, place, mirror, atom)
 
 
 def _aligned(size: int) -> int:

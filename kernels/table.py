@@ -4,10 +4,9 @@ A program keeps everything of its BH heads in registers, so their number decides
 live in the loop; tests/test_aot.py compiles the kernels over the range of shapes and sees that nothing spills.
 """
 
-import triton
 from torch import Tensor
 
-from .layout import padded
+from .layout import padded, power_of_2
 
 # More heads than this go to several programs: the operand u of a product is held whole by every warp.
 HEADS = 8
@@ -36,16 +35,16 @@ def _sizes(q: Tensor, v: Tensor, shape: tuple[int, ...] = ()) -> dict[str, int]:
         "H": heads,
         "D": dim,
         "DV": value_dim,
-        "BH": min(triton.next_power_of_2(heads), HEADS),
-        "BD": triton.next_power_of_2(dim),
-        "BV": triton.next_power_of_2(value_dim),
+        "BH": min(power_of_2(heads), HEADS),
+        "BD": power_of_2(dim),
+        "BV": power_of_2(value_dim),
         **dict(zip(("G", "BG"), shape, strict=False)),
     }
 
 
 def _launch(elements: int, registers: int = 255) -> dict[str, int]:
     """Warps, and a limit of registers: without one the assembler spills a few for more warps, in the loop."""
-    warps = max(1, triton.next_power_of_2(-(-elements // (32 * ELEMENTS))))
+    warps = max(1, power_of_2(-(-elements // (32 * ELEMENTS))))
     return {"num_warps": warps, "num_stages": 1, "maxnreg": min(registers, MULTIPROCESSOR // (32 * warps))}
 
 
@@ -79,7 +78,7 @@ def column_blocks(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int
 def encoding_blocks(decay: Tensor, num: int) -> dict[str, int]:
     """Compile-time arguments of `encoding_fwd`: 16 images at a time, most pairs have fewer."""
     heads = decay.shape[1]
-    s = {"H": heads, "K": num, "BH": min(triton.next_power_of_2(heads), HEADS), "BK": padded(num), "BE": 16}
+    s = {"H": heads, "K": num, "BH": min(power_of_2(heads), HEADS), "BK": padded(num), "BE": 16}
     return s | _launch(0)
 
 
@@ -87,7 +86,7 @@ def encoding_backward_blocks(decay: Tensor, beta: Tensor, num: int) -> dict[str,
     """Compile-time arguments of `encoding_bwd`."""
     s = encoding_blocks(decay, num)
     s["BU"] = min(s.pop("BK"), BASIS)
-    return s | {"DV": beta.shape[2], "BV": triton.next_power_of_2(max(1, beta.shape[2]))}
+    return s | {"DV": beta.shape[2], "BV": power_of_2(max(1, beta.shape[2]))}
 
 
 def reciprocal_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
