@@ -48,7 +48,7 @@ class Provider:
         bound: largest error of any result, relative to the largest value of that result; more is not timed.
         prepare: makes the case of a problem, or raises Absent.
         graph: time the replay of a CUDA graph.
-        instructions: by direction, that a warp issues for an image of a problem of the paper's size, as compiled.
+        instructions: by direction, that a warp issues for an entry of a problem of the paper's size, as compiled.
     """
 
     name: str

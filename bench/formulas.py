@@ -18,10 +18,10 @@ atoms forward q, k, v, y (4 H D), decay (H), positions (3); backward q, k, v, y,
 their gradients (3 H), c (H K); W once, and its gradient. The encoding has pairs in the place of atoms in y: it writes
 alpha and beta, (1 + D) P H numbers, and has no q·k.
 
-A kernel that is bound by instructions takes at least as long as all warps' schedulers need to issue them: M images by
-the instructions a warp issues for one (as compiled for sm_90, see `Provider`), over 4 a cycle and multiprocessor at the
-highest clock. `issue_percent` is this time over the measured one; what a loop does not hold, and places of a tile
-without an image, are not in it.
+A kernel that is bound by instructions takes at least as long as all warps' schedulers need to issue them: its entries,
+images of one pair at one distance, by the instructions a warp issues for one (as compiled for sm_90, see `Provider`),
+over 4 a cycle and multiprocessor at the highest clock. `issue_percent` is this time over the measured one; what a loop
+does not hold, and places of a tile without an entry, are not in it.
 
 An implementation that leaves out terms below its tolerance does less than this, and may pass 100 % of the roofline.
 """
@@ -112,5 +112,5 @@ def issue_rate(device: torch.device) -> float:
 
 
 def issue_percent(x: Problem, instructions: float, milliseconds: float, rate: float) -> float:
-    """The share of a time that the issue of so many instructions an image needs."""
-    return 1e5 * x.images.num_images * instructions / rate / milliseconds
+    """The share of a time that the issue of so many instructions an entry needs."""
+    return 1e5 * x.entries * instructions / rate / milliseconds

@@ -121,6 +121,17 @@ class Problem:
         row = torch.repeat_interleave(self.images.row_ptr.diff())
         return len(torch.unique_consecutive(row * self.crystals.num_atoms + self.images.col))
 
+    @functools.cached_property
+    def entries(self) -> int:
+        """How many entries the Triton kernels make of the list: images of one pair at one distance are one."""
+        from crystalformer.kernels.layout import pack, unpack
+
+        x, images, basis = self.crystals, self.images, self.size.basis
+        lists = (images.ptr, images.row_ptr, images.col, images.shift, images.num_pairs)
+        settings = (basis.num, (basis.r_max, basis.width)) if basis else (0, ())
+        layout = pack(x.positions, x.lattice, *lists, *settings, by_pair=False)
+        return len(unpack(layout, x.num_atoms, images.num_images, settings[0]).place.unique())
+
 
 def make(
     name: str,

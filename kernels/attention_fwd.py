@@ -59,17 +59,19 @@ def attention_fwd(
         c = tl.zeros((BK, BH), tl.float32)
     first = tl.load(first_p + i).to(tl.int64)
     for t in range(first, tl.load(first_p + i + 1).to(tl.int64)):
-        record_p = tile_p + t * (BG * (2 + G))
+        record_p = tile_p + t * (BG * (2 + 2 * G))
         j = tl.load(record_p + bg).to(tl.int64)  # [BG]
-        x = tl.load(record_p + 2 * BG + g[:, None] * BG + bg[None, :]).to(tl.float32, bitcast=True)  # [G, BG]
+        o_entry = g[:, None] * BG + bg[None, :]
+        x = tl.load(record_p + 2 * BG + o_entry).to(tl.float32, bitcast=True)  # [G, BG]
+        log_count = tl.load(record_p + (2 + G) * BG + o_entry).to(tl.float32, bitcast=True)
         nearest = tl.load(record_p + 2 * BG + bg).to(tl.float32, bitcast=True)  # [BG]
         s = tl.sum(gather_heads(k_p, j, h, H, D, BD) * q[None, :, :], 2)  # [BG, BH]
-        # The nearest image has the largest score of its group.
+        # The nearest entry has the largest score of its group.
         new_top = tl.maximum(top, tl.max(s + a[None, :] * (nearest * nearest)[:, None], 0))
         shrink = tl.exp2(top - new_top)
         top = new_top
         s = tl.trans(s - top[None, :])
-        p = tl.exp2(s[None, :, :] + a[None, :, None] * (x * x)[:, None, :])  # [G, BH, BG]
+        p = tl.exp2(s[None, :, :] + (a[None, :, None] * (x * x)[:, None, :] + log_count[:, None, :]))  # [G, BH, BG]
         p_group = tl.trans(tl.sum(p, 0))  # [BG, BH]
         total = total * shrink[None, :] + p_group
         o = o * shrink[None, :, None] + p_group[:, :, None] * gather_heads(v_p, j, h, H, DV, BV)

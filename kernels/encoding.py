@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = 1 << 24
 @triton.jit
 def encoding_fwd(
     decay_p,
-    x_p,
+    entry_p,
     first_p,
     atom_p,
     mu_p,
@@ -47,16 +47,18 @@ def encoding_fwd(
     a = tl.load(decay_p + i * H + h, mask=h < H, other=0.0) * decay_scale  # [BH], negative
     first = tl.load(first_p + pair).to(tl.int64)
     last = tl.load(first_p + pair + 1).to(tl.int64)
-    # The nearest image comes first and has the largest score.
-    nearest = tl.load(x_p + first)
+    # The nearest entry comes first and has the largest score.
+    nearest = tl.load(entry_p + first * 2)
     top = a * (nearest * nearest)
     total = tl.zeros((BH,), tl.float32)
     if K > 0:
         mu = tl.load(mu_p + tl.arange(0, BK))
         c = tl.zeros((BK, BH), tl.float32)
     for start in range(first, last, BE):
-        x = tl.load(x_p + start + e, mask=start + e < last, other=FAR)
-        p = tl.exp2(a[None, :] * (x * x)[:, None] - top[None, :])  # [BE, BH]
+        m_e = start + e < last
+        x = tl.load(entry_p + (start + e) * 2, mask=m_e, other=FAR)
+        log_count = tl.load(entry_p + (start + e) * 2 + 1, mask=m_e, other=0.0)
+        p = tl.exp2(a[None, :] * (x * x)[:, None] + log_count[:, None] - top[None, :])  # [BE, BH]
         total += tl.sum(p, 0)
         if K > 0:
             b, _ = basis(x[None, :], mu[:, None])  # [BK, BE]
@@ -71,7 +73,7 @@ def encoding_fwd(
 @triton.jit
 def encoding_bwd(
     decay_p,
-    x_p,
+    entry_p,
     first_p,
     atom_p,
     mu_p,
@@ -111,13 +113,14 @@ def encoding_bwd(
     last = tl.load(first_p + pair + 1).to(tl.int64)
     for start in range(first, last, BE):
         m_e = start + e < last
-        x = tl.load(x_p + start + e, mask=m_e, other=FAR)
+        x = tl.load(entry_p + (start + e) * 2, mask=m_e, other=FAR)
+        log_count = tl.load(entry_p + (start + e) * 2 + 1, mask=m_e, other=0.0)
         x2 = (x * x)[:, None]
-        p = tl.exp2(a[None, :] * x2 - alpha[None, :])  # [BE, BH]
+        p = tl.exp2(a[None, :] * x2 + log_count[:, None] - alpha[None, :])  # [BE, BH]
         ds = tl.broadcast_to(weight[None, :], (BE, BH))
         if K > 0:
             slope = tl.zeros((BE, BH), tl.float32)
-            for o_k in range(0, K, BU):  # few pairs have more than BE images, so u is read once
+            for o_k in range(0, K, BU):  # few pairs have more than BE entries, so u is read once
                 k = o_k + tl.arange(0, BU)
                 u = load_columns(grad_c_p, pair, h, k, H, K)  # [BU, BH]
                 b, from_center = basis(x[:, None], tl.load(mu_p + k)[None, :])  # [BE, BU]
@@ -132,7 +135,7 @@ def encoding_bwd(
                 slope = tl.sum(p * slope, 1)
                 force -= tl.where(x > 0, slope / tl.where(x > 0, x, 1.0), 0.0)
             o_force = (start + e) * tl.num_programs(1) + tl.program_id(1)
-            tl.store(force_p + o_force, force * force_scale, mask=m_e)
+            tl.store(force_p + o_force, force * force_scale * tl.exp2(-log_count), mask=m_e)
     tl.store(d_decay_p + pair * H + h, d_decay * (decay_scale / LOG2E), mask=h < H)
 
 

@@ -1,13 +1,15 @@
 """Packing of the image list for the kernels, with torch operations on the list's device.
 
-Attention reads the list in tiles of BG groups of G images of one pair (i, j), nearest first, so that k_j and v_j are
-gathered once for G images. A tile is one record of R words: BG atoms j, the BG groups of the mirror images (j, i, -n),
-G·BG distances. Empty places have the distance FAR, whose weight is zero; empty groups have the mirror -1. All distances
-are x = d sqrt(log2(e)/2) / w, so that b(d) = 2^-(x - mu)².
+Images of one pair (i, j) at one distance, the same number in fp32, are one entry, with the logarithm of their count: a
+perovskite has a fifth as many entries as images. Attention reads them in tiles of BG groups of G entries of one pair,
+nearest first, so that k_j and v_j are gathered once for G. A tile is one record of R words: BG atoms j, the BG groups
+of the mirror images (j, i, -n), G·BG distances and as many logarithms. Empty places have the distance FAR, whose weight
+is zero; empty groups have the mirror -1. All distances are x = d sqrt(log2(e)/2) / w, so that b(d) = 2^-(x - mu)², and
+logarithms are to the base 2.
 
 A layout is one tensor, so that it passes through an operator: rows of one record each, and behind them the centres mu
-of the basis, the first tile of each atom, and where in the records each image of the list and its mirror are. The
-encoding reads plain rows of one distance each, sorted by pair, then distance.
+of the basis, the first tile of each atom, and at which place each image of the list and its mirror are. The encoding
+reads plain rows of one entry each, a distance and a logarithm, sorted by pair, then distance.
 """
 
 import math
@@ -22,12 +24,14 @@ from crystalformer.images import ImageList
 from crystalformer.reference import displacement
 from crystalformer.segments import crystal_of_atom, offsets
 
-# (G, BG): many images a pair in small cells, one in large ones. R = 2 BG + G BG tells them apart.
+# (G, BG): many entries a pair in small cells, one in large ones. R = 2 BG + 2 G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
-# Instructions of a group (two gathers, the content score) over those of an image, counted in the compiled kernels.
+# Instructions of a group (two gathers, the content score) over those of an entry, counted in the compiled kernels.
 GROUP_COST = 3.0
 FAR = 1e18
 FAR_BITS = int(torch.tensor(FAR).view(torch.int32))
+# Words of a row of the encoding: a distance and a logarithm.
+ENTRY = 2
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class Layout:
     """A layout, unpacked: views, no copies.
 
     Attributes:
-        records: (T,R) int32, or (M,1) for the encoding.
+        records: (T,R) int32, or (M,2) for the encoding.
         mu: (BK) fp32, centres of the basis in units of x.
         first: (N+1), first record of each atom; (P+1), of each pair, for the encoding.
-        place, mirror: (M) where in the T·G·BG distances each image of the list and its mirror are.
+        place, mirror: (M) at which of the T·G·BG places, or rows, each image of the list and its mirror are.
         atom: (P) atom i of each pair, for the encoding.
     """
 
@@ -56,7 +60,7 @@ class Layout:
 
 
 def _words(group: int, groups: int) -> int:
-    return groups * (2 + group)
+    return groups * (2 + 2 * group)
 
 
 def power_of_2(num: int) -> int:
@@ -79,7 +83,7 @@ def scale(num: int, basis: Sequence[float]) -> float:
 
 def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
     """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions."""
-    sizes = (padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == 1 else 0)
+    sizes = (padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == ENTRY else 0)
     spaces = [space for size in sizes for space in (size, _aligned(size) - size)]
     tail = sum(spaces)
     num_records = layout.shape[0] - -(-tail // layout.shape[1])
@@ -107,12 +111,15 @@ def _join(records: Tensor, num: int, basis: Sequence[float], *tables: Tensor) ->
 
 @dataclass(frozen=True)
 class _Sorted:
-    """The list sorted by pair, then distance.
+    """The images sorted by pair, then distance, and the entries that they belong to.
 
     Attributes:
-        order: (M) the entry of the list.
+        order: (M) the image in the list.
         i, j, x: (M) of each image.
-        rank: (M) how many images of its pair are nearer.
+        entry: (M) of all entries, which one it belongs to.
+        rank: (M) how many entries of its pair are nearer.
+        log_count: (M) log2 of how many images its entry has.
+        is_first: (M) whether it is the first image of its entry.
         first_mirror: (M) the nearest image of the pair (j, i).
     """
 
@@ -120,7 +127,10 @@ class _Sorted:
     i: Tensor
     j: Tensor
     x: Tensor
+    entry: Tensor
     rank: Tensor
+    log_count: Tensor
+    is_first: Tensor
     first_mirror: Tensor
 
 
@@ -128,16 +138,27 @@ def _sort(images: ImageList, positions: Tensor, lattice: Tensor, scale: float) -
     n, m = images.num_atoms, images.num_images
     i = torch.repeat_interleave(images.row_ptr.diff(), output_size=m)
     crystal = crystal_of_atom(images.ptr, n)
-    # In fp64: the rounding of d would be the largest error of the scores.
+    # In fp64: the rounding of d would be the largest error of the scores. An image and its mirror have the same d.
     r = displacement(positions.double(), lattice.double(), crystal, i, images.col, images.shift)
     d = r.square().sum(-1).sqrt()
     pair = i * n + images.col
     order = torch.argsort(d, stable=True)
     order = order[torch.argsort(pair[order], stable=True)]
-    i, j, pair = i[order], images.col[order].long(), pair[order]
-    entry = torch.arange(m, device=d.device)
-    rank = entry - torch.searchsorted(pair, pair)
-    return _Sorted(order, i, j, (d[order] * scale).float(), rank, torch.searchsorted(pair, j * n + i))
+    i, j, pair, x = i[order], images.col[order].long(), pair[order], (d[order] * scale).float()
+    is_first = pad((pair.diff() != 0) | (x.diff() != 0), (1, 0), value=True)[:m]
+    entry = is_first.cumsum(0) - 1
+    count = torch.searchsorted(entry, entry, right=True) - torch.searchsorted(entry, entry)
+    return _Sorted(
+        order=order,
+        i=i,
+        j=j,
+        x=x,
+        entry=entry,
+        rank=entry - entry[torch.searchsorted(pair, pair)],
+        log_count=count.log2().float(),
+        is_first=is_first,
+        first_mirror=torch.searchsorted(pair, j * n + i),
+    )
 
 
 def _back(order: Tensor, x: Tensor) -> Tensor:
@@ -172,9 +193,9 @@ def pack(
 ) -> Tensor:
     """The layout of a list: (rows, R) int32, the operator `triton_layout`.
 
-    Nothing waits for the device: there are as many tiles as a list of this size can need, and those that this one does
-    not need come last and are never read. Images at one distance keep a place each, so that a layout serves with and
-    without the gradients of the geometry.
+    Nothing waits for the device: there are as many records as a list of this size can need, and those that this one
+    does not need come last and are never read. A layout serves with and without the gradients of the geometry: images
+    of one entry have the same force.
     """
     images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
     e = _sort(images, positions, lattice, scale(num, basis))
@@ -182,7 +203,7 @@ def pack(
         return _pack_pairs(e, images, num, basis)
     group, groups = min(SHAPES, key=lambda shape: _expected_cost(images, *shape))
 
-    before = (e.rank % group == 0).cumsum(0)  # groups up to each image, of all atoms
+    before = (e.is_first & (e.rank % group == 0)).cumsum(0)  # groups up to each image, of all atoms
     begin = pad(before, (1, 0))[row_ptr]
     first = offsets(-(-begin.diff() // groups))
     position = first[e.i] * groups + before - 1 - begin[e.i]
@@ -190,11 +211,12 @@ def pack(
     mirror = position[e.first_mirror] + e.rank // group
     records = position.new_zeros(_most_tiles(images, group, groups), _words(group, groups), dtype=torch.int32)
     records[:, groups : 2 * groups] = -1
-    records[:, 2 * groups :] = FAR_BITS
+    records[:, 2 * groups : (2 + group) * groups] = FAR_BITS
     slot = e.rank % group * groups
     records[tile, lane] = e.j.int()
     records[tile, groups + lane] = mirror.int()
     records[tile, 2 * groups + slot + lane] = e.x.view(torch.int32)
+    records[tile, (2 + group) * groups + slot + lane] = e.log_count.view(torch.int32)
     place = tile * (group * groups) + slot + lane
     mirror_place = mirror // groups * (group * groups) + slot + mirror % groups
     return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
@@ -206,8 +228,10 @@ def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float])
     partners = images.ptr.diff()[crystal]
     first_pair = partners.cumsum(0) - partners - images.ptr[crystal]
     pair = torch.arange(images.num_pairs + 1, device=e.i.device)
-    first = torch.searchsorted(first_pair[e.i] + e.j, pair)
+    first_image = torch.searchsorted(first_pair[e.i] + e.j, pair)
+    first = offsets(e.is_first)[first_image]
     atom = torch.repeat_interleave(partners, output_size=images.num_pairs)
-    place, mirror = torch.arange(len(e.x), device=e.i.device), e.first_mirror + e.rank
-    records = e.x.view(torch.int32)[:, None]
-    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror), atom)
+    records = e.order.new_zeros(len(e.x), ENTRY, dtype=torch.int32)
+    records[e.entry] = torch.stack((e.x, e.log_count), 1).view(torch.int32)
+    mirror = e.entry[e.first_mirror] + e.rank
+    return _join(records, num, basis, first, _back(e.order, e.entry), _back(e.order, mirror), atom)

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 # groups of 8 images, without the gradients of the geometry. A multiprocessor has 65,536.
 BUDGET = {
     "attention_fwd": 168,
-    "attention_bwd_rows": 224,
+    "attention_bwd_rows": 240,
     "attention_bwd_columns": 96,
     "encoding_fwd": 144,
     "encoding_bwd": 128,

@@ -125,6 +125,20 @@ def test_encoding(size):
     assert_as_good_as_the_reference(encoding, problem(**SIZES[size], every_pair=True))
 
 
+@pytest.mark.parametrize("function", [attention, encoding])
+def test_images_at_one_distance(function):
+    """In a tetragonal cell four and more images of a pair are at most distances; so a force is that of each of them."""
+    x = problem(kinds=(("cubic", 2),), heads=4, dim=8, value_dim=8, num_basis=16)
+    lattice = 4.125 * torch.eye(3).to(x.lattice)[None]
+    positions = torch.tensor([[0, 0, 0], [0.5, 0.5, 0.375]]).to(lattice) @ lattice[0]
+    images = cf.build_images(positions, lattice, x.ptr, decay_min=0.5, every_pair=True)
+    x = replace(x, positions=positions, lattice=lattice, images=images)
+    rows = on_device(x).lists("triton", by_pair=True)[-1][: images.num_images]
+    images_of_entry = rows[rows[:, 0] + rows[:, 1] != 0, 1].view(torch.float32).exp2()
+    assert images_of_entry.median() >= 4
+    assert_as_good_as_the_reference(function, x)
+
+
 @pytest.mark.parametrize("geometry", [True, False])
 @pytest.mark.parametrize("size", RECIPROCAL_SIZES)
 def test_reciprocal(size, geometry):
@@ -364,9 +378,12 @@ def test_layout_holds_every_image_once():
         packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
         layout = module.unpack(packed, len(x.q), x.images.num_images, 5)
         group, groups = layout.shape
-        distances = layout.records[:, 2 * groups :].contiguous().view(torch.float32).flatten()
-        assert (distances < module.FAR).sum() == x.images.num_images == len(layout.place.unique())
-        assert torch.equal(distances[layout.place.long()], distances[layout.mirror.long()])
+        entries = layout.records[:, 2 * groups :].contiguous().view(torch.float32).unflatten(1, (2, -1))
+        distances, log_count = (part.flatten() for part in entries.unbind(1))
+        places, images = layout.place.unique(return_counts=True)
+        assert torch.equal((distances < module.FAR).nonzero()[:, 0], places)
+        torch.testing.assert_close(log_count[places].exp2(), images.float())
+        assert (images.max() > 1) == (len(x.q) < 12)  # a large cell has one image of most pairs
         tiles = layout.records[:, groups : 2 * groups].flatten()
         real = tiles >= 0
         assert torch.equal(tiles[tiles[real].long()], real.nonzero()[:, 0].int())  # a mirror's mirror is itself
