@@ -162,14 +162,18 @@ def by_layer(gradients: dict[str, Tensor]) -> Results:
 
 def seeded_model(x: Problem, dtype: torch.dtype, backend: str = "auto", domain: str = "real") -> cf.Crystalformer:
     """The model of the problem's size, calibrated on it: the same numbers for every provider."""
-    torch.manual_seed(0)
-    config = replace(x.size.config, domain=domain)
-    model = cf.Crystalformer(config, backend="reference").double()
-    few = x.crystals.to(torch.float64)
-    model.calibrate(few.to(torch.device("cpu")))
-    served = cf.Crystalformer(config, backend).double()
-    served.load_state_dict(model.state_dict())
+    served = cf.Crystalformer(replace(x.size.config, domain=domain), backend).double()
+    served.load_state_dict(_calibrated(x, domain))
     return served.to(x.device, dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def _calibrated(x: Problem, domain: str) -> dict[str, Tensor]:
+    """Its weights and scales, made once a problem: in fp64 they take seconds."""
+    torch.manual_seed(0)
+    model = cf.Crystalformer(replace(x.size.config, domain=domain), backend="reference").double()
+    model.calibrate(x.crystals.to(torch.float64).to(torch.device("cpu")))
+    return model.state_dict()
 
 
 def truth(x: Problem, op: str, domain: str = "real") -> Results:
@@ -264,6 +268,7 @@ def require_memory(needed: float, device: torch.device) -> None:
         needed: bytes, estimated.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps is free, too
         free = torch.cuda.mem_get_info(device)[0]
     else:
         found = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]

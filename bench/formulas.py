@@ -20,8 +20,9 @@ alpha and beta, (1 + D) P H numbers, and has no q·k.
 
 A kernel that is bound by instructions takes at least as long as all warps' schedulers need to issue them: its entries,
 images of one pair at one distance, by the instructions a warp issues for one (as compiled for sm_90, see `Provider`),
-over 4 a cycle and multiprocessor at the highest clock. `issue_percent` is this time over the measured one; what a loop
-does not hold, and places of a tile without an entry, are not in it.
+over 4 a cycle and multiprocessor at the highest clock. `issue_percent` is this time over the measured one, for problems
+in tiles of 4 groups of 8 entries; what a loop does not hold, and places of a tile without an entry, are not in it. But
+for `triton-graph` the measured time is also the host's, which small problems have more of than the GPU's.
 
 An implementation that leaves out terms below its tolerance does less than this, and may pass 100 % of the roofline.
 """
@@ -35,6 +36,9 @@ import torch
 from .measure import clock
 from .problems import Problem
 from .results import first_line
+
+# (G, BG) of the tiles that the instructions are counted for.
+COUNTED_TILE = (8, 4)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,16 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import crystalformer as cf
+
+if TYPE_CHECKING:
+    from crystalformer.kernels.layout import Layout
 
 W32 = Path(__file__).parent / "w32.json"
 NAMES = ("w32", "jarvis256", "mp128", "tiny", "needle", "bigcell-320", "bigcell-1000", "bigcell-4000")
@@ -122,15 +126,20 @@ class Problem:
         return len(torch.unique_consecutive(row * self.crystals.num_atoms + self.images.col))
 
     @functools.cached_property
-    def entries(self) -> int:
-        """How many entries the Triton kernels make of the list: images of one pair at one distance are one."""
+    def tiles(self) -> "Layout":
+        """The list as the Triton kernels have it."""
         from crystalformer.kernels.layout import pack, unpack
 
         x, images, basis = self.crystals, self.images, self.size.basis
         lists = (images.ptr, images.row_ptr, images.col, images.shift, images.num_pairs)
         settings = (basis.num, (basis.r_max, basis.width)) if basis else (0, ())
         layout = pack(x.positions, x.lattice, *lists, *settings, by_pair=False)
-        return len(unpack(layout, x.num_atoms, images.num_images, settings[0]).place.unique())
+        return unpack(layout, x.num_atoms, images.num_images, settings[0])
+
+    @property
+    def entries(self) -> int:
+        """How many entries these hold: images of one pair at one distance are one."""
+        return len(self.tiles.place.unique())
 
 
 def make(

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import os
 import platform
 import re
 import subprocess
@@ -37,7 +38,9 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit, and whether anything but the results differs from it."""
+    """The commit, and whether anything but the results differs from it. COMMIT says it where there is no repository."""
+    if named := os.environ.get("COMMIT"):
+        return named
     git = ("git", "-C", str(FOLDER.parents[1]))
     changed = first_line(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return first_line(*git, "rev-parse", "--short", "HEAD") + ("" if changed == "unknown" else "-dirty")

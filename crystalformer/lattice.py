@@ -56,7 +56,7 @@ def points_in_spheres(t: Tensor, cell: Tensor, center: Tensor, radius2: Tensor) 
         half = left.clamp(min=0).sqrt() / step[:, axis]
         first = torch.ceil(middle - half)
         count = (torch.floor(middle + half) - first + 1).clamp(min=0).long()
-        parent = torch.repeat_interleave(count)
+        parent = torch.repeat_interleave(count, output_size=int(count.sum()))
         n = [m[parent] for m in n] + [first[parent] + ordinals(count, parent)]
         x = x[parent] + n[-1][:, None] * step[parent]
         left = left[parent] - x[:, axis] ** 2

@@ -34,5 +34,5 @@ class Waits(TorchDispatchMode):
         )
         unknown_length = name.startswith("repeat_interleave") and kwargs.get("output_size") is None
         if by_mask or unknown_length or any(part in name for part in self.SIZE_FROM_VALUES):
-            self.found.append(name)
+            self.found += [name] * (2 if unknown_length else 1)  # for the sum, and for whether any is negative
         return func(*args, **kwargs)
