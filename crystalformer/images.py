@@ -27,7 +27,7 @@ SCHEMA = (
     "float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff, SymInt num_pairs)"
 )
 
-torch.library.define("crystalformer::cpu_images", SCHEMA)  # implemented in csrc/bindings.cpp
+torch.library.define("crystalformer::cpu_images", SCHEMA)  # implemented in csrc/bindings_real.cpp
 torch.library.define("crystalformer::triton_images", SCHEMA)  # implemented in kernels/images.py
 
 

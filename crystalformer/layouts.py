@@ -17,7 +17,7 @@ LIST = "Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col
 CPU = f"({LIST}, int num, float[] basis, float tol, bool by_pair, bool merge) -> Tensor"
 TRITON = f"({LIST}, SymInt num_pairs, int num, float[] basis, bool by_pair) -> Tensor"
 
-torch.library.define(f"{NAMESPACE}::cpu_layout", CPU)  # implemented in csrc/bindings.cpp
+torch.library.define(f"{NAMESPACE}::cpu_layout", CPU)  # implemented in csrc/bindings_real.cpp
 torch.library.define(f"{NAMESPACE}::triton_layout", TRITON)  # implemented in kernels/layout.py
 
 

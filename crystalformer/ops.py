@@ -304,6 +304,6 @@ for _op in OPS:
     register(_op, "reference")
     implement_reference(_op)
 for _op in OPS:
-    register(_op, "cpu")  # implemented in csrc/bindings.cpp
+    register(_op, "cpu")  # implemented in csrc/bindings_*.cpp
 for _op in (ATTENTION, ENCODING, RECIPROCAL):
     register(_op, "triton")  # implemented in kernels/

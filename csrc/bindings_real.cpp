@@ -1,70 +1,54 @@
-// The only file that knows torch: tensors in, raw pointers to the core, tensors out. The schemas, fakes and derivatives
-// of the operators are in crystalformer/ops.py.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <Python.h>
-#include <torch/library.h>
-
+// The operators of real space: the image list, its layout, and the sums over it.
+#include <algorithm>
 #include <cstring>
 
 #include "attention.h"
+#include "bindings.h"
 #include "encoding.h"
 #include "images.h"
-#include "reciprocal.h"
 
-using namespace crystalformer;
-using at::Tensor;
+namespace crystalformer {
 
 namespace {
 
-// Lets other Python threads run; PyTorch calls some operators with the interpreter locked.
-class ReleaseGil {
-  public:
-    ReleaseGil() : state_(PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
-    ~ReleaseGil() {
-        if (state_) PyEval_RestoreThread(state_);
+std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
+                                                                   const Tensor& ptr, const Tensor& decay_min,
+                                                                   double tol, double logit_range, double beyond,
+                                                                   std::optional<double> cutoff, bool every_pair) {
+    const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
+    const ImageRequest request{positions.size(0),
+                               ptr.size(0) - 1,
+                               pointer<double>(p),
+                               pointer<double>(l),
+                               pointer<int64_t>(ptr),
+                               pointer<double>(a),
+                               tol,
+                               logit_range,
+                               beyond,
+                               cutoff,
+                               every_pair};
+    const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
+    const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
+    Tensor col, shift;
+    {
+        const ReleaseGil release;
+        const ImageSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
+        const int64_t images = output<int64_t>(row_ptr)[positions.size(0)];
+        col = at::empty({images}, ptr.options().dtype(at::kInt));
+        shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
+        search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
     }
-    ReleaseGil(const ReleaseGil&) = delete;
-    ReleaseGil& operator=(const ReleaseGil&) = delete;
-
-  private:
-    PyThreadState* state_;
-};
-
-Threads torch_threads() {
-    const int number = at::in_parallel_region() ? 1 : at::get_num_threads();
-    return {number, [number](const std::function<void()>& work) {
-                at::parallel_for(0, number, 1, [&](int64_t first, int64_t last) {
-                    for (int64_t i = first; i < last; ++i) work();
-                });
-            }};
-}
-
-// A contiguous tensor of dtype T; kept alive by the caller.
-template <class T>
-const T* pointer(const Tensor& x) {
-    TORCH_CHECK(x.is_contiguous() && x.device().is_cpu(), "crystalformer::cpu needs contiguous CPU tensors");
-    return x.const_data_ptr<T>();
-}
-
-// What a fresh tensor of an operator's result, or of a private layout, points to.
-template <class T>
-T* output(const Tensor& x) {
-    return x.mutable_data_ptr<T>();
+    int64_t pairs = 0;
+    for (int64_t c = 0; c < request.crystals; ++c) {
+        const int64_t atoms = request.ptr[c + 1] - request.ptr[c];
+        pairs += atoms * atoms;
+    }
+    return {row_ptr, col, shift, radius, pairs};
 }
 
 // What rounding loses anyway may be left out even when `tol` asks for nothing to be.
 double at_least_rounding(double tol, const Tensor& x) {
     return std::max(tol, x.scalar_type() == at::kFloat ? 0x1p-24 : 0x1p-53);
-}
-
-template <class T>
-Layout<T> layout_of(const Tensor& block) {
-    TORCH_CHECK(block.numel(), "the CPU operators need the layout that cpu_layout makes of the image list");
-    LayoutSizes sizes;
-    char* memory = static_cast<char*>(block.data_ptr());
-    std::memcpy(&sizes, memory, sizeof sizes);
-    return place_layout<T>(sizes, memory);
 }
 
 // The radial basis of `num` functions, of which r_max and width are `basis`; none of it when num = 0.
@@ -98,11 +82,13 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     return block;
 }
 
-Tensor like(const Tensor& x) {
-    return at::empty(x.sizes(), x.options());
-}
-Tensor like_if(bool wanted, const Tensor& x) {
-    return wanted ? like(x) : at::empty({0}, x.options());
+template <class T>
+Layout<T> layout_of(const Tensor& block) {
+    TORCH_CHECK(block.numel(), "the CPU operators need the layout that cpu_layout makes of the image list");
+    LayoutSizes sizes;
+    char* memory = static_cast<char*>(block.data_ptr());
+    std::memcpy(&sizes, memory, sizeof sizes);
+    return place_layout<T>(sizes, memory);
 }
 
 void check_members(bool geometry, const int64_t* entry) {
@@ -284,191 +270,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     return result;
 }
 
-void check_wave_vectors(const Tensor& ptr, const Tensor& g_ptr) {
-    TORCH_CHECK(ptr.sizes() == g_ptr.sizes(), "ptr and g_ptr must be of the same crystals");
-}
-
-// All arguments of the reciprocal operators, contiguous and alive.
-struct ReciprocalArguments {
-    Tensor q, k, v, decay, positions, lattice;
-    const Tensor &ptr, &g_ptr, &g;
-
-    template <class T>
-    ReciprocalInputs<T> inputs() const {
-        check_wave_vectors(ptr, g_ptr);
-        return {
-            .atoms = q.size(0),
-            .crystals = ptr.size(0) - 1,
-            .heads = int(q.size(1)),
-            .dim = int(q.size(2)),
-            .value_dim = int(v.size(2)),
-            .q = pointer<T>(q),
-            .k = pointer<T>(k),
-            .v = pointer<T>(v),
-            .decay = pointer<T>(decay),
-            .positions = pointer<T>(positions),
-            .lattice = pointer<T>(lattice),
-            .ptr = pointer<int64_t>(ptr),
-            .g_ptr = pointer<int64_t>(g_ptr),
-            .g = pointer<int32_t>(g),
-        };
-    }
-};
-
-Tensor cpu_reciprocal(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& positions,
-                      const Tensor& lattice, const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t,
-                      int64_t) {
-    const ReciprocalArguments x{q.contiguous(),
-                                k.contiguous(),
-                                v.contiguous(),
-                                decay.contiguous(),
-                                positions.contiguous(),
-                                lattice.contiguous(),
-                                ptr,
-                                g_ptr,
-                                g};
-    const Tensor y = at::empty(v.sizes(), v.options());
-    AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal", [&] {
-        const auto inputs = x.inputs<scalar_t>();
-        scalar_t* to = output<scalar_t>(y);
-        const ReleaseGil release;
-        reciprocal(inputs, to, torch_threads());
-    });
-    return y;
-}
-
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& decay, const Tensor& positions, const Tensor& lattice,
-                                   const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t, int64_t,
-                                   const Tensor& y, bool geometry) {
-    const ReciprocalArguments x{q.contiguous(),
-                                k.contiguous(),
-                                v.contiguous(),
-                                decay.contiguous(),
-                                positions.contiguous(),
-                                lattice.contiguous(),
-                                ptr,
-                                g_ptr,
-                                g};
-    const Tensor grad = grad_y.contiguous(), saved = y.contiguous();
-    const SixTensors result{
-        like(x.q), like(x.k), like(x.v), like(x.decay), like_if(geometry, x.positions), like_if(geometry, x.lattice)};
-    AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal_backward", [&] {
-        const ReciprocalGrads<scalar_t> to{
-            output<scalar_t>(std::get<0>(result)),
-            output<scalar_t>(std::get<1>(result)),
-            output<scalar_t>(std::get<2>(result)),
-            output<scalar_t>(std::get<3>(result)),
-            geometry ? output<scalar_t>(std::get<4>(result)) : nullptr,
-            geometry ? output<scalar_t>(std::get<5>(result)) : nullptr,
-        };
-        const auto inputs = x.inputs<scalar_t>();
-        const scalar_t *from = pointer<scalar_t>(grad), *was = pointer<scalar_t>(saved);
-        const ReleaseGil release;
-        reciprocal_backward(from, inputs, was, to, torch_threads());
-    });
-    return result;
-}
-
-template <class T>
-ReciprocalInputs<T> reciprocal_sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice,
-                                          const Tensor& ptr, const Tensor& g_ptr, const Tensor& g) {
-    check_wave_vectors(ptr, g_ptr);
-    return {
-        .atoms = decay.size(0),
-        .crystals = ptr.size(0) - 1,
-        .heads = int(decay.size(1)),
-        .decay = pointer<T>(decay),
-        .positions = pointer<T>(positions),
-        .lattice = pointer<T>(lattice),
-        .ptr = pointer<int64_t>(ptr),
-        .g_ptr = pointer<int64_t>(g_ptr),
-        .g = pointer<int32_t>(g),
-    };
-}
-
-Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
-                          const Tensor& g_ptr, const Tensor& g, int64_t, int64_t, int64_t num_pairs) {
-    const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
-    const Tensor total = at::empty({num_pairs, decay.size(1)}, decay.options());
-    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum", [&] {
-        const auto inputs = reciprocal_sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
-        scalar_t* to = output<scalar_t>(total);
-        const ReleaseGil release;
-        reciprocal_sum(inputs, to, torch_threads());
-    });
-    return total;
-}
-
-std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& grad_total, const Tensor& decay,
-                                                               const Tensor& positions, const Tensor& lattice,
-                                                               const Tensor& ptr, const Tensor& g_ptr, const Tensor& g,
-                                                               int64_t, int64_t, int64_t, const Tensor&,
-                                                               bool geometry) {
-    const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
-    const Tensor grad = grad_total.contiguous();
-    const auto result = std::make_tuple(like(c), like_if(geometry, p), like_if(geometry, l));
-    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum_backward", [&] {
-        const auto inputs = reciprocal_sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
-        const ReciprocalGrads<scalar_t> to{
-            .decay = output<scalar_t>(std::get<0>(result)),
-            .positions = geometry ? output<scalar_t>(std::get<1>(result)) : nullptr,
-            .lattice = geometry ? output<scalar_t>(std::get<2>(result)) : nullptr,
-        };
-        const scalar_t* from = pointer<scalar_t>(grad);
-        const ReleaseGil release;
-        reciprocal_sum_backward(from, inputs, to, torch_threads());
-    });
-    return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
-                                                                   const Tensor& ptr, const Tensor& decay_min,
-                                                                   double tol, double logit_range, double beyond,
-                                                                   std::optional<double> cutoff, bool every_pair) {
-    const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
-    const ImageRequest request{positions.size(0),
-                               ptr.size(0) - 1,
-                               pointer<double>(p),
-                               pointer<double>(l),
-                               pointer<int64_t>(ptr),
-                               pointer<double>(a),
-                               tol,
-                               logit_range,
-                               beyond,
-                               cutoff,
-                               every_pair};
-    const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
-    const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
-    Tensor col, shift;
-    {
-        const ReleaseGil release;
-        const ImageSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
-        const int64_t images = output<int64_t>(row_ptr)[positions.size(0)];
-        col = at::empty({images}, ptr.options().dtype(at::kInt));
-        shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
-        search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
-    }
-    int64_t pairs = 0;
-    for (int64_t c = 0; c < request.crystals; ++c) {
-        const int64_t atoms = request.ptr[c + 1] - request.ptr[c];
-        pairs += atoms * atoms;
-    }
-    return {row_ptr, col, shift, radius, pairs};
-}
-
-PyModuleDef module_definition = {PyModuleDef_HEAD_INIT,
-                                 "_C",
-                                 "The CPU kernels: importing it registers them.",
-                                 -1,
-                                 nullptr,
-                                 nullptr,
-                                 nullptr,
-                                 nullptr,
-                                 nullptr};
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
@@ -478,12 +279,6 @@ TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
     m.impl("cpu_attention_backward", &cpu_attention_backward);
     m.impl("cpu_encoding", &cpu_encoding);
     m.impl("cpu_encoding_backward", &cpu_encoding_backward);
-    m.impl("cpu_reciprocal", &cpu_reciprocal);
-    m.impl("cpu_reciprocal_backward", &cpu_reciprocal_backward);
-    m.impl("cpu_reciprocal_sum", &cpu_reciprocal_sum);
-    m.impl("cpu_reciprocal_sum_backward", &cpu_reciprocal_sum_backward);
 }
 
-PyMODINIT_FUNC PyInit__C() {
-    return PyModule_Create(&module_definition);
-}
+}  // namespace crystalformer
