@@ -10,8 +10,7 @@ from crystal_files import ase_io, atoms, cif, core, pair, table, write_csv, writ
 from crystals import aflow_prototypes
 
 import crystalformer as cf
-from crystalformer.data import Samples, read_samples
-from crystalformer.data import parsing as parsing_module
+from crystalformer.data import Samples, bulk_parsing, read_samples
 
 
 def test_a_cif_without_the_hydrogen_of_its_formula(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,7 +103,7 @@ def test_parsed_structures_are_kept(primitive: bool, tmp_path: Path, monkeypatch
     fresh = read_samples(path, primitive=primitive)[0]
     first = read_samples(path, primitive=primitive, cache=tmp_path / "cache")[0]
     assert read_samples(path, primitive=not primitive, cache=tmp_path / "cache")[0].ids == fresh.ids
-    monkeypatch.setattr(parsing_module, "parse", lambda *_: pytest.fail("parsed again"))
+    monkeypatch.setattr(bulk_parsing, "parse", lambda *_: pytest.fail("parsed again"))
     again = read_samples(path, primitive=primitive, cache=tmp_path / "cache")[0]
     assert identical(fresh, first)
     assert identical(fresh, again)

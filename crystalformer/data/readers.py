@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .parsing import parse_all
+from .bulk_parsing import parse_all
 from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
 from .tables import read_table
