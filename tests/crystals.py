@@ -20,6 +20,8 @@ KINDS = ("cubic", "skewed", "needle", "plate", "left_handed")
 NUM_ELEMENTS = 98
 AXIS_RATIO = 30.0
 CLOSE = 0.09  # Å, the distance of the first two atoms of a random crystal
+# A site that gold and copper share, a whole sodium atom, and a site that chlorine fills half of the time.
+DISORDERED = [{79: 0.75, 29: 0.25}, {11: 1.0}, {17: 0.5}]
 
 Geometry = tuple[Tensor, Tensor]
 
@@ -96,6 +98,15 @@ def random_crystal(kind: str, seed: int, num_atoms: int) -> Geometry:
     if num_atoms > 1:
         positions[1] = positions[0] + CLOSE * rotation(rng)[0] + rng.integers(-1, 2, size=3) @ lattice
     return torch.from_numpy(positions), torch.from_numpy(lattice)
+
+
+def occupancies(mixtures: list[dict[int, float]], dtype: torch.dtype = torch.float32) -> Tensor:
+    """(n,98) the share of each element on each site, from {atomic number: share}."""
+    result = torch.zeros(len(mixtures), NUM_ELEMENTS, dtype=dtype)
+    for row, mixture in zip(result, mixtures, strict=True):
+        for z, share in mixture.items():
+            row[z - 1] = share
+    return result
 
 
 def pack(crystals: Sequence[Geometry]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""CrystalBatch: structures of other libraries come in whole, and what is not a crystal is refused by name."""
+"""Structures of other libraries: they come into a batch whole, and what is not a crystal is refused by name."""
 
 import importlib
 import io
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from crystals import NUM_ELEMENTS, aflow_prototypes, import_or_skip
+from crystals import DISORDERED, aflow_prototypes, import_or_skip, occupancies
 
 import crystalformer as cf
 
-# A site that gold and copper share, a whole sodium atom, and a site that chlorine fills half of the time.
+# The crystal of DISORDERED.
 DISORDERED_CIF = """data_disordered
 _cell_length_a 4
 _cell_length_b 5
@@ -38,7 +38,6 @@ Cu1 Cu 0.1 0 0 0.25
 Na1 Na 0.5 0.5 0.5 1
 Cl1 Cl 0.5 0 0 0.5
 """
-DISORDERED = [{79: 0.75, 29: 0.25}, {11: 1.0}, {17: 0.5}]
 
 
 @pytest.fixture
@@ -53,15 +52,6 @@ def ase() -> ModuleType:
     return module
 
 
-def table(mixtures: list[dict[int, float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """(n,98) occupancies."""
-    result = torch.zeros(len(mixtures), NUM_ELEMENTS, dtype=dtype)
-    for row, mixture in zip(result, mixtures, strict=True):
-        for z, share in mixture.items():
-            row[z - 1] = share
-    return result
-
-
 def read_cif(ase: ModuleType, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,20 +61,6 @@ def read_cif(ase: ModuleType, **options: Any) -> Any:
 def salt(core: ModuleType, **options: Any) -> Any:
     return core.Structure(
         core.Lattice([[4, 0, 0], [1, 5, 0], [0, 2, 6]]), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3], **options
-    )
-
-
-def small_batch(dtype: torch.dtype = torch.float32, species: list[int] | None = None) -> cf.CrystalBatch:
-    numbers = torch.tensor(species or [11, 17, 14])
-    positions = torch.arange(9, dtype=dtype).reshape(3, 3) / 3
-    lattice = torch.stack([4 * torch.eye(3, dtype=dtype), 5 * torch.eye(3, dtype=dtype)])
-    return cf.CrystalBatch(numbers, positions, lattice, torch.tensor([0, 2, 3]))
-
-
-def disordered_batch(dtype: torch.dtype = torch.float32) -> cf.CrystalBatch:
-    positions = torch.ones(3, 3, dtype=dtype)
-    return cf.CrystalBatch(
-        table(DISORDERED, dtype), positions, 3 * torch.eye(3, dtype=dtype)[None], torch.tensor([0, 3])
     )
 
 
@@ -125,6 +101,14 @@ def test_mixed_sizes_and_libraries(core: ModuleType, ase: ModuleType) -> None:
     assert torch.equal(cf.CrystalBatch.from_structures(s for s in structures).positions, batch.positions)
 
 
+def test_cat_gives_what_one_batch_of_all_gives(core: ModuleType, ase: ModuleType) -> None:
+    structures = [salt(core), read_cif(ase), salt(core)]
+    together = cf.CrystalBatch.from_structures(structures)
+    joined = cf.CrystalBatch.cat([cf.CrystalBatch.from_structures([s]) for s in structures])
+    for name in ("species", "positions", "lattice", "ptr"):
+        assert torch.equal(getattr(joined, name), getattr(together, name))
+
+
 def test_prototypes_keep_species_and_distances() -> None:
     structures = aflow_prototypes(limit=20, max_atoms=24)
     batch = cf.CrystalBatch.from_structures(structures, dtype=torch.float64)
@@ -159,7 +143,7 @@ def test_disordered_pymatgen(core: ModuleType) -> None:
     structure = core.Structure(core.Lattice.cubic(4), sites, [[0, 0, 0], [0.5] * 3, [0.5, 0, 0]])
     batch = cf.CrystalBatch.from_structures([structure])
     assert batch.species.dtype == torch.float32
-    assert torch.equal(batch.species, table(DISORDERED))
+    assert torch.equal(batch.species, occupancies(DISORDERED))
     assert batch.occupancies() is batch.species
 
 
@@ -168,7 +152,7 @@ def test_disordered_ase(ase: ModuleType, options: dict[str, bool]) -> None:
     """ase keeps one atom a site, of the element with the largest share, and the shares aside; a supercell has both."""
     atoms = read_cif(ase, **options)
     batch = cf.CrystalBatch.from_structures([atoms, atoms * (1, 2, 1)])
-    assert torch.equal(batch.species, table(DISORDERED * 3))
+    assert torch.equal(batch.species, occupancies(DISORDERED * 3))
     torch.testing.assert_close(batch.positions[0], torch.tensor([0.4, 0, 0]))
     assert torch.diagonal(batch.lattice, dim1=1, dim2=2).tolist() == [[4, 5, 6], [4, 10, 6]]
 
@@ -185,13 +169,13 @@ def test_both_libraries_read_a_disordered_cif_alike(core: ModuleType, ase: Modul
     ours = [cf.CrystalBatch.from_structures([s], dtype=torch.float64) for s in (structure, read_cif(ase))]
     for batch in ours:
         order = batch.species.argmax(1).sort().indices
-        assert torch.equal(batch.species[order], table([DISORDERED[1], DISORDERED[2], DISORDERED[0]], torch.float64))
+        assert torch.equal(batch.species[order], occupancies([*DISORDERED[1:], DISORDERED[0]], torch.float64))
     torch.testing.assert_close(ours[0].lattice, ours[1].lattice)
 
 
 def test_an_ordered_crystal_beside_a_disordered_one_becomes_a_mixture(core: ModuleType, ase: ModuleType) -> None:
     batch = cf.CrystalBatch.from_structures([salt(core), read_cif(ase)], dtype=torch.float64)
-    assert torch.equal(batch.species, table([{11: 1.0}, {17: 1.0}, *DISORDERED], torch.float64))
+    assert torch.equal(batch.species, occupancies([{11: 1.0}, {17: 1.0}, *DISORDERED], torch.float64))
 
 
 def test_whole_occupancies_are_atomic_numbers(ase: ModuleType) -> None:
@@ -216,7 +200,7 @@ def test_charges_and_isotopes_of_an_element_are_that_element(
     core: ModuleType, site: Any, mixture: dict[int, float]
 ) -> None:
     batch = cf.CrystalBatch.from_structures([core.Structure(core.Lattice.cubic(3), [site], [[0, 0, 0]])])
-    assert torch.equal(batch.occupancies(), table([mixture]))
+    assert torch.equal(batch.occupancies(), occupancies([mixture]))
     assert batch.species.is_floating_point() == (len(mixture) > 1)
 
 
@@ -230,7 +214,7 @@ def test_deuterium_in_a_cif_that_ase_reads(ase: ModuleType) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         atoms = ase.io.read(io.StringIO(DISORDERED_CIF.replace("Na1 Na", "D1 D")), format="cif")
-    assert torch.equal(cf.CrystalBatch.from_structures([atoms]).species[1], table([{1: 1.0}])[0])
+    assert torch.equal(cf.CrystalBatch.from_structures([atoms]).species[1], occupancies([{1: 1.0}])[0])
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -340,139 +324,3 @@ def test_not_finite(core: ModuleType, ase: ModuleType, value: float) -> None:
     refused([molecule], ValueError, "structures[0] must have finite positions, not nan")
     cell = [[3, 0, 0], [0, value, 0], [0, 0, 3]]
     refused([ase.Atoms("H", cell=cell, pbc=True)], ValueError, f"structures[0] must have finite lattice, not {value}")
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"positions": [[0.0] * 3] * 3}, TypeError, "positions must be a torch.Tensor, not list"),
-        ({"positions": torch.zeros(3, 2)}, ValueError, "positions must have shape (N, 3), not (3, 2)"),
-        (
-            {"positions": torch.zeros(3, 3, dtype=torch.float16)},
-            TypeError,
-            "positions must be torch.float32 or torch.float64, not torch.float16",
-        ),
-        ({"lattice": torch.eye(3)}, ValueError, "lattice must have shape (C=2, 3, 3), not (3, 3)"),
-        (
-            {"lattice": torch.eye(3).double().repeat(2, 1, 1)},
-            TypeError,
-            "lattice must be torch.float32, as the other arguments, not torch.float64",
-        ),
-        ({"ptr": torch.tensor([0, 2])}, ValueError, "ptr must run from 0 to the number of atoms 3, not from 0 to 2"),
-        ({"ptr": [0, 2, 3]}, TypeError, "ptr must be a torch.Tensor, not list"),
-        ({"species": [11, 17, 14]}, TypeError, "species must be a torch.Tensor, not list"),
-        ({"species": torch.tensor([11, 17])}, ValueError, "species must have shape (N=3), not (2,)"),
-        (
-            {"species": torch.tensor([11, 17, 14], dtype=torch.int32)},
-            TypeError,
-            "species must be torch.int64, not torch.int32",
-        ),
-        (
-            {"species": torch.tensor([0, 17, 14])},
-            ValueError,
-            "species must be atomic numbers from 1 to 98, not 0 to 17",
-        ),
-        ({"species": torch.tensor([1, 99, 2])}, ValueError, "species must be atomic numbers from 1 to 98, not 1 to 99"),
-        ({"species": torch.zeros(3, 97)}, ValueError, "species must have shape (N=3, 98), not (3, 97)"),
-        (
-            {"species": torch.zeros(3, 98).double()},
-            TypeError,
-            "species must be torch.float32, as the other arguments, not torch.float64",
-        ),
-    ],
-)
-def test_direct_construction_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    good = small_batch()
-    arguments = {name: getattr(good, name) for name in ("species", "positions", "lattice", "ptr")}
-    with pytest.raises(error, match="^" + re.escape(message)):
-        cf.CrystalBatch(**{**arguments, **change})
-
-
-# What a batch can do --------------------------------------------------------------------------------------------------
-
-
-def test_occupancies() -> None:
-    for dtype in (torch.float32, torch.float64):
-        shares = small_batch(dtype, species=[1, 98, 14]).occupancies()
-        assert shares.dtype == dtype
-        assert torch.equal(shares, table([{1: 1.0}, {98: 1.0}, {14: 1.0}], dtype))
-
-
-def test_to_dtype_and_device() -> None:
-    batch = small_batch()
-    batch.images = cf.build_images(batch.positions, batch.lattice, batch.ptr, cutoff=4.0)
-    double = batch.to(torch.float64)
-    assert (double.positions.dtype, double.lattice.dtype) == (torch.float64, torch.float64)
-    assert torch.equal(double.positions, batch.positions.double())
-    assert torch.equal(double.species, batch.species)
-    assert double.ptr.dtype == torch.int64
-    assert double.images is batch.images
-    assert disordered_batch().to(torch.float64).species.dtype == torch.float64
-    for target in ("meta", torch.device("meta")):
-        moved = batch.to(target)
-        assert {moved.species.device, moved.positions.device, moved.lattice.device, moved.ptr.device} == {
-            torch.device("meta")
-        }
-        assert moved.images is not None
-        assert moved.images.device.type == "meta"
-    assert small_batch().to("meta").images is None
-    with pytest.raises(TypeError, match=r"^positions must be torch.float32 or torch.float64, not torch.bfloat16$"):
-        batch.to(torch.bfloat16)
-
-
-def test_cat() -> None:
-    a, b = small_batch(), small_batch(species=[3, 4, 5])
-    both = cf.CrystalBatch.cat([a, b])
-    assert both.species.tolist() == [11, 17, 14, 3, 4, 5]
-    assert both.ptr.tolist() == [0, 2, 3, 5, 6]
-    assert torch.equal(both.positions, torch.cat([a.positions, b.positions]))
-    assert torch.equal(both.lattice, torch.cat([a.lattice, b.lattice]))
-    assert both.images is None
-
-
-def test_cat_of_ordered_and_disordered() -> None:
-    both = cf.CrystalBatch.cat([small_batch(), disordered_batch()])
-    assert torch.equal(both.species, table([{11: 1.0}, {17: 1.0}, {14: 1.0}, *DISORDERED]))
-    assert both.ptr.tolist() == [0, 2, 3, 6]
-
-
-def test_cat_joins_images_that_all_have() -> None:
-    a, b = small_batch(), disordered_batch()
-    for x in (a, b):
-        x.images = cf.build_images(x.positions, x.lattice, x.ptr, cutoff=4.0)
-    both = cf.CrystalBatch.cat([a, b])
-    expected = cf.build_images(both.positions, both.lattice, both.ptr, cutoff=4.0)
-    assert both.images is not None
-    assert both.images.num_images > both.num_atoms
-    for name in ("row_ptr", "col", "shift", "ptr"):
-        assert torch.equal(getattr(both.images, name), getattr(expected, name))
-    b.images = None
-    assert cf.CrystalBatch.cat([a, b]).images is None
-
-
-def test_cat_of_nothing() -> None:
-    with pytest.raises(ValueError, match=r"^batches must hold at least one CrystalBatch, not none$"):
-        cf.CrystalBatch.cat([])
-
-
-def test_cat_gives_what_one_batch_of_all_gives(core: ModuleType, ase: ModuleType) -> None:
-    structures = [salt(core), read_cif(ase), salt(core)]
-    together = cf.CrystalBatch.from_structures(structures)
-    joined = cf.CrystalBatch.cat([cf.CrystalBatch.from_structures([s]) for s in structures])
-    for name in ("species", "positions", "lattice", "ptr"):
-        assert torch.equal(getattr(joined, name), getattr(together, name))
-
-
-def test_a_batch_without_crystals() -> None:
-    empty = cf.CrystalBatch(
-        torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3), torch.zeros(0, 3, 3), torch.zeros(1, dtype=torch.int64)
-    )
-    assert (len(empty), empty.num_atoms) == (0, 0)
-    assert empty.occupancies().shape == (0, NUM_ELEMENTS)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA driver")
-def test_pin_memory() -> None:
-    pinned = small_batch().pin_memory()
-    assert pinned.positions.is_pinned()
-    assert pinned.species.is_pinned()
