@@ -1,64 +1,16 @@
-"""The image list: which images, in which order, for which geometry, and what is refused.
-
-Other libraries' neighbour lists, and a box of translations, are the oracles.
-"""
+"""The image list: its order and form, lists of batches, and what is refused."""
 
 import itertools
-import math
 import re
-import subprocess
-import sys
-import time
-import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from crystals import (
-    KINDS,
-    aflow_prototypes,
-    between_shells,
-    box_images,
-    geometry,
-    import_or_skip,
-    pack,
-    random_crystal,
-    rotation,
-)
+from crystals import pack, random_crystal
+from image_lists import NEAR, SIZES, image_tuples, of_one, one_of_each
 from torch import Tensor
-from waits import Waits
 
 import crystalformer as cf
-from crystalformer import checks
-from crystalformer import images as images_module
-
-Image = tuple[int, int, int, int, int]
-SIZES = {"cubic": 4, "skewed": 3, "needle": 2, "plate": 3, "left_handed": 5}
-NEAR = 7.0
-
-
-def image_tuples(images: cf.ImageList) -> list[Image]:
-    """(i, j, n0, n1, n2) of each entry, in order."""
-    row = torch.repeat_interleave(images.row_ptr.diff())
-    table = torch.cat([row[:, None], images.col.long()[:, None], images.shift.long()], 1)
-    return [tuple(x) for x in table.tolist()]
-
-
-def with_self(i: Any, j: Any, shift: Any, num_atoms: int) -> list[Image]:
-    """Another library's neighbours as sorted (i, j, n), with each atom itself."""
-    table = np.column_stack([i, j, shift]).astype(np.int64)
-    itself = np.zeros((num_atoms, 5), dtype=np.int64)
-    itself[:, 0] = itself[:, 1] = np.arange(num_atoms)
-    return sorted(map(tuple, np.concatenate([table, itself]).tolist()))
-
-
-def radius_off_shells(positions: Tensor, lattice: Tensor, near: float = NEAR) -> float:
-    return between_shells(np.sqrt(box_images(positions, lattice, 1.2 * near)[2]), near)
-
-
-def of_one(crystal: tuple[Tensor, Tensor], **options: Any) -> cf.ImageList:
-    return cf.build_images(*pack([crystal]), **options)
 
 
 def assert_same(a: cf.ImageList, b: cf.ImageList) -> None:
@@ -68,65 +20,6 @@ def assert_same(a: cf.ImageList, b: cf.ImageList) -> None:
         assert torch.equal(x, y), name
     for name in ("num_pairs", "decay_min", "tol", "logit_range", "every_pair"):
         assert getattr(a, name) == getattr(b, name), name
-
-
-# The same set as other libraries --------------------------------------------------------------------------------------
-
-
-def assert_vesin_agrees(positions: Tensor, lattice: Tensor) -> None:
-    vesin = import_or_skip("vesin", reason="vesin is an oracle for the set of images")
-    radius = radius_off_shells(positions, lattice)
-    i, j, shift = vesin.NeighborList(cutoff=radius, full_list=True).compute(
-        points=positions.numpy(), box=lattice.numpy(), periodic=True, quantities="ijS"
-    )
-    assert len(i) > 0
-    found = image_tuples(of_one((positions, lattice), cutoff=radius))
-    assert found == with_self(i, j, shift, len(positions))
-
-
-def assert_pymatgen_agrees(structure: Any) -> None:
-    positions, lattice = geometry(structure)
-    radius = radius_off_shells(positions, lattice)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        i, j, shift, _ = structure.get_neighbor_list(radius)
-    assert len(i) > 0
-    found = image_tuples(of_one((positions, lattice), cutoff=radius))
-    assert found == with_self(i, j, shift, len(positions))
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", KINDS)
-def test_vesin_has_the_same_images_of_random_cells(kind: str, seed: int) -> None:
-    assert_vesin_agrees(*random_crystal(kind, seed, SIZES[kind]))
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", KINDS)
-def test_pymatgen_has_the_same_images_of_random_cells(kind: str, seed: int) -> None:
-    core = import_or_skip("pymatgen.core", reason="pymatgen is an oracle for the set of images")
-    positions, lattice = random_crystal(kind, seed, SIZES[kind])
-    species = ["Si"] * len(positions)
-    assert_pymatgen_agrees(core.Structure(lattice.numpy(), species, positions.numpy(), coords_are_cartesian=True))
-
-
-def test_vesin_has_the_same_images_of_prototypes() -> None:
-    for structure in aflow_prototypes(limit=30, max_atoms=16):
-        assert_vesin_agrees(*geometry(structure))
-
-
-def test_pymatgen_has_the_same_images_of_prototypes() -> None:
-    for structure in aflow_prototypes(limit=30, max_atoms=16):
-        assert_pymatgen_agrees(structure)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_certified_cutoff_keeps_all_images_within_it(kind: str) -> None:
-    positions, lattice = random_crystal(kind, 2, SIZES[kind])
-    images = of_one((positions, lattice), decay_min=0.2)
-    pair, shift, _ = box_images(positions, lattice, float(images.cutoff))
-    n = len(positions)
-    assert image_tuples(images) == list(map(tuple, np.column_stack([pair // n, pair % n, shift]).tolist()))
 
 
 # Order and form -------------------------------------------------------------------------------------------------------
@@ -141,7 +34,7 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    return pack([random_crystal(kind, 3, n) for kind, n in SIZES.items()])
+    return one_of_each()
 
 
 def test_form(batch: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> None:
@@ -215,52 +108,6 @@ def test_what_a_list_is_certified_for() -> None:
     assert chosen.cutoff.tolist() == [5.0]
 
 
-# Invariance -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("choice", ["cutoff", "certified", "every_pair"])
-def test_rotation_mirror_and_translation_keep_the_images(kind: str, choice: str) -> None:
-    positions, lattice = random_crystal(kind, 4, SIZES[kind])
-    options = {"certified": {"decay_min": 0.2}, "every_pair": {"decay_min": 0.2, "every_pair": True}}.get(
-        choice, {"cutoff": radius_off_shells(positions, lattice)}
-    )
-    found = image_tuples(of_one((positions, lattice), **options))
-    turn = torch.from_numpy(rotation(np.random.default_rng(0)))
-    mirror = torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64))
-    for motion in (turn, mirror, turn @ mirror):
-        assert image_tuples(of_one((positions @ motion, lattice @ motion), **options)) == found
-    move = torch.tensor([1.2, -30.0, 7.7], dtype=torch.float64)
-    assert image_tuples(of_one((positions + move, lattice), **options)) == found
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_another_cell_of_the_same_crystal_relabels_the_images(kind: str) -> None:
-    """Rows U·L of the lattice, U unimodular and of determinant -1, so the other handedness: n becomes n·U^-1."""
-    positions, lattice = random_crystal(kind, 5, SIZES[kind])
-    u = torch.tensor([[0, 1, 0], [1, 2, 0], [-1, 0, 1]], dtype=torch.float64)
-    assert round(float(torch.linalg.det(u))) == -1
-    radius = radius_off_shells(positions, lattice)
-    found = image_tuples(of_one((positions, lattice), cutoff=radius))
-    other = image_tuples(of_one((positions, u @ lattice), cutoff=radius))
-    assert len(other) > len(positions)
-    back = [(i, j, *(round(x) for x in (torch.tensor(n).double() @ u).tolist())) for i, j, *n in other]
-    assert sorted(back) == found
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("offset", [0.0, 50.0])
-def test_a_cutoff_on_a_shell_keeps_the_shell(dtype: torch.dtype, offset: float) -> None:
-    """fcc has 12, 6, 24, 12 neighbours at a·sqrt(k/2), k = 1 to 4, whatever rounding does to each distance."""
-    lattice = 3.61 * torch.from_numpy(rotation(np.random.default_rng(0)))
-    corners = torch.tensor([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=torch.float64) / 2
-    crystal = (corners @ lattice + offset).to(dtype), lattice.to(dtype)
-    for k, neighbours in ((1, 12), (2, 18), (3, 42), (4, 54)):
-        images = of_one(crystal, cutoff=3.61 * math.sqrt(k / 2))
-        assert images.row_ptr.diff().tolist() == [1 + neighbours] * 4
-    assert of_one(crystal, cutoff=3.61 * math.sqrt(0.5) - 1e-3).num_images == 4
-
-
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
@@ -319,52 +166,6 @@ def test_empty_batch(options: dict[str, Any]) -> None:
     assert (images.num_images, images.num_atoms, images.num_crystals, images.num_pairs) == (0, 0, 0, 0)
     assert images.row_ptr.tolist() == [0]
     assert images.shift.shape == (0, 3)
-
-
-# Time and memory ------------------------------------------------------------------------------------------------------
-
-
-def test_thirty_two_small_crystals_take_well_under_a_second() -> None:
-    batch = pack([random_crystal(("cubic", "left_handed")[seed % 2], seed, 4 + seed % 5) for seed in range(32)])
-    # Processor time of one thread: others on the machine, and threads that wait for a core, do not count.
-    threads, seconds = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        for _ in range(3):
-            start = time.process_time()
-            images = cf.build_images(*batch, cutoff=12.0)
-            seconds.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    assert images.num_images > 32 * 4 * 100
-    assert min(seconds) < 1.0, seconds
-
-
-def test_a_thousand_atoms_fit_in_four_gib() -> None:
-    resource = pytest.importorskip("resource", reason="peak memory is measured with the resource module")
-    del resource
-    program = """
-import resource, sys, torch
-import crystalformer as cf
-torch.manual_seed(0)
-grid = torch.cartesian_prod(*[torch.arange(10.0, dtype=torch.float64)] * 3)
-positions = 2.5 * grid + 0.2 * torch.randn(1000, 3, dtype=torch.float64)
-geometry = positions, 25.0 * torch.eye(3, dtype=torch.float64)[None], torch.tensor([0, 1000])
-images = cf.build_images(*geometry)
-n = torch.randn(3, 1000, 8, 16, dtype=torch.float64)
-inputs = [*n, torch.full((1000, 8), 0.2).double(), *geometry[:2], torch.randn(8, 16, 64).double()]
-inputs = [x.requires_grad_() for x in inputs]
-y = cf.periodic_attention(*inputs[:6], images, inputs[6], cf.RadialBasis(), "reference")
-assert all(g.abs().max() > 0 for g in torch.autograd.grad(y.square().sum(), inputs))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(images.num_images, peak // (1024 if sys.platform == "darwin" else 1))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    num_images, kib = map(int, done.stdout.split())
-    # A sphere of the certified radius, 12.5 Å, holds some 500 atoms of this density.
-    assert num_images > 400_000
-    assert kib < 4 << 20
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -442,64 +243,3 @@ def test_refuses(change: dict[str, Any], error: type[Exception], message: str) -
 
 def test_the_geometry_that_the_refusals_change_is_accepted() -> None:
     assert cf.build_images(TWO, CUBE, PTR).num_images > 100
-
-
-def test_a_logit_range_close_to_the_largest_still_certifies() -> None:
-    """At 12.5 Å a weight exp(-3 d²) is e^-469: scores e^499 apart make it all that counts. At 14 Å it is e^-588."""
-    lattice = torch.diag(torch.tensor([3, 3, 60.0], dtype=torch.float64))
-    for distance, seen in ((12.5, True), (14.0, False)):
-        positions = torch.tensor([[0, 0, 0], [0, 0, distance]], dtype=torch.float64)
-        images = of_one((positions, lattice), decay_min=3.0, logit_range=499.0)
-        assert ((0, 1, 0, 0, 0) in image_tuples(images)) == seen
-        assert (float(images.cutoff) > 12.5) == seen
-
-
-def test_values_on_other_devices_are_looked_at_only_when_asked() -> None:
-    """A look at a GPU's values costs a synchronisation."""
-    elsewhere = CUBE.to("meta")
-    assert checks.values_visible(CUBE)
-    assert not checks.values_visible(elsewhere)
-    with cf.debug_checks(True):
-        assert checks.values_visible(elsewhere)
-        with cf.debug_checks(False):
-            assert not checks.values_visible(elsewhere)
-        assert checks.values_visible(elsewhere)
-    assert not checks.values_visible(elsewhere)
-
-
-def test_what_is_a_wait_is_noted(waits: Waits) -> None:
-    x, mask = torch.arange(4), torch.tensor([True, False, True, True])
-    with waits:
-        x[mask], mask.nonzero(), int(x[0]), torch.bincount(x), x.repeat_interleave(x), x.tolist()
-        x[mask] = 0
-        x[x], x[1:].cumsum(0), torch.repeat_interleave(x + 1, output_size=5)
-    names = [name.split(".")[0] for name in waits.found]
-    assert names == ["index", "nonzero", "_local_scalar_dense", "bincount", "repeat_interleave", "tolist", "index_put_"]
-
-
-@pytest.mark.parametrize(("options", "number"), [({}, 5), ({"every_pair": True}, 5), ({"cutoff": 6.0}, 4)])
-def test_a_gpu_is_waited_for_only_for_sizes(
-    batch: tuple[Tensor, Tensor, Tensor],
-    options: dict[str, Any],
-    number: int,
-    waits: Waits,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of the number of pairs, of points after each axis, and of images kept; whatever the number of crystals."""
-    monkeypatch.setattr(images_module, "_backend", lambda device: "reference")
-    monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
-    with waits:
-        cf.build_images(*batch, **options)
-    assert len(waits.found) == number, waits.found
-
-
-@pytest.mark.parametrize("by_pair", [False, True])
-def test_packing_for_a_gpu_waits_never(batch: tuple[Tensor, Tensor, Tensor], by_pair: bool, waits: Waits) -> None:
-    pytest.importorskip("triton", reason="needs triton")
-    from crystalformer.kernels.layout import pack as pack_layout
-
-    images = cf.build_images(*batch, every_pair=True)
-    lists = (images.ptr, images.row_ptr, images.col, images.shift, images.num_pairs)
-    with waits:
-        pack_layout(*batch[:2], *lists, 64, (14.0, 1.0), by_pair)
-    assert waits.found == []
