@@ -28,7 +28,7 @@ bench-results: $(INSTALLED)  ## bench/results/ and the README's table and plots;
 
 gpu:  ## what needs an NVIDIA GPU; takes the Python it finds, with torch, triton, numpy and pytest
 	code=0; \
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py || code=1; \
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py tests/triton_images.py || code=1; \
 	PYTHONPATH=. $(PYTHON) -m bench all --device cuda --repeat 200 --out bench/results || code=1; \
 	exit $$code
 

@@ -1,4 +1,4 @@
-"""What all tests share: the backends, a count of waits, and one thread for steady times on a busy machine."""
+"""What tests share: the backends, a count of waits, NaN in new memory; one thread, for steady times."""
 
 from typing import Any
 
@@ -31,3 +31,15 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 
     monkeypatch.setattr(Tensor, "tolist", noted)
     return mode
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that a kernel forgets to write are NaN."""
+    empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poisoned(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))

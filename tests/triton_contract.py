@@ -1,4 +1,4 @@
-"""What the Triton kernels promise, held against the reference in fp32: on a GPU, or in Triton's interpreter.
+"""What the Triton kernels of the sums promise, held against the reference in fp32: on a GPU, or in the interpreter.
 
 `make gpu` and test_triton.py run this file; pytest does not collect it by itself.
 """
@@ -8,21 +8,14 @@ from importlib import import_module
 
 import pytest
 import torch
-from crystals import KINDS, pack, random_crystal
 from problems import problem, relative_error
 from test_dual_space import both
+from triton_device import DEVICE, MARKS, on_device
 
 import crystalformer as cf
 from crystalformer import checks
-from crystalformer import images as images_module
 
-MISSING = cf.available_backends()["triton"]
-pytestmark = [
-    pytest.mark.skipif(MISSING is not True, reason=str(MISSING)),
-    # Of the interpreter in Triton 3.6.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = MARKS
 
 SIZES = {
     "plain": dict(heads=4, dim=8, value_dim=8, num_basis=16),
@@ -42,25 +35,6 @@ RECIPROCAL_SIZES = {
     "tiles of atoms": dict(kinds=(("cubic", 2), ("cubic", 19)), dim=8, value_dim=8, decay_min=2.5),
     "clamped": dict(kinds=(("needle", 4),), decay_min=2.0, tol=1e-9),
 }
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """Results that a kernel forgets to write are NaN."""
-    empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-
-    def poisoned(x):
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
-
-
-def on_device(x):
-    """The problem in fp32 where the kernels run."""
-    x = x.to(torch.float32)
-    names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight", "ptr", "images")
-    return replace(x, **{name: getattr(x, name).to(DEVICE) for name in names})
 
 
 def weights(outputs, seed=1):
@@ -279,126 +253,6 @@ def test_no_atoms():
     assert reciprocal(x, "triton")["y"].shape == (0, 2, 4)
 
 
-LISTS = {
-    "certified": {"decay_min": 0.5},
-    "cutoff": {"cutoff": 5.0},
-    "every_pair": {"decay_min": 1.0, "every_pair": True},
-    "loose": {"decay_min": 0.5, "tol": 1e-3, "logit_range": 0.0},
-    "strict": {"decay_min": 2.0, "tol": 1e-9, "logit_range": 10.0},
-}
-
-
-def assert_list_is_the_reference(monkeypatch, geometry, **options):
-    lists = []
-    for backend, device in (("reference", "cpu"), ("triton", DEVICE)):
-        monkeypatch.setattr(images_module, "_backend", lambda device, backend=backend: backend)
-        lists.append(cf.build_images(*(x.to(device) for x in geometry), **options))
-    here, there = lists
-    for name in ("row_ptr", "col", "shift", "ptr"):
-        found, expected = getattr(there, name).cpu(), getattr(here, name)
-        assert found.dtype == expected.dtype, name
-        assert torch.equal(found, expected), name
-    torch.testing.assert_close(there.cutoff.cpu(), here.cutoff, rtol=1e-12, atol=0.0)
-    assert there.num_images > 0
-    for name in ("num_pairs", "decay_min", "tol", "logit_range", "every_pair"):
-        assert getattr(there, name) == getattr(here, name)
-
-
-@pytest.mark.parametrize("options", LISTS.values(), ids=LISTS)
-def test_image_lists(options, monkeypatch):
-    geometry = pack([random_crystal(kind, 1, 1 + k % 3) for k, kind in enumerate(KINDS)])
-    assert_list_is_the_reference(monkeypatch, geometry, **options)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_image_lists_of_random_cells(seed, monkeypatch):
-    module = import_module("crystalformer.kernels.images")  # large blocks are faster in the interpreter
-    monkeypatch.setattr(module, "image_blocks", lambda *_: {"BJ": 8, "BC": 256, "num_warps": 4})
-    geometry = pack([random_crystal(kind, 10 + seed, 1 + (seed + k) % 5) for k, kind in enumerate(KINDS)])
-    for options in ({"decay_min": 0.7}, {"decay_min": 0.7, "every_pair": True}):
-        assert_list_is_the_reference(monkeypatch, geometry, **options)
-
-
-def test_image_list_of_a_large_cell(monkeypatch):
-    assert_list_is_the_reference(monkeypatch, pack([random_crystal("cubic", 0, 66)]), cutoff=3.0)
-
-
-@pytest.mark.parametrize("options", LISTS.values(), ids=LISTS)
-def test_image_lists_of_nothing(options, monkeypatch):
-    monkeypatch.setattr(images_module, "_backend", lambda device: "triton")
-    images = cf.build_images(*(x.to(DEVICE) for x in pack([])), **options)
-    assert (images.num_images, images.num_atoms, images.num_pairs) == (0, 0, 0)
-    assert images.row_ptr.tolist() == [0]
-
-
-@pytest.mark.parametrize("options", LISTS.values(), ids=LISTS)
-def test_image_lists_wait_once(options, waits, monkeypatch):
-    monkeypatch.setattr(images_module, "_backend", lambda device: "triton")
-    monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
-    geometry = [x.to(DEVICE) for x in pack([random_crystal("cubic", 1, 2), random_crystal("cubic", 2, 1)])]
-    with waits:
-        cf.build_images(*geometry, **{**options, "decay_min": 3.0})
-    assert waits.found == ["tolist"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"positions": float("nan")}, r"positions must be finite, but positions\[1, 2\] is nan"),
-        ({"positions": float("inf")}, r"positions must be finite, but positions\[1, 2\] is inf"),
-        ({"lattice": float("nan")}, r"lattice must be finite, but lattice\[1, 1, 1\] is nan"),
-        ({"lattice": 0.0}, r"lattice must have a volume, but lattice\[1\] is singular"),
-        ({"lattice": 1e-9}, r"a pair of atoms must have fewer than 2\^30 images"),
-    ],
-)
-@pytest.mark.parametrize("options", list(LISTS.values())[:3], ids=list(LISTS)[:3])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
-def test_image_lists_of_no_geometry(change, message, options, monkeypatch):
-    """Found by the kernels, at the one wait: values on a GPU are not looked at before. Every loop ends."""
-    positions, lattice, ptr = (x.to(DEVICE) for x in pack([random_crystal("cubic", 1, 1)] * 2))
-    if "lattice" in change:
-        lattice[1] = torch.eye(3)
-        lattice[1, 1, 1] = change["lattice"]
-        lattice[1] *= 1e-3 if change["lattice"] == 1e-9 else 1
-    else:
-        positions[1, 2] = change["positions"]
-    monkeypatch.setattr(images_module, "_backend", lambda device: "triton")
-    with monkeypatch.context() as patch:
-        patch.setattr(checks, "values_visible", lambda x: checks._check_values_on_gpu)  # as on a GPU
-        with pytest.raises(ValueError, match="^" + message):
-            cf.build_images(positions, lattice, ptr, **options)
-
-
-def test_layout_holds_every_image_once():
-    module = import_module("crystalformer.kernels.layout")
-
-    for kinds in ((("cubic", 1),), (("skewed", 3),), (("cubic", 12),)):
-        x = on_device(problem(kinds=kinds))
-        lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift, x.images.num_pairs)
-        packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
-        layout = module.unpack(packed, len(x.q), x.images.num_images, 5)
-        group, groups = layout.shape
-        entries = layout.records[:, 2 * groups :].contiguous().view(torch.float32).unflatten(1, (2, -1))
-        distances, log_count = (part.flatten() for part in entries.unbind(1))
-        places, images = layout.place.unique(return_counts=True)
-        assert torch.equal((distances < module.FAR).nonzero()[:, 0], places)
-        torch.testing.assert_close(log_count[places].exp2(), images.float())
-        assert (images.max() > 1) == (len(x.q) < 12)  # a large cell has one image of most pairs
-        tiles = layout.records[:, groups : 2 * groups].flatten()
-        real = tiles >= 0
-        assert torch.equal(tiles[tiles[real].long()], real.nonzero()[:, 0].int())  # a mirror's mirror is itself
-        assert len(layout.records) * group * groups < 12 * x.images.num_images
-
-
-def test_layout_follows_the_geometry():
-    x = on_device(problem())
-    before = x.attention(backend="triton")
-    x.positions.add_(0.1 * torch.ones_like(x.positions).cumsum(0))
-    after = x.attention(backend="triton")
-    assert relative_error(after.cpu(), x.to(torch.float64).attention().cpu()) < 1e-5
-    assert relative_error(after, before) > 1e-3
-
-
 def test_takes_fp32_alone():
     x = problem()
     with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):
@@ -434,14 +288,6 @@ def encoding_arguments(x):
 
 def reciprocal_arguments(x):
     return x.inputs[:6], x.wave_vectors(decay_min=2.0)
-
-
-@pytest.mark.parametrize("cutoff", [None, 2.0])
-def test_opcheck_of_image_lists(cutoff):
-    geometry = (x.to(DEVICE) for x in pack([random_crystal("cubic", 1, 1)]))
-    decay = torch.full((1,), 20.0, dtype=torch.float64, device=DEVICE)
-    operator = torch.ops.crystalformer.triton_images.default
-    torch.library.opcheck(operator, (*geometry, decay, 1e-2, 0.0, 0.01, cutoff, False))
 
 
 @pytest.mark.parametrize(
