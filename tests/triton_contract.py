@@ -159,7 +159,7 @@ def test_reciprocal_in_parts(monkeypatch):
     assert not module.fits(9, 2, max_atoms, max_vectors)
     for geometry, exact in whole.items():
         for name, value in reciprocal(x, "triton", geometry).items():
-            assert torch.equal(value, exact[name]), name
+            assert relative_error(value, exact[name]) < 1e-6, name  # compiled apart, for parts that are not aligned
     monkeypatch.setattr(module, "SCRATCH", 1)
     monkeypatch.setattr(module, "phases", None)  # no kernel
     for name, value in reciprocal(x, "triton").items():
@@ -224,7 +224,7 @@ def test_geometry_changes_no_other_gradient(function):
     x = on_device(problem(every_pair=True))
     all_of_them = function(x, "triton")
     for name, grad in function(x, "triton", geometry=False).items():
-        assert torch.equal(grad, all_of_them[name]), name
+        assert relative_error(grad, all_of_them[name]) < 1e-6, name  # compiled apart: other roundings
 
 
 @pytest.mark.parametrize("function", [attention, encoding, reciprocal])
@@ -254,7 +254,7 @@ def test_no_atoms():
 
 
 def test_takes_fp32_alone():
-    x = problem()
+    x = on_device(problem(), torch.float64)
     with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):
         x.attention(backend="triton")
     with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float32, not torch.float64"):

@@ -18,8 +18,8 @@ MARKS = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def on_device(x: Problem) -> Problem:
-    """The problem in fp32 where the kernels run."""
-    x = x.to(torch.float32)
+def on_device(x: Problem, dtype: torch.dtype = torch.float32) -> Problem:
+    """The problem where the kernels run."""
+    x = x.to(dtype)
     names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight", "ptr", "images")
     return replace(x, **{name: getattr(x, name).to(DEVICE) for name in names})

@@ -50,8 +50,9 @@ def test_image_lists(options, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_image_lists_of_random_cells(seed, monkeypatch):
-    module = import_module("crystalformer.kernels.images")  # large blocks are faster in the interpreter
-    monkeypatch.setattr(module, "image_blocks", lambda *_: {"BJ": 8, "BC": 256, "num_warps": 4})
+    if DEVICE == "cpu":  # large blocks are faster in the interpreter
+        module = import_module("crystalformer.kernels.images")
+        monkeypatch.setattr(module, "image_blocks", lambda *_: {"BJ": 8, "BC": 256, "num_warps": 4})
     geometry = pack([random_crystal(kind, 10 + seed, 1 + (seed + k) % 5) for k, kind in enumerate(KINDS)])
     for options in ({"decay_min": 0.7}, {"decay_min": 0.7, "every_pair": True}):
         assert_list_is_the_reference(monkeypatch, geometry, **options)
