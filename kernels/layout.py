@@ -167,7 +167,7 @@ def _back(order: Tensor, x: Tensor) -> Tensor:
 
 
 def _expected_cost(images: ImageList, group: int, groups: int) -> float:
-    """What tiles of this shape are expected to cost, from what the host knows: within a few percent of their number."""
+    """What tiles of this shape would cost if each image were an entry, expected from what the host knows."""
     m, pairs = images.num_images, min(images.num_pairs, images.num_images)
     full = max(pairs, (m + pairs * (group - 1) / 2) / group)  # half a group is empty at the end of a pair
     return (full / groups + images.num_atoms / 2) * groups * (group + GROUP_COST)
