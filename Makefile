@@ -26,11 +26,12 @@ bench-results: $(INSTALLED)  ## bench/results/ and the README's table and plots;
 	$(BIN)/python -m bench all --out bench/results
 	$(BIN)/python -m bench report
 
+# COMMIT names the commit in the results, where the files have no repository with them.
 RESULTS ?= bench/results
 gpu:  ## what needs an NVIDIA GPU, in eight minutes at most; takes the Python it finds, with torch, triton, numpy, pytest
 	code=0; export PYTHONPATH=. PYTHONUNBUFFERED=1; \
-	timeout -s INT -k 5 150 $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py tests/triton_images.py || code=1; \
-	timeout -s INT -k 5 230 $(PYTHON) -m bench all --device cuda --repeat 200 --out $(RESULTS) || code=1; \
+	timeout -s INT -k 5 140 $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py tests/triton_images.py || code=1; \
+	timeout -s INT -k 5 220 $(PYTHON) -m bench all --device cuda --repeat 200 --out $(RESULTS) || code=1; \
 	$(PYTHON) -m pytest tests/test_sanitizer.py || code=1; \
 	exit $$code
 

@@ -48,7 +48,7 @@ class Provider:
         bound: largest error of any result, relative to the largest value of that result; more is not timed.
         prepare: makes the case of a problem, or raises Absent.
         graph: time the replay of a CUDA graph.
-        instructions: by direction, that a warp issues for an entry of a problem of the paper's size, as compiled.
+        instructions: by direction, that a warp issues for a shell of a problem of the paper's size, as compiled.
     """
 
     name: str
@@ -57,6 +57,11 @@ class Provider:
     prepare: Callable[[Problem], Case]
     graph: bool = False
     instructions: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def replays(self) -> int:
+        """How many are timed together, for their mean: to start a graph takes as long as a small one."""
+        return 20 if self.graph else 1
 
 
 def function_case(

@@ -18,11 +18,12 @@ atoms forward q, k, v, y (4 H D), decay (H), positions (3); backward q, k, v, y,
 their gradients (3 H), c (H K); W once, and its gradient. The encoding has pairs in the place of atoms in y: it writes
 alpha and beta, (1 + D) P H numbers, and has no q·k.
 
-A kernel that is bound by instructions takes at least as long as all warps' schedulers need to issue them: its entries,
+A kernel that is bound by instructions takes at least as long as all warps' schedulers need to issue them: its shells,
 images of one pair at one distance, by the instructions a warp issues for one (as compiled for sm_90, see `Provider`),
 over 4 a cycle and multiprocessor at the highest clock. `issue_percent` is this time over the measured one, for problems
-in tiles of 4 groups of 8 entries; what a loop does not hold, and places of a tile without an entry, are not in it. But
-for `triton-graph` the measured time is also the host's, which small problems have more of than the GPU's.
+in tiles of 4 groups of 8 shells. Not in it are what a loop does not hold, places of a tile without a shell, and that
+the gradients of the geometry go over images, not shells, once more. But for `triton-graph` the measured time is that of
+the host as well, of which small problems have more.
 
 An implementation that leaves out terms below its tolerance does less than this, and may pass 100 % of the roofline.
 """
@@ -116,5 +117,5 @@ def issue_rate(device: torch.device) -> float:
 
 
 def issue_percent(x: Problem, instructions: float, milliseconds: float, rate: float) -> float:
-    """The share of a time that the issue of so many instructions an entry needs."""
-    return 1e5 * x.entries * instructions / rate / milliseconds
+    """The share of a time that the issue of so many instructions a shell needs."""
+    return 1e5 * x.shells * instructions / rate / milliseconds

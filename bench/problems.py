@@ -137,8 +137,8 @@ class Problem:
         return unpack(layout, x.num_atoms, images.num_images, settings[0])
 
     @property
-    def entries(self) -> int:
-        """How many entries these hold: images of one pair at one distance are one."""
+    def shells(self) -> int:
+        """How many shells these hold: images of one pair at one distance are one."""
         return len(self.tiles.place.unique())
 
 

@@ -169,6 +169,8 @@ def _against_cells(file: Path, rows: Sequence[Row], column: str, label: str) -> 
                     for row in rows
                     if row["device"] == device and row["provider"] == name and row[column]
                 ]
+                if not points:  # a graph's memory is not measured
+                    continue
                 style = "o-" if device == devices[0] else "o--"
                 title = name if len(devices) == 1 else f"{name}, {device}"
                 line = {"markersize": 4, "color": COLORS.get(name), "label": title}

@@ -38,12 +38,13 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit, and whether anything but the results differs from it. COMMIT says it where there is no repository."""
-    if named := os.environ.get("COMMIT"):
-        return named
+    """The commit, and whether anything but the results differs from it; without a repository, what COMMIT says."""
     git = ("git", "-C", str(FOLDER.parents[1]))
     changed = first_line(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    return first_line(*git, "rev-parse", "--short", "HEAD") + ("" if changed == "unknown" else "-dirty")
+    found = first_line(*git, "rev-parse", "--short", "HEAD")
+    if found == "unknown":
+        return os.environ.get("COMMIT", found)
+    return found + ("" if changed == "unknown" else "-dirty")
 
 
 def device_name(device: torch.device) -> str:

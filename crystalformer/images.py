@@ -55,7 +55,7 @@ class ImageList(Packed):
     lattice, not through the list. The certificate holds for the geometry that the list was built for.
 
     Attributes:
-        row_ptr: (N+1) int64, row i is the entries row_ptr[i] to row_ptr[i+1].
+        row_ptr: (N+1) int64, row i is the images row_ptr[i] to row_ptr[i+1].
         col: (M) int32, atom j of each image.
         shift: (M,3) int32, n of each image.
         ptr: (C+1) int64, the first atom of each crystal.

@@ -71,10 +71,20 @@ def layout(
     made_for, kept = images.layouts.get(key, (None, None))
     if made_for is None or not made_for.still(geometry):
         checks.check_geometry(positions, lattice)
+        _check_num_pairs(images)
         with torch.inference_mode(False):  # the layout outlives this call, and may be saved for a backward
             kept = make()
         images.layouts[key] = (_Geometry(geometry), kept)
     return kept
+
+
+def _check_num_pairs(images: ImageList) -> None:
+    """Memory is taken for so many."""
+    if not checks.values_visible(images.ptr):
+        return
+    number = int(images.ptr.diff().square().sum())
+    if images.num_pairs != number:
+        raise ValueError(f"images.num_pairs must be {number}, the sum of squared sizes, not {images.num_pairs}")
 
 
 class _Geometry:

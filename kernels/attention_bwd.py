@@ -77,9 +77,9 @@ def attention_bwd_rows(
     for t in range(first, tl.load(first_p + i + 1).to(tl.int64)):
         record_p = tile_p + t * (BG * (2 + 2 * G))
         j = tl.load(record_p + bg).to(tl.int64)  # [BG]
-        o_entry = g[:, None] * BG + bg[None, :]
-        x = tl.load(record_p + 2 * BG + o_entry).to(tl.float32, bitcast=True)  # [G, BG]
-        log_count = tl.load(record_p + (2 + G) * BG + o_entry).to(tl.float32, bitcast=True)
+        o_shell = g[:, None] * BG + bg[None, :]
+        x = tl.load(record_p + 2 * BG + o_shell).to(tl.float32, bitcast=True)  # [G, BG]
+        log_count = tl.load(record_p + (2 + G) * BG + o_shell).to(tl.float32, bitcast=True)
         k_j = gather_heads(k_p, j, h, H, D, BD)
         s = tl.sum(k_j * q[None, :, :], 2) - lse[None, :]  # [BG, BH]
         # gamma - delta of (B4): what p is multiplied with
@@ -108,13 +108,13 @@ def attention_bwd_rows(
         tl.store(p_group_p + o_group, tl.sum(p, 0), mask=h[None, :] < H)
         tl.store(ds_group_p + o_group, ds_group, mask=h[None, :] < H)
         if GEOMETRY:
-            # f = dd_e / d_e of (B8), of each of the entry's images: the gradient of r_e is f r_e. No force between an
+            # f = dd_e / d_e of (B8), of each of the shell's images: the gradient of r_e is f r_e. No force between an
             # atom and itself, where x = 0.
             force = tl.sum(ds * a[None, None, :], 2)  # [G, BG]
             if K > 0:
                 slope = tl.sum(p * tl.reshape(slope, (G, BG, BH)), 2)
                 force -= tl.where(x > 0, slope / tl.where(x > 0, x, 1.0), 0.0)
-            o_force = (t * BE + o_entry) * tl.num_programs(1) + tl.program_id(1)
+            o_force = (t * BE + o_shell) * tl.num_programs(1) + tl.program_id(1)
             tl.store(force_p + o_force, force * force_scale * tl.exp2(-log_count))
     store_heads(dq_p, i, h, tl.sum(dq, 0) * (q_scale / LOG2E), H, D, BD)
     tl.store(d_decay_p + i * H + h, tl.sum(d_decay, 0) * (decay_scale / LOG2E), mask=h < H)

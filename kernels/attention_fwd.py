@@ -61,12 +61,12 @@ def attention_fwd(
     for t in range(first, tl.load(first_p + i + 1).to(tl.int64)):
         record_p = tile_p + t * (BG * (2 + 2 * G))
         j = tl.load(record_p + bg).to(tl.int64)  # [BG]
-        o_entry = g[:, None] * BG + bg[None, :]
-        x = tl.load(record_p + 2 * BG + o_entry).to(tl.float32, bitcast=True)  # [G, BG]
-        log_count = tl.load(record_p + (2 + G) * BG + o_entry).to(tl.float32, bitcast=True)
+        o_shell = g[:, None] * BG + bg[None, :]
+        x = tl.load(record_p + 2 * BG + o_shell).to(tl.float32, bitcast=True)  # [G, BG]
+        log_count = tl.load(record_p + (2 + G) * BG + o_shell).to(tl.float32, bitcast=True)
         nearest = tl.load(record_p + 2 * BG + bg).to(tl.float32, bitcast=True)  # [BG]
         s = tl.sum(gather_heads(k_p, j, h, H, D, BD) * q[None, :, :], 2)  # [BG, BH]
-        # The nearest entry has the largest score of its group.
+        # The nearest shell has the largest score of its group.
         new_top = tl.maximum(top, tl.max(s + a[None, :] * (nearest * nearest)[:, None], 0))
         shrink = tl.exp2(top - new_top)
         top = new_top

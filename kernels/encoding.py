@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = 1 << 24
 @triton.jit
 def encoding_fwd(
     decay_p,
-    entry_p,
+    shell_p,
     first_p,
     atom_p,
     mu_p,
@@ -47,8 +47,8 @@ def encoding_fwd(
     a = tl.load(decay_p + i * H + h, mask=h < H, other=0.0) * decay_scale  # [BH], negative
     first = tl.load(first_p + pair).to(tl.int64)
     last = tl.load(first_p + pair + 1).to(tl.int64)
-    # The nearest entry comes first and has the largest score.
-    nearest = tl.load(entry_p + first * 2)
+    # The nearest shell comes first and has the largest score.
+    nearest = tl.load(shell_p + first * 2)
     top = a * (nearest * nearest)
     total = tl.zeros((BH,), tl.float32)
     if K > 0:
@@ -56,8 +56,8 @@ def encoding_fwd(
         c = tl.zeros((BK, BH), tl.float32)
     for start in range(first, last, BE):
         m_e = start + e < last
-        x = tl.load(entry_p + (start + e) * 2, mask=m_e, other=FAR)
-        log_count = tl.load(entry_p + (start + e) * 2 + 1, mask=m_e, other=0.0)
+        x = tl.load(shell_p + (start + e) * 2, mask=m_e, other=FAR)
+        log_count = tl.load(shell_p + (start + e) * 2 + 1, mask=m_e, other=0.0)
         p = tl.exp2(a[None, :] * (x * x)[:, None] + log_count[:, None] - top[None, :])  # [BE, BH]
         total += tl.sum(p, 0)
         if K > 0:
@@ -73,7 +73,7 @@ def encoding_fwd(
 @triton.jit
 def encoding_bwd(
     decay_p,
-    entry_p,
+    shell_p,
     first_p,
     atom_p,
     mu_p,
@@ -113,14 +113,14 @@ def encoding_bwd(
     last = tl.load(first_p + pair + 1).to(tl.int64)
     for start in range(first, last, BE):
         m_e = start + e < last
-        x = tl.load(entry_p + (start + e) * 2, mask=m_e, other=FAR)
-        log_count = tl.load(entry_p + (start + e) * 2 + 1, mask=m_e, other=0.0)
+        x = tl.load(shell_p + (start + e) * 2, mask=m_e, other=FAR)
+        log_count = tl.load(shell_p + (start + e) * 2 + 1, mask=m_e, other=0.0)
         x2 = (x * x)[:, None]
         p = tl.exp2(a[None, :] * x2 + log_count[:, None] - alpha[None, :])  # [BE, BH]
         ds = tl.broadcast_to(weight[None, :], (BE, BH))
         if K > 0:
             slope = tl.zeros((BE, BH), tl.float32)
-            for o_k in range(0, K, BU):  # few pairs have more than BE entries, so u is read once
+            for o_k in range(0, K, BU):  # few pairs have more than BE shells, so u is read once
                 k = o_k + tl.arange(0, BU)
                 u = load_columns(grad_c_p, pair, h, k, H, K)  # [BU, BH]
                 b, from_center = basis(x[:, None], tl.load(mu_p + k)[None, :])  # [BE, BU]

@@ -1,7 +1,7 @@
 """What the kernels share: loads and stores of heads, the radial basis, and a matrix product exact to fp32.
 
 Names in all kernels: x_p points to x, o_x is an offset in it, m_x a mask. BD, BV, BK are D, Dv, K padded to powers of
-two. A program serves BH heads, and in a tile BG groups of G entries of one pair, which are BE = BG·G. Scores are in
+two. A program serves BH heads, and in a tile BG groups of G shells of one pair, which are BE = BG·G. Scores are in
 units of log 2 and distances in units in which b(d) = 2^-(x - mu)²: exp2 is one instruction, exp is not.
 """
 

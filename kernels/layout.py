@@ -1,7 +1,7 @@
 """Packing of the image list for the kernels, with torch operations on the list's device.
 
-Images of one pair (i, j) at one distance, the same number in fp32, are one entry, with the logarithm of their count: a
-perovskite has a fifth as many entries as images. Attention reads them in tiles of BG groups of G entries of one pair,
+Images of one pair (i, j) at one distance, the same number in fp32, are one shell, with the logarithm of their count: a
+perovskite has a fifth as many shells as images. Attention reads them in tiles of BG groups of G shells of one pair,
 nearest first, so that k_j and v_j are gathered once for G. A tile is one record of R words: BG atoms j, the BG groups
 of the mirror images (j, i, -n), G·BG distances and as many logarithms. Empty places have the distance FAR, whose weight
 is zero; empty groups have the mirror -1. All distances are x = d sqrt(log2(e)/2) / w, so that b(d) = 2^-(x - mu)², and
@@ -9,7 +9,7 @@ logarithms are to the base 2.
 
 A layout is one tensor, so that it passes through an operator: rows of one record each, and behind them the centres mu
 of the basis, the first tile of each atom, and at which place each image of the list and its mirror are. The encoding
-reads plain rows of one entry each, a distance and a logarithm, sorted by pair, then distance.
+reads plain rows of one shell each, a distance and a logarithm, sorted by pair, then distance.
 """
 
 import math
@@ -21,17 +21,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from crystalformer.images import ImageList
-from crystalformer.reference import displacement
 from crystalformer.segments import crystal_of_atom, offsets
 
-# (G, BG): many entries a pair in small cells, one in large ones. R = 2 BG + 2 G BG tells them apart.
+# (G, BG): many shells a pair in small cells, one in large ones. R = 2 BG + 2 G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
-# Instructions of a group (two gathers, the content score) over those of an entry, counted in the compiled kernels.
+# Instructions of a group (two gathers, the content score) over those of a shell, counted in the compiled kernels.
 GROUP_COST = 3.0
 FAR = 1e18
 FAR_BITS = int(torch.tensor(FAR).view(torch.int32))
 # Words of a row of the encoding: a distance and a logarithm.
-ENTRY = 2
+SHELL = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Layout:
     """A layout, unpacked: views, no copies.
 
     Attributes:
-        records: (T,R) int32, or (M,2) for the encoding.
+        records: (T,R) int32, or two words a shell for the encoding.
         mu: (BK) fp32, centres of the basis in units of x.
         first: (N+1), first record of each atom; (P+1), of each pair, for the encoding.
         place, mirror: (M) at which of the T·G·BG places, or rows, each image of the list and its mirror are.
@@ -83,7 +82,7 @@ def scale(num: int, basis: Sequence[float]) -> float:
 
 def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
     """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions."""
-    sizes = (padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == ENTRY else 0)
+    sizes = (padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == SHELL else 0)
     spaces = [space for size in sizes for space in (size, _aligned(size) - size)]
     tail = sum(spaces)
     num_records = layout.shape[0] - -(-tail // layout.shape[1])
@@ -111,15 +110,15 @@ def _join(records: Tensor, num: int, basis: Sequence[float], *tables: Tensor) ->
 
 @dataclass(frozen=True)
 class _Sorted:
-    """The images sorted by pair, then distance, and the entries that they belong to.
+    """The images sorted by pair, then distance, and the shells that they belong to.
 
     Attributes:
         order: (M) the image in the list.
         i, j, x: (M) of each image.
-        entry: (M) of all entries, which one it belongs to.
-        rank: (M) how many entries of its pair are nearer.
-        log_count: (M) log2 of how many images its entry has.
-        is_first: (M) whether it is the first image of its entry.
+        shell: (M) of all shells, which one it belongs to.
+        rank: (M) how many shells of its pair are nearer.
+        log_count: (M) log2 of how many images its shell has.
+        is_first: (M) whether it is the first image of its shell.
         first_mirror: (M) the nearest image of the pair (j, i).
     """
 
@@ -127,7 +126,7 @@ class _Sorted:
     i: Tensor
     j: Tensor
     x: Tensor
-    entry: Tensor
+    shell: Tensor
     rank: Tensor
     log_count: Tensor
     is_first: Tensor
@@ -138,23 +137,26 @@ def _sort(images: ImageList, positions: Tensor, lattice: Tensor, scale: float) -
     n, m = images.num_atoms, images.num_images
     i = torch.repeat_interleave(images.row_ptr.diff(), output_size=m)
     crystal = crystal_of_atom(images.ptr, n)
-    # In fp64: the rounding of d would be the largest error of the scores. An image and its mirror have the same d.
-    r = displacement(positions.double(), lattice.double(), crystal, i, images.col, images.shift)
+    # In fp64: the rounding of d would be the largest error of the scores. Every step changes with the sign of its
+    # inputs alone, so an image and its mirror have the same d, bit for bit, and are in shells of the same rank.
+    r = positions.double()[images.col] - positions.double()[i]
+    for axis, n_axis in enumerate(images.shift.double().unbind(1)):
+        r.addcmul_(n_axis[:, None], lattice.double()[crystal[i], axis])
     d = r.square().sum(-1).sqrt()
     pair = i * n + images.col
     order = torch.argsort(d, stable=True)
     order = order[torch.argsort(pair[order], stable=True)]
     i, j, pair, x = i[order], images.col[order].long(), pair[order], (d[order] * scale).float()
     is_first = pad((pair.diff() != 0) | (x.diff() != 0), (1, 0), value=True)[:m]
-    entry = is_first.cumsum(0) - 1
-    count = torch.searchsorted(entry, entry, right=True) - torch.searchsorted(entry, entry)
+    shell = is_first.cumsum(0) - 1
+    count = torch.searchsorted(shell, shell, right=True) - torch.searchsorted(shell, shell)
     return _Sorted(
         order=order,
         i=i,
         j=j,
         x=x,
-        entry=entry,
-        rank=entry - entry[torch.searchsorted(pair, pair)],
+        shell=shell,
+        rank=shell - shell[torch.searchsorted(pair, pair)],
         log_count=count.log2().float(),
         is_first=is_first,
         first_mirror=torch.searchsorted(pair, j * n + i),
@@ -167,8 +169,8 @@ def _back(order: Tensor, x: Tensor) -> Tensor:
 
 
 def _expected_cost(images: ImageList, group: int, groups: int) -> float:
-    """What tiles of this shape would cost if each image were an entry, expected from what the host knows."""
-    m, pairs = images.num_images, min(images.num_pairs, images.num_images)
+    """What tiles of this shape would cost if each image were a shell, expected from what the host knows."""
+    m, pairs = images.num_images, min(images.num_pairs, images.num_images)  # no more pairs have an image
     full = max(pairs, (m + pairs * (group - 1) / 2) / group)  # half a group is empty at the end of a pair
     return (full / groups + images.num_atoms / 2) * groups * (group + GROUP_COST)
 
@@ -195,7 +197,7 @@ def pack(
 
     Nothing waits for the device: there are as many records as a list of this size can need, and those that this one
     does not need come last and are never read. A layout serves with and without the gradients of the geometry: images
-    of one entry have the same force.
+    of one shell have the same force.
     """
     images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
     e = _sort(images, positions, lattice, scale(num, basis))
@@ -231,7 +233,7 @@ def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float])
     first_image = torch.searchsorted(first_pair[e.i] + e.j, pair)
     first = offsets(e.is_first)[first_image]
     atom = torch.repeat_interleave(partners, output_size=images.num_pairs)
-    records = e.order.new_zeros(len(e.x), ENTRY, dtype=torch.int32)
-    records[e.entry] = torch.stack((e.x, e.log_count), 1).view(torch.int32)
-    mirror = e.entry[e.first_mirror] + e.rank
-    return _join(records, num, basis, first, _back(e.order, e.entry), _back(e.order, mirror), atom)
+    records = e.order.new_zeros(len(e.x), SHELL, dtype=torch.int32)
+    records[e.shell] = torch.stack((e.x, e.log_count), 1).view(torch.int32)
+    mirror = e.shell[e.first_mirror] + e.rank
+    return _join(records, num, basis, first, _back(e.order, e.shell), _back(e.order, mirror), atom)

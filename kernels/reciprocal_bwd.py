@@ -122,33 +122,33 @@ def reciprocal_bwd_sums(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    a = tl.program_id(0).to(tl.int64)
+    atom = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    crystal = tl.load(crystal_p + a)
+    crystal = tl.load(crystal_p + atom)
     first = tl.load(ptr_p + crystal)
     last = tl.load(ptr_p + crystal + 1)
     dq = tl.zeros((BH, BD), tl.float32)
     for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)
-        o_pair = (a * columns + start - first) * H + j[:, None] * H + h[None, :]
+        o_pair = (atom * columns + start - first) * H + j[:, None] * H + h[None, :]
         ds = tl.load(ds_p + o_pair, mask=m_j[:, None] & (h[None, :] < H), other=0.0)  # [BN, BH]
         dq += tl.sum(ds[:, :, None] * gather_heads(k_p + start * (H * D), j, h, H, D, BD), 0)
-    norm = tl.load(norm_p + a * H + h, mask=h < H, other=1.0)
-    store_heads(dq_p, a, h, dq / norm[:, None] * q_scale, H, D, BD)
+    norm = tl.load(norm_p + atom * H + h, mask=h < H, other=1.0)
+    store_heads(dq_p, atom, h, dq / norm[:, None] * q_scale, H, D, BD)
     dk = tl.zeros((BH, BD), tl.float32)
     dv = tl.zeros((BH, BV), tl.float32)
     for start in range(first, last, BN):
         i, m_i = tile(start, last, BN)
         m_pair = m_i[:, None] & (h[None, :] < H)
-        o_tile = (start * columns + a - first) * H
+        o_tile = (start * columns + atom - first) * H
         o_pair = i[:, None] * (columns * H) + h[None, :]
         inverse = 1 / tl.load(norm_p + start * H + i[:, None] * H + h[None, :], mask=m_pair, other=1.0)  # [BN, BH]
         ds = tl.load(ds_p + o_tile + o_pair, mask=m_pair, other=0.0) * inverse
         p = tl.load(p_p + o_tile + o_pair, mask=m_pair, other=0.0) * inverse
         dk += tl.sum(ds[:, :, None] * gather_heads(q_p + start * (H * D), i, h, H, D, BD), 0)
         dv += tl.sum(p[:, :, None] * gather_heads(grad_y_p + start * (H * DV), i, h, H, DV, BV), 0)
-    store_heads(dk_p, a, h, dk * q_scale, H, D, BD)
-    store_heads(dv_p, a, h, dv, H, DV, BV)
+    store_heads(dk_p, atom, h, dk * q_scale, H, D, BD)
+    store_heads(dv_p, atom, h, dv, H, DV, BV)
 
 
 def _backward(

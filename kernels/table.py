@@ -51,22 +51,22 @@ def _launch(elements: int, registers: int = 255) -> dict[str, int]:
 def forward_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int]) -> dict[str, int]:
     """Compile-time arguments of `attention_fwd`, for tiles of (G, BG)."""
     s = _sizes(q, v, shape) | {"K": num, "BK": padded(num)}
-    entries = s["G"] * s["BG"]
+    shells = s["G"] * s["BG"]
     gathered = s["BG"] * s["BH"] * (s["BD"] + 2 * s["BV"])
     registers = FORWARD_REGISTERS.get(tuple(s[name] for name in ("BH", "BD", "BV", "BK", "G", "BG")), 255)
-    return s | _launch(gathered + s["BK"] * (s["BH"] + entries) + entries * s["BH"], registers)
+    return s | _launch(gathered + s["BK"] * (s["BH"] + shells) + shells * s["BH"], registers)
 
 
 def row_blocks(q: Tensor, v: Tensor, num: int, shape: tuple[int, int], geometry: bool) -> dict[str, int]:
     """Compile-time arguments of `attention_bwd_rows`."""
     s = _sizes(q, v, shape)
-    entries = s["G"] * s["BG"]
-    # The derivative of the basis doubles what is held; tiles of few entries have the most of everything else.
-    whole = BASIS if not geometry or entries > 16 else BASIS_BLOCK
+    shells = s["G"] * s["BG"]
+    # The derivative of the basis doubles what is held; tiles of few shells have the most of everything else.
+    whole = BASIS if not geometry or shells > 16 else BASIS_BLOCK
     basis = padded(num) if num <= whole else BASIS_BLOCK
     s |= {"K": num, "BU": basis, "GEOMETRY": geometry}
     gathered = (s["BG"] * ((2 + geometry) * s["BD"] + s["BV"]) + s["BD"] + s["BV"]) * s["BH"]
-    return s | _launch(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * entries)
+    return s | _launch(gathered + (1 + geometry) * (s["BU"] + s["BH"]) * shells)
 
 
 def column_blocks(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int]:
@@ -76,7 +76,7 @@ def column_blocks(q: Tensor, v: Tensor, shape: tuple[int, int]) -> dict[str, int
 
 
 def encoding_blocks(decay: Tensor, num: int) -> dict[str, int]:
-    """Compile-time arguments of `encoding_fwd`: 16 entries at a time, most pairs have fewer."""
+    """Compile-time arguments of `encoding_fwd`: 16 shells at a time, most pairs have fewer."""
     heads = decay.shape[1]
     s = {"H": heads, "K": num, "BH": min(power_of_2(heads), HEADS), "BK": padded(num), "BE": 16}
     return s | _launch(0)

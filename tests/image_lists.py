@@ -15,7 +15,7 @@ NEAR = 7.0  # Å, a cutoff
 
 
 def image_tuples(images: cf.ImageList) -> list[Image]:
-    """(i, j, n0, n1, n2) of each entry, in order."""
+    """(i, j, n0, n1, n2) of each image, in order."""
     row = torch.repeat_interleave(images.row_ptr.diff())
     table = torch.cat([row[:, None], images.col.long()[:, None], images.shift.long()], 1)
     return [tuple(x) for x in table.tolist()]

@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 # Registers a thread that each kernel may take for the paper's model: 8 heads of 16, 64 basis functions, tiles of 4
-# groups of 8 images, without the gradients of the geometry. A multiprocessor has 65,536.
+# groups of 8 shells, without the gradients of the geometry. A multiprocessor has 65,536.
 BUDGET = {
     "attention_fwd": 168,
     "attention_bwd_rows": 240,

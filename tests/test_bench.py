@@ -84,13 +84,13 @@ def test_providers_are_right(small, op, name):
         case = it.prepare(small)
     except cases.Absent as reason:
         pytest.skip(str(reason))
-    assert 0 < verify(it, case, case.truth() if case.truth else cases.truth(small, op)) <= it.bound
+    assert 0 < verify(it, case.results(), case.truth() if case.truth else cases.truth(small, op)) <= it.bound
 
 
 def test_radial_grid_is_right():
     x = problems.make("tiny", "paper", smoke=True)
     case = provider("attention", "radial-grid").prepare(x)
-    assert 0 < verify(provider("attention", "radial-grid"), case, cases.truth(x, "attention")) < 1e-5
+    assert 0 < verify(provider("attention", "radial-grid"), case.results(), cases.truth(x, "attention")) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["certified", "certified-reference", "given-cutoff", "vesin", "pymatgen"])
@@ -99,7 +99,7 @@ def test_lists_are_right(small, name):
         case = provider("images", name).prepare(small)
     except cases.Absent as reason:
         pytest.skip(str(reason))
-    assert verify(provider("images", name), case, case.truth()) == 0
+    assert verify(provider("images", name), case.results(), case.truth()) == 0
 
 
 def test_wrong_providers_are_not_timed(monkeypatch, capsys):
@@ -171,7 +171,9 @@ def test_all_goes_on_after_a_part_that_fails(monkeypatch, capsys):
 def test_verify_raises(small):
     case = provider("attention", "reference").prepare(small)
     with pytest.raises(Wrong, match="more than 1e-12"):
-        verify(replace(provider("attention", "reference"), bound=1e-12), case, cases.truth(small, "attention"))
+        verify(
+            replace(provider("attention", "reference"), bound=1e-12), case.results(), cases.truth(small, "attention")
+        )
 
 
 def test_smoke_of_speed_memory_and_training(tmp_path, capsys):
@@ -198,8 +200,8 @@ def test_smoke_of_speed_memory_and_training(tmp_path, capsys):
 def test_share_of_the_issue_bound(small):
     """A GPU of 132 multiprocessors at 1.98 GHz that takes twice as long as its schedulers need."""
     pytest.importorskip("triton", reason="needs triton")
-    assert small.pairs_in_reach < small.entries < small.images.num_images
-    needed = 1e3 * small.entries * 22.7 / (4 * 132 * 1.98e9)
+    assert small.pairs_in_reach < small.shells < small.images.num_images
+    needed = 1e3 * small.shells * 22.7 / (4 * 132 * 1.98e9)
     assert formulas.issue_percent(small, 22.7, 2 * needed, 4 * 132 * 1.98e9) == pytest.approx(50)
 
 

@@ -113,6 +113,14 @@ def test_decays_below_what_the_images_are_for():
     call("attention", decay=decay, images=cf.build_images(X.positions, X.lattice, X.ptr, cutoff=6.0))
 
 
+@pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
+def test_number_of_pairs_is_that_of_the_crystals():
+    x = problem(kinds=(("cubic", 2), ("cubic", 1)))
+    x = dataclasses.replace(x, images=dataclasses.replace(x.images, num_pairs=4))
+    with pytest.raises(ValueError, match=r"^images.num_pairs must be 5, the sum of squared sizes, not 4$"):
+        x.attention(backend="cpu")
+
+
 def test_half_precision_is_for_q_k_and_v():
     half = {name: getattr(X, name).bfloat16() for name in ("q", "k", "v", "decay", "positions", "lattice")}
     with pytest.raises(TypeError, match=r"k must be torch.bfloat16, as the other arguments, not torch.float16"):

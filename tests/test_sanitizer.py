@@ -23,6 +23,7 @@ import triton_contract as t
 x = t.on_device(t.problem(every_pair=True))
 for function in (t.attention, t.encoding, t.reciprocal):
     function(x, "triton")
+print("all kernels ran")
 """
 SECONDS = 40
 
@@ -44,6 +45,7 @@ def sanitized(*options: str) -> str:
         pytest.fail(f"not at its end after {SECONDS} s: {run.communicate()[0][-2000:]}")
     if "Device not supported" in out:
         pytest.skip("compute-sanitizer does not serve this GPU")
+    assert "all kernels ran" in out, out[-4000:]
     assert "SUMMARY" in out, out[-4000:]
     return out
 

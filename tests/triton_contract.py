@@ -17,6 +17,7 @@ from crystalformer import checks
 
 pytestmark = MARKS
 
+SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
 SIZES = {
     "plain": dict(heads=4, dim=8, value_dim=8, num_basis=16),
     "odd": dict(heads=3, dim=5, value_dim=9, num_basis=20),
@@ -94,6 +95,14 @@ def test_attention(size):
     assert_as_good_as_the_reference(attention, problem(**SIZES[size]))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_tiles(shape, monkeypatch):
+    """Any shape serves any list."""
+    monkeypatch.setattr(import_module("crystalformer.kernels.layout"), "SHAPES", (shape,))
+    x = problem(kinds=(("cubic", 1), ("skewed", 5)), decay_min=1.0, heads=2, dim=8, value_dim=8, num_basis=16)
+    assert_as_good_as_the_reference(attention, x)
+
+
 @pytest.mark.parametrize("size", ["plain", "odd", "head blocks"])
 def test_encoding(size):
     assert_as_good_as_the_reference(encoding, problem(**SIZES[size], every_pair=True))
@@ -108,8 +117,8 @@ def test_images_at_one_distance(function):
     images = cf.build_images(positions, lattice, x.ptr, decay_min=0.5, every_pair=True)
     x = replace(x, positions=positions, lattice=lattice, images=images)
     rows = on_device(x).lists("triton", by_pair=True)[-1][: images.num_images]
-    images_of_entry = rows[rows[:, 0] + rows[:, 1] != 0, 1].view(torch.float32).exp2()
-    assert images_of_entry.median() >= 4
+    images_of_shell = rows[rows[:, 0] + rows[:, 1] != 0, 1].view(torch.float32).exp2()
+    assert images_of_shell.median() >= 4
     assert_as_good_as_the_reference(function, x)
 
 

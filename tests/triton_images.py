@@ -125,17 +125,43 @@ def test_layout_holds_every_image_once():
         packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
         layout = module.unpack(packed, len(x.q), x.images.num_images, 5)
         group, groups = layout.shape
-        entries = layout.records[:, 2 * groups :].contiguous().view(torch.float32).unflatten(1, (2, -1))
-        distances, log_count = (part.flatten() for part in entries.unbind(1))
+        shells = layout.records[:, 2 * groups :].contiguous().view(torch.float32).unflatten(1, (2, -1))
+        distances, log_count = (part.flatten() for part in shells.unbind(1))
         places, images = layout.place.unique(return_counts=True)
         assert torch.equal((distances < module.FAR).nonzero()[:, 0], places)
         assert torch.equal(distances[layout.place.long()], distances[layout.mirror.long()])
         torch.testing.assert_close(log_count[places].exp2(), images.float())
-        assert (images.max() > 1) == (len(x.q) < 12)  # a large cell has one image of most pairs
+        assert (images.max() > 1) == (len(x.q) < 12)  # among twelve atoms at random no two distances are one
         tiles = layout.records[:, groups : 2 * groups].flatten()
         real = tiles >= 0
         assert torch.equal(tiles[tiles[real].long()], real.nonzero()[:, 0].int())  # a mirror's mirror is itself
         assert len(layout.records) * group * groups < 12 * x.images.num_images
+
+
+COSTS_LEAST = [
+    (("skewed", 1), 0.1275, (8, 4)),
+    (("cubic", 40), 0.25, (4, 4)),
+    (("cubic", 60), 0.25, (2, 8)),
+    (("cubic", 150), 0.4, (1, 16)),
+]
+
+
+@pytest.mark.parametrize(("kind", "decay_min", "shape"), COSTS_LEAST)
+def test_shape_of_tiles_costs_the_least(kind, decay_min, shape, monkeypatch):
+    """Chosen from the numbers of images and pairs; here the tiles are counted."""
+    module = import_module("crystalformer.kernels.layout")
+    x = on_device(problem(kinds=(kind,), decay_min=decay_min))
+    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift, x.images.num_pairs)
+
+    def pack_shapes(*shapes):
+        monkeypatch.setattr(module, "SHAPES", shapes)
+        packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
+        return module.unpack(packed, len(x.q), x.images.num_images, 5)
+
+    shapes = module.SHAPES
+    chosen = pack_shapes(*shapes).shape
+    tiles = {one: int(pack_shapes(one).first[-1]) for one in shapes}
+    assert chosen == shape == min(shapes, key=lambda s: tiles[s] * s[1] * (s[0] + module.GROUP_COST))
 
 
 def test_layout_follows_the_geometry():
