@@ -13,6 +13,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def crystal_of(i, crystal_p, ptr_p):
+    """The crystal of atom i, its first atom, and the first atom after it."""
+    crystal = tl.load(crystal_p + i)
+    return crystal, tl.load(ptr_p + crystal), tl.load(ptr_p + crystal + 1)
+
+
+@triton.jit
 def load_heads(p, i, h, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """x[i, h] of x (N,H,D): [BH, BD] of one atom, zero in the padding."""
     d = tl.arange(0, BD)[None, :]

@@ -28,6 +28,7 @@ from crystalformer import checks
 from crystalformer.segments import crystal_of_atom, offsets
 from crystalformer.truncation import BISECTIONS, SPLITS
 
+from .functions import crystal_of
 from .table import image_blocks
 
 PI = tl.constexpr(math.pi)
@@ -174,9 +175,7 @@ def row_cutoffs(
 ):
     """The squared cutoff of one row: the smallest on its crystal's grid for which equation (12) holds."""
     i = tl.program_id(0).to(tl.int64)
-    crystal = tl.load(crystal_p + i)
-    begin = tl.load(ptr_p + crystal)
-    end = tl.load(ptr_p + crystal + 1)
+    crystal, begin, end = crystal_of(i, crystal_p, ptr_p)
     a = tl.load(decay_p + crystal)
     t, q, _ = cell(lattice_p, crystal)
     log_beyond = log_beyond - logit_range - tl.log((end - begin).to(tl.float64))
@@ -284,9 +283,7 @@ def list_rows(
     cutoff2_p: (C) squared cutoffs; with EVERY_PAIR (N), to which the longest of the row's pairs is written.
     """
     i = tl.program_id(0).to(tl.int64)
-    crystal = tl.load(crystal_p + i)
-    begin = tl.load(ptr_p + crystal)
-    end = tl.load(ptr_p + crystal + 1)
+    crystal, begin, end = crystal_of(i, crystal_p, ptr_p)
     t, q, sound = cell(lattice_p, crystal)
     if EVERY_PAIR:
         a = tl.load(decay_p + crystal)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crystalformer.ops import NAMESPACE
 
-from .functions import LOG2E, gather_heads, load_heads, store_heads
+from .functions import LOG2E, crystal_of, gather_heads, load_heads, store_heads
 from .phases import in_parts, make_phases, padded
 from .reciprocal_fwd import CLAMP, clamped, sum_vectors, tile
 from .reciprocal_geometry import geometry_gradients
@@ -56,9 +56,7 @@ def reciprocal_bwd_rows(
 ):
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    crystal = tl.load(crystal_p + i)
-    first = tl.load(ptr_p + crystal)
-    last = tl.load(ptr_p + crystal + 1)
+    crystal, first, last = crystal_of(i, crystal_p, ptr_p)
     number = tl.load(g_ptr_p + crystal + 1) - tl.load(g_ptr_p + crystal)
     c = tl.load(decay_p + i * H + h, mask=h < H, other=0.0) * -LOG2E  # [BH], negative
     q = load_heads(q_p, i, h, H, D, BD) * q_scale  # [BH, BD]
@@ -124,9 +122,7 @@ def reciprocal_bwd_sums(
 ):
     atom = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    crystal = tl.load(crystal_p + atom)
-    first = tl.load(ptr_p + crystal)
-    last = tl.load(ptr_p + crystal + 1)
+    _, first, last = crystal_of(atom, crystal_p, ptr_p)
     dq = tl.zeros((BH, BD), tl.float32)
     for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)

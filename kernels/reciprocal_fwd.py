@@ -16,7 +16,7 @@ from torch import Tensor
 from crystalformer.ops import NAMESPACE
 from crystalformer.reference import RECIPROCAL_CLAMP
 
-from .functions import LOG2E, dot, gather_heads, load_heads, store_heads
+from .functions import LOG2E, crystal_of, dot, gather_heads, load_heads, store_heads
 from .phases import in_parts, make_phases
 from .table import head_blocks, reciprocal_blocks
 
@@ -89,15 +89,14 @@ def reciprocal_fwd(
 ):
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    crystal = tl.load(crystal_p + i)
-    last = tl.load(ptr_p + crystal + 1)
+    crystal, first, last = crystal_of(i, crystal_p, ptr_p)
     number = tl.load(g_ptr_p + crystal + 1) - tl.load(g_ptr_p + crystal)
     c = tl.load(decay_p + i * H + h, mask=h < H, other=0.0) * -LOG2E  # [BH], negative
     q = load_heads(q_p, i, h, H, D, BD) * q_scale  # [BH, BD]
     top = tl.full((BH,), -1e30, tl.float32)
     total = tl.zeros((BH,), tl.float32)
     y = tl.zeros((BH, BV), tl.float32)
-    for start in range(tl.load(ptr_p + crystal), last, BN):
+    for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)
         sums, _ = sum_vectors(
             phase_p, vector_p + (4 * crystal + 3) * stride, stride, number, i, start, j, c, BH, BN, BW, False

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .functions import LN2, LOG2E, dot
+from .functions import LN2, LOG2E, crystal_of, dot
 from .geometry import sum_segments
 from .phases import Phases
 from .reciprocal_fwd import tile
@@ -38,9 +38,7 @@ def reciprocal_forces(
 ):
     """Of one atom i: F_ij of each pair, and T_i."""
     i = tl.program_id(0).to(tl.int64)
-    crystal = tl.load(crystal_p + i)
-    first = tl.load(ptr_p + crystal)
-    last = tl.load(ptr_p + crystal + 1)
+    crystal, first, last = crystal_of(i, crystal_p, ptr_p)
     number = tl.load(g_ptr_p + crystal + 1) - tl.load(g_ptr_p + crystal)
     own_p = phase_p + (2 * i) * stride
     own_x = tl.load(positions_p + i * 3)
@@ -124,9 +122,7 @@ def reciprocal_positions(force_p, crystal_p, ptr_p, d_positions_p, columns, BN: 
     """Of one atom: dp_i = sum_j F_ij - F_ji."""
     i = tl.program_id(0).to(tl.int64)
     xyz = tl.arange(0, 4)[None, :]
-    crystal = tl.load(crystal_p + i)
-    first = tl.load(ptr_p + crystal)
-    last = tl.load(ptr_p + crystal + 1)
+    _, first, last = crystal_of(i, crystal_p, ptr_p)
     total = tl.zeros((BN, 4), tl.float32)
     for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)
