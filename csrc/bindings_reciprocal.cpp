@@ -10,6 +10,24 @@ void check_wave_vectors(const Tensor& ptr, const Tensor& g_ptr) {
     TORCH_CHECK(ptr.sizes() == g_ptr.sizes(), "ptr and g_ptr must be of the same crystals");
 }
 
+// What the sums S read; q, k and v are null.
+template <class T>
+ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
+                               const Tensor& g_ptr, const Tensor& g) {
+    check_wave_vectors(ptr, g_ptr);
+    return {
+        .atoms = decay.size(0),
+        .crystals = ptr.size(0) - 1,
+        .heads = int(decay.size(1)),
+        .decay = pointer<T>(decay),
+        .positions = pointer<T>(positions),
+        .lattice = pointer<T>(lattice),
+        .ptr = pointer<int64_t>(ptr),
+        .g_ptr = pointer<int64_t>(g_ptr),
+        .g = pointer<int32_t>(g),
+    };
+}
+
 // All arguments of the reciprocal operators, contiguous and alive.
 struct ReciprocalArguments {
     Tensor q, k, v, decay, positions, lattice;
@@ -17,23 +35,13 @@ struct ReciprocalArguments {
 
     template <class T>
     ReciprocalInputs<T> inputs() const {
-        check_wave_vectors(ptr, g_ptr);
-        return {
-            .atoms = q.size(0),
-            .crystals = ptr.size(0) - 1,
-            .heads = int(q.size(1)),
-            .dim = int(q.size(2)),
-            .value_dim = int(v.size(2)),
-            .q = pointer<T>(q),
-            .k = pointer<T>(k),
-            .v = pointer<T>(v),
-            .decay = pointer<T>(decay),
-            .positions = pointer<T>(positions),
-            .lattice = pointer<T>(lattice),
-            .ptr = pointer<int64_t>(ptr),
-            .g_ptr = pointer<int64_t>(g_ptr),
-            .g = pointer<int32_t>(g),
-        };
+        ReciprocalInputs<T> in = sum_inputs<T>(decay, positions, lattice, ptr, g_ptr, g);
+        in.dim = int(q.size(2));
+        in.value_dim = int(v.size(2));
+        in.q = pointer<T>(q);
+        in.k = pointer<T>(k);
+        in.v = pointer<T>(v);
+        return in;
     }
 };
 
@@ -94,29 +102,12 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
     return result;
 }
 
-template <class T>
-ReciprocalInputs<T> reciprocal_sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice,
-                                          const Tensor& ptr, const Tensor& g_ptr, const Tensor& g) {
-    check_wave_vectors(ptr, g_ptr);
-    return {
-        .atoms = decay.size(0),
-        .crystals = ptr.size(0) - 1,
-        .heads = int(decay.size(1)),
-        .decay = pointer<T>(decay),
-        .positions = pointer<T>(positions),
-        .lattice = pointer<T>(lattice),
-        .ptr = pointer<int64_t>(ptr),
-        .g_ptr = pointer<int64_t>(g_ptr),
-        .g = pointer<int32_t>(g),
-    };
-}
-
 Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
                           const Tensor& g_ptr, const Tensor& g, int64_t, int64_t, int64_t num_pairs) {
     const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
     const Tensor total = at::empty({num_pairs, decay.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum", [&] {
-        const auto inputs = reciprocal_sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
+        const auto inputs = sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
         scalar_t* to = output<scalar_t>(total);
         const ReleaseGil release;
         reciprocal_sum(inputs, to, torch_threads());
@@ -133,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& gra
     const Tensor grad = grad_total.contiguous();
     const auto result = std::make_tuple(like(c), like_if(geometry, p), like_if(geometry, l));
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum_backward", [&] {
-        const auto inputs = reciprocal_sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
+        const auto inputs = sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
         const ReciprocalGrads<scalar_t> to{
             .decay = output<scalar_t>(std::get<0>(result)),
             .positions = geometry ? output<scalar_t>(std::get<1>(result)) : nullptr,
