@@ -174,7 +174,8 @@ def resources(function, types, kwargs, arch):
         # To disassemble takes as long as to compile.
         paper = zip(("H", "D", "DV", "K", "G", "BG"), (*PAPER, *TILE), strict=True)
         counted = all(constants.get(name, size) == size for name, size in paper)
-        loops = loop_instructions(dump("sass")) if counted else []
+        sass = dump("sass") if counted else ""
+        loops = loop_instructions(sass)
     found = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1 and word[-1].isdigit())
     shape = {name: value for name, value in constants.items() if name.isupper()}
     return {
@@ -186,6 +187,7 @@ def resources(function, types, kwargs, arch):
         "warps": compiled.metadata.num_warps,
         "loop": max(loops, default=None),
         "loops": loops,
+        "exponentials": sass.count("MUFU.EX2"),
         "narrow": narrow_offsets(compiled.asm["ttir"]),
         "inputs": signature.get("q_p", "*fp32")[1:],
         **shape,

@@ -138,30 +138,37 @@ def test_layout_holds_every_image_once():
         assert len(layout.records) * group * groups < 12 * x.images.num_images
 
 
-COSTS_LEAST = [
-    (("skewed", 1), 0.1275, (8, 4)),
-    (("cubic", 40), 0.25, (4, 4)),
-    (("cubic", 60), 0.25, (2, 8)),
-    (("cubic", 150), 0.4, (1, 16)),
+# The shape that is chosen, and what it may cost over the best: where most pairs have no image, the numbers mislead.
+CHOICES = [
+    (("skewed", 1), 0.1275, (8, 4), 1.0),
+    (("cubic", 40), 0.25, (4, 4), 1.0),
+    (("cubic", 60), 0.25, (2, 8), 1.0),
+    (("cubic", 150), 0.4, (1, 16), 1.0),
+    (("plate", 8), 0.4, (2, 8), 1.45),
+    (("needle", 8), 2.0, (2, 8), 1.45),
 ]
 
 
-@pytest.mark.parametrize(("kind", "decay_min", "shape"), COSTS_LEAST)
-def test_shape_of_tiles_costs_the_least(kind, decay_min, shape, monkeypatch):
-    """Chosen from the numbers of images and pairs; here the tiles are counted."""
+@pytest.mark.parametrize(("kind", "decay_min", "shape", "most"), CHOICES)
+def test_choice_of_the_shape_of_tiles(kind, decay_min, shape, most, monkeypatch):
+    """From the numbers of images and pairs; here the tiles are counted."""
     module = import_module("crystalformer.kernels.layout")
     x = on_device(problem(kinds=(kind,), decay_min=decay_min))
     lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift, x.images.num_pairs)
 
-    def pack_shapes(*shapes):
+    def packed(*shapes):
         monkeypatch.setattr(module, "SHAPES", shapes)
-        packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
-        return module.unpack(packed, len(x.q), x.images.num_images, 5)
+        layout = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
+        return module.unpack(layout, len(x.q), x.images.num_images, 5)
+
+    def cost(layout):
+        group, groups = layout.shape
+        return int(layout.first[-1]) * groups * (group + module.GROUP_COST)
 
     shapes = module.SHAPES
-    chosen = pack_shapes(*shapes).shape
-    tiles = {one: int(pack_shapes(one).first[-1]) for one in shapes}
-    assert chosen == shape == min(shapes, key=lambda s: tiles[s] * s[1] * (s[0] + module.GROUP_COST))
+    chosen = packed(*shapes)
+    assert chosen.shape == shape
+    assert cost(chosen) <= most * min(cost(packed(one)) for one in shapes)
 
 
 def test_layout_follows_the_geometry():
