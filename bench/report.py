@@ -38,7 +38,8 @@ def tables(folder: Path = FOLDER) -> str:
     parts = [_device(device, speed, training) for device in _devices(speed)]
     if not any(row["driver"] != "none" for row in speed):
         parts.append(
-            "**NVIDIA GPU**: absent, none has been measured yet. `make gpu` on a machine with one adds its rows."
+            "**NVIDIA GPU**: absent, none has been measured yet. `make gpu` on a machine with one, then "
+            "`python -m bench report`, adds its rows."
         )
     return "\n\n".join(parts)
 

@@ -1,5 +1,7 @@
 """Periodic encodings of pairs, equations (6), (7) and (B11) of docs/math.md: one program per pair and head block.
 
+A row of the layout is a shell of the pair, its distance and the logarithm of how many images it has.
+
 A program sums c = sum_e p_e b(d_e) over the images of its pair, beta = W c is a library product. c is larger than beta,
 so it is made for some pairs at a time.
 """
