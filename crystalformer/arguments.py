@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .basis import RadialBasis
-from .images import ImageList
+from .image_list import ImageList
 from .wave_vectors import WaveVectors
 
 HALF = (torch.bfloat16, torch.float16)

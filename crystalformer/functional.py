@@ -18,7 +18,7 @@ from .arguments import (
 from .backends import choose_backend
 from .basis import RadialBasis
 from .dual_space import DUAL_SPACE
-from .images import ImageList
+from .image_list import ImageList
 from .layouts import layout as make_layout
 from .ops import ATTENTION, ENCODING, RECIPROCAL, Op
 from .two_spaces import cheaper_alpha

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .images import ImageList
+from .image_list import ImageList
 from .ops import NAMESPACE
 
 LIST = "Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift"

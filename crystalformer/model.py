@@ -12,7 +12,8 @@ from .arguments import check_precision
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .functional import Precision
-from .images import ImageList, build_images
+from .image_list import ImageList
+from .images import build_images
 from .layers import Block, Embedding, mean_pool
 from .wave_vectors import WaveVectors, build_wave_vectors
 

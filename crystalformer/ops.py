@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import reference, reference_backward
 from .basis import RadialBasis
-from .images import ImageList
+from .image_list import ImageList
 from .wave_vectors import WaveVectors
 
 NAMESPACE = "crystalformer"

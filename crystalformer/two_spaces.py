@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import choose_backend
-from .images import ImageList
+from .image_list import ImageList
 from .lattice import volume
 from .ops import NAMESPACE
 from .reference import pair_atoms

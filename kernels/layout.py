@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from crystalformer.images import ImageList
+from crystalformer.image_list import ImageList
 from crystalformer.segments import crystal_of_atom, offsets
 
 # (G, BG): many shells a pair in small cells, one in large ones. R = 2 BG + 2 G BG tells them apart.

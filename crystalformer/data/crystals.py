@@ -11,7 +11,8 @@ import torch
 
 from .. import __version__ as version
 from ..config import CrystalformerConfig
-from ..images import ImageList, build_images
+from ..image_list import ImageList
+from ..images import build_images
 from ..wave_vectors import build_wave_vectors
 from .batch import CrystalBatch
 from .store import Item, Store, digest
