@@ -57,6 +57,10 @@ def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tens
         return
     if x.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype}, as the other arguments, not {x.dtype}")
+    check_device(name, x, like)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, as the other arguments, not on {x.device}")
 
@@ -125,16 +129,22 @@ def check_lattice(lattice: Tensor) -> None:
 
 def check_ptr(name: str, ptr: Any, num_atoms: int | None = None) -> None:
     """Offsets of the crystals in the packed rows: 0, ..., N, each crystal with at least one atom; N if it is known."""
+    check_segments(name, ptr, num_atoms, "atoms", "C")
+    if values_visible(ptr) and not bool((ptr.diff() > 0).all()):
+        raise ValueError(f"{name} must rise by at least one atom a crystal, but it is {ptr.tolist()}")
+
+
+def check_segments(name: str, ptr: Any, number: int | None, entries: str, segments: str = "N") -> None:
+    """Offsets of segments in a row of entries: 0, ..., the number of entries, never falling."""
     if not isinstance(ptr, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(ptr).__name__}")
     check_dtype(name, ptr, torch.int64)
     if ptr.dim() != 1 or len(ptr) < 1:
-        raise ValueError(f"{name} must have shape (C+1), not {tuple(ptr.shape)}")
+        raise ValueError(f"{name} must have shape ({segments}+1), not {tuple(ptr.shape)}")
     if values_visible(ptr):
-        num_atoms = int(ptr[-1]) if num_atoms is None else num_atoms
-        if int(ptr[0]) != 0 or int(ptr[-1]) != num_atoms:
-            raise ValueError(
-                f"{name} must run from 0 to the number of atoms {num_atoms}, not from {int(ptr[0])} to {int(ptr[-1])}"
-            )
-        if not bool((ptr.diff() > 0).all()):
-            raise ValueError(f"{name} must rise by at least one atom a crystal, but it is {ptr.tolist()}")
+        first, last = int(ptr[0]), int(ptr[-1])
+        number = last if number is None else number
+        if first != 0 or last != number:
+            raise ValueError(f"{name} must run from 0 to the number of {entries} {number}, not from {first} to {last}")
+        if not bool((ptr.diff() >= 0).all()):
+            raise ValueError(f"{name} must never fall, but it is {ptr.tolist()}")

@@ -240,7 +240,7 @@ def reciprocal_attention(
             decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
         wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
     else:
-        check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal)
+        check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal, lattice)
     lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
     run = getattr(torch.ops.crystalformer, f"{backend}_{RECIPROCAL.name}")
     y = run(*(x.to(decay_reciprocal.dtype) for x in (q, k, v)), decay_reciprocal, positions, lattice, *lists)
@@ -294,7 +294,7 @@ def dual_space_attention(
     check_atoms("decay", decay, positions, lattice, real, like=q)
     check_images(images, decay, real)
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like=q)
-    check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal)
+    check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal, lattice)
     weight, numbers = check_value_encoding(edge_weight, basis, real, decay)
     refuse_forward_mode(q, k, v, decay, decay_reciprocal, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, DUAL_SPACE.name, positions.dtype)

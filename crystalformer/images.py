@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .geometry import Geometry
 from .image_list import ImageList
 from .lattice import points_in_spheres, triangular
 from .poisson import crossover, slow_wave_vectors
@@ -106,17 +107,17 @@ def build_images(
     slow = crossover(lattice, a, tol) if reciprocal else None
     served = smallest if slow is None else torch.maximum(smallest, slow)
     settings = (served, tol, logit_range, cutoff, every_pair)
+    geometry = Geometry.of(positions, lattice)
     backend = _backend(positions.device)
     if backend == "reference":
         images = _build(positions, lattice, ptr, *settings)
     else:
         images = _build_compiled(backend, positions, lattice, ptr, *settings)
     if cutoff is not None:
-        return images
+        return replace(images, geometry=geometry)
+    waves = None if slow is None else slow_wave_vectors(lattice, ptr, slow, tol)
     images = replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
-    if slow is None:
-        return images
-    return replace(images, crossover=slow, wave_vectors=slow_wave_vectors(lattice, ptr, slow, tol))
+    return replace(images, geometry=geometry, crossover=slow, wave_vectors=waves)
 
 
 def _backend(device: torch.device) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_precision
+from .checks import values_visible
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .functional import Precision
@@ -99,11 +100,13 @@ class Crystalformer(nn.Module):
         The model does this itself each time; keep the result to build them once.
 
         Raises:
-            ValueError: for images or wave vectors built for a weaker certificate than the model's.
+            ValueError: for images or wave vectors of other crystals, or of a weaker certificate than the model's.
         """
         if not isinstance(batch, CrystalBatch):
             raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
         config, images, waves = self.config, batch.images, batch.wave_vectors
+        _check_crystals("images", images, batch.ptr)
+        _check_crystals("wave_vectors", waves, batch.ptr)
         if config.needs_images:
             if images is None:
                 _check_not_compiling("images")
@@ -170,6 +173,16 @@ class Crystalformer(nn.Module):
 def _check_not_compiling(name: str) -> None:
     if torch.compiler.is_compiling():
         raise ValueError(f"batch.{name} must be built before the model is compiled: batch = model.prepare(batch)")
+
+
+def _check_crystals(name: str, lists: ImageList | WaveVectors | None, ptr: Tensor) -> None:
+    """Refuses lists of other crystals, where that can be seen."""
+    if lists is None or lists.ptr is ptr:
+        return
+    if lists.ptr.shape != ptr.shape or (values_visible(ptr) and not torch.equal(lists.ptr, ptr)):
+        raise ValueError(
+            f"batch.{name} must be of the crystals of batch.ptr, {ptr.tolist()}, not of {lists.ptr.tolist()}"
+        )
 
 
 def _check_built(name: str, built: float | None, needed: float, least: bool = False) -> None:

@@ -47,6 +47,18 @@ const T* pointer(const Tensor& x) {
     return x.const_data_ptr<T>();
 }
 
+// The core trusts its sizes, and an operator can be called with anything.
+inline void check_shape(const char* name, const Tensor& x, at::IntArrayRef shape) {
+    TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", not ", x.sizes());
+}
+
+// The number of segments of offsets (S+1).
+inline int64_t segments(const char* name, const Tensor& offsets) {
+    TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel(), name, " must have one dimension and an entry, not shape ",
+                      offsets.sizes());
+    return offsets.numel() - 1;
+}
+
 // What a fresh tensor of an operator's result, or of a private layout, points to.
 template <class T>
 T* output(const Tensor& x) {

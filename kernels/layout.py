@@ -199,7 +199,7 @@ def pack(
     does not need come last and are never read. A layout serves with and without the gradients of the geometry: images
     of one shell have the same force.
     """
-    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
+    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_zeros(len(ptr) - 1), num_pairs=num_pairs)
     e = _sort(images, positions, lattice, scale(num, basis))
     if by_pair:
         return _pack_pairs(e, images, num, basis)

@@ -11,6 +11,7 @@ import torch
 
 from .. import __version__ as version
 from ..config import CrystalformerConfig
+from ..geometry import Geometry
 from ..image_list import ImageList
 from ..images import build_images
 from ..wave_vectors import build_wave_vectors
@@ -137,7 +138,8 @@ def _build(crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[I
 
 
 def _list(item: dict[str, Any], crystal: CrystalBatch, settings: dict[str, Any]) -> ImageList:
-    return ImageList(**item, ptr=crystal.ptr, num_pairs=crystal.num_atoms**2, **settings)
+    geometry = Geometry.of(crystal.positions, crystal.lattice)
+    return ImageList(**item, ptr=crystal.ptr, num_pairs=crystal.num_atoms**2, geometry=geometry, **settings)
 
 
 def _chunks(index: Sequence[int], crystals: Sequence[CrystalBatch]) -> Iterator[list[int]]:
