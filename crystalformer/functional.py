@@ -89,7 +89,7 @@ def periodic_attention(
         decay: (N,H), Å^-2, at least the `decay_min` that images were built for. The paper's 1/(2 sigma_i²).
         positions: (N,3), Cartesian, Å.
         lattice: (C,3,3), rows are the lattice vectors, Å.
-        images: from `build_images`, for the same N and C.
+        images: from `build_images`, for these positions and this lattice, or such as its certificate bears.
         edge_weight: (H,Dv,K), W, or None for the paper's simplified model, without the value encoding.
         basis: b, with `basis.num` = K; needed with edge_weight.
         backend: "auto", "triton", "cpu" or "reference"; see `available_backends`.
