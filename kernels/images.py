@@ -362,8 +362,8 @@ def build(
     crystal = crystal_of_atom(ptr, atoms)
     extent = Extent.of(positions, lattice, ptr, decay_min, tol, logit_range, cutoff, every_pair, all_pairs=False)
     refused = extent.refused(max_images)
-    decay_min = torch.where(refused, 1e300, decay_min)  # what is refused is not searched, nor waited for
-    inputs = (positions.contiguous(), lattice.contiguous(), ptr, crystal, decay_min)
+    searched = torch.where(refused, 0, ptr)  # to be refused at the one wait, crystals without atoms take no time
+    inputs = (positions.contiguous(), lattice.contiguous(), searched, crystal, decay_min)
     sizes = image_blocks(atoms, crystals) | {"BISECTIONS": BISECTIONS}
     slack = math.log(tol * beyond)
     by_row = positions.new_zeros(atoms)
@@ -374,7 +374,7 @@ def build(
 
     with torch.cuda.device_of(positions):
         if cutoff is not None:
-            cutoff2 = torch.where(refused, 0.0, positions.new_full((crystals,), cutoff).square())
+            cutoff2 = positions.new_full((crystals,), cutoff**2)
         elif every_pair:
             cutoff2 = by_row
         else:
