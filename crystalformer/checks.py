@@ -1,6 +1,7 @@
 """Argument checks: every error names the argument, what it must be and what it was."""
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -97,17 +98,36 @@ def check_positive(name: str, x: Tensor) -> None:
 
 def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> float:
     """x as a float with low < x < high; `closed` admits x = low."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name} must be a number, not {type(x).__name__}")
-    if not (low < x < high or (closed and x == low)):
+    _check_real(name, x)
+    if not (low < x < high or (closed and x == low)) or abs(x) > sys.float_info.max:
         upper = f"smaller than {high:g}" if high < float("inf") else "finite"
-        raise ValueError(f"{name} must be {'at least' if closed else 'larger than'} {low:g} and {upper}, not {x}")
+        raise ValueError(
+            f"{name} must be {'at least' if closed else 'larger than'} {low:g} and {upper}, not {_shown(x)}"
+        )
     return float(x)
 
 
-def check_integer(name: str, x: Any, low: int) -> None:
-    if isinstance(x, bool) or not isinstance(x, int) or x < low:
-        raise ValueError(f"{name} must be an integer, at least {low}, not {x!r}")
+def check_between(name: str, x: Any, low: float, high: float) -> None:
+    """Checks low <= x <= high."""
+    _check_real(name, x)
+    if not low <= x <= high:
+        raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {_shown(x)}")
+
+
+def check_integer(name: str, x: Any, low: int, high: int | None = None) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < low or (high is not None and x > high):
+        upper = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{name} must be an integer, at least {low}{upper}, not {_shown(x)}")
+
+
+def _check_real(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(x).__name__}")
+
+
+def _shown(x: Any) -> str:
+    """What x is; of an integer that would fill lines, how long it is."""
+    return f"an integer of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 128 else repr(x)
 
 
 def check_geometry(positions: Tensor, lattice: Tensor) -> None:

@@ -11,6 +11,7 @@ from . import checks
 from .geometry import Geometry
 from .image_list import ImageList
 from .lattice import points_in_spheres, triangular
+from .limits import INT32, MAX_IMAGES, Extent
 from .poisson import crossover, slow_wave_vectors
 from .segments import crystal_of_atom, offsets
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
@@ -23,7 +24,8 @@ CUTOFF_SLACK = 1e-4
 
 SCHEMA = (
     "(Tensor positions, Tensor lattice, Tensor ptr, Tensor decay_min, float tol, float logit_range, float beyond, "
-    "float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff, SymInt num_pairs)"
+    "float? cutoff, bool every_pair, int max_images) -> "
+    "(Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff, SymInt num_pairs)"
 )
 
 torch.library.define("crystalformer::cpu_images", SCHEMA)  # implemented in csrc/bindings_real.cpp
@@ -57,6 +59,7 @@ def build_images(
     cutoff: float | None = None,
     every_pair: bool = False,
     reciprocal: bool = False,
+    max_images: int = MAX_IMAGES,
 ) -> ImageList:
     """The images that each atom attends to, with a certified cutoff for each crystal.
 
@@ -82,13 +85,18 @@ def build_images(
             within the same `tol` (Poisson summation, docs/math.md, section 6). Such a list is short however small
             decay_min is. It serves `periodic_encoding` without edge_weight from decay_min on, and everything else from
             the larger `real_decay_min` on.
+        max_images: how many images may be looked at, among them those that the certificate needs and the list leaves
+            out again. More are refused, by an estimate, before time or memory goes into them. At most 2^31 - 1, by
+            default 2^27. Building takes some 40 bytes an image; the reference backend takes 200, and looks at every
+            pair of atoms, however far apart.
 
     Returns:
         ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit. With Triton, a GPU
         is waited for once, for sizes; with `reciprocal` more often.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it was.
+        TypeError, ValueError: naming the argument, what it must be and what it was; for more images than max_images and
+            atoms 2^31 cells apart, too.
     """
     positions, lattice = _check_geometry(positions, lattice, ptr)
     ptr = ptr.contiguous()
@@ -100,13 +108,14 @@ def build_images(
         if every_pair:
             raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
 
+    checks.check_integer("max_images", max_images, 1, INT32 - 1)
     if reciprocal and not every_pair:
         raise ValueError("every_pair must be True with reciprocal=True: it is about the sums of pairs")
 
     smallest = torch.full_like(lattice[:, 0, 0], a)
     slow = crossover(lattice, a, tol) if reciprocal else None
     served = smallest if slow is None else torch.maximum(smallest, slow)
-    settings = (served, tol, logit_range, cutoff, every_pair)
+    settings = (served, tol, logit_range, cutoff, every_pair, max_images)
     geometry = Geometry.of(positions, lattice)
     backend = _backend(positions.device)
     if backend == "reference":
@@ -136,11 +145,12 @@ def _build_compiled(
     logit_range: float,
     cutoff: float | None,
     every_pair: bool,
+    max_images: int,
 ) -> ImageList:
     """`_build` by an operator, with the same result."""
     radius = None if cutoff is None else cutoff + CUTOFF_SLACK
     run = getattr(torch.ops.crystalformer, f"{backend}_images")
-    settings = (tol, logit_range, BEYOND, radius, every_pair)
+    settings = (tol, logit_range, BEYOND, radius, every_pair, max_images)
     row_ptr, col, shift, found, num_pairs = run(positions, lattice, ptr, a, *settings)
     radii = found if cutoff is None else torch.full_like(found, cutoff)
     return ImageList(row_ptr, col, shift, ptr, radii, num_pairs)
@@ -155,21 +165,27 @@ def _build(
     logit_range: float,
     cutoff: float | None,
     every_pair: bool,
+    max_images: int,
 ) -> ImageList:
     """The list, of checked arguments, not saying yet what it is certified for.
 
     Serves where no operator is there. It waits for a GPU five times, for sizes: the number of pairs, of points after
     each of the three axes, and of images kept.
     """
+    radius = None if cutoff is None else cutoff + CUTOFF_SLACK
+    extent = Extent.of(positions, lattice, ptr, a, tol, logit_range, radius, every_pair, all_pairs=True)
+    num_pairs, refused = torch.stack([ptr.diff().square().sum(), extent.refused(max_images)]).tolist()
+    if refused:
+        extent.refuse(max_images)
     t, q = triangular(lattice)
     row_crystal = crystal_of_atom(ptr, len(positions))
     rotated = torch.einsum("nx,nyx->ny", positions, q[row_crystal])
-    pairs = _Pairs(ptr, rotated, t)
+    pairs = _Pairs(ptr, rotated, t, num_pairs)
     size = ptr.diff().to(positions.dtype)
     slack = torch.full_like(size, tol * BEYOND).log()
 
     if cutoff is not None:
-        outer2 = torch.full_like(size, (cutoff + CUTOFF_SLACK) ** 2)
+        outer2 = extent.radius.square()
         pair, n, _ = pairs.images(lambda p: outer2[pairs.crystal(p)])
         return pairs.pack(pair, n, torch.full_like(size, cutoff))
 
@@ -205,11 +221,10 @@ def _build(
 class _Pairs:
     """The pairs (i, j) of atoms of one crystal, numbered crystal by crystal, row-major: P = sum_c n_c² of them."""
 
-    def __init__(self, ptr: Tensor, rotated: Tensor, t: Tensor) -> None:
-        self.ptr, self.rotated, self.t = ptr, rotated, t
+    def __init__(self, ptr: Tensor, rotated: Tensor, t: Tensor, number: int) -> None:
+        self.ptr, self.rotated, self.t, self.number = ptr, rotated, t, number
         self.size = ptr.diff()
         self.first = offsets(self.size.square())
-        self.number = int(self.first[-1])
 
     def crystal(self, pair: Tensor) -> Tensor:
         return torch.searchsorted(self.first, pair, right=True) - 1

@@ -175,10 +175,13 @@ def train(
     network = Crystalformer(config)
     datasets = {}
     for name, samples in parts.items():
-        with progress_bar(f"  images, {name}") as advance:
-            crystals = build_crystals(
-                samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
-            )
+        try:
+            with progress_bar(f"  images, {name}") as advance:
+                crystals = build_crystals(
+                    samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
+                )
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
         datasets[name] = CrystalDataset(crystals, samples.targets, network)
     batches = {
         name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch, loaders)

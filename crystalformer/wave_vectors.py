@@ -9,6 +9,7 @@ from torch import Tensor
 from . import checks
 from .geometry import strain
 from .lattice import points_in_spheres, reciprocal, triangular
+from .limits import INT32, MAX_VECTORS, check_vectors
 from .packed import Packed, check_parts
 from .segments import cat_ptr, offsets, ordinals
 from .truncation import BEYOND, tail_radius2
@@ -121,7 +122,9 @@ class WaveVectors(Packed):
         )
 
 
-def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, tol: float = 1e-6) -> WaveVectors:
+def build_wave_vectors(
+    lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, tol: float = 1e-6, max_vectors: int = MAX_VECTORS
+) -> WaveVectors:
     """The reciprocal lattice vectors that `reciprocal_attention` sums over, as few as the certificate allows.
 
     What is left out of sum_G exp(-c |G|²) cos(G·r) is at most `tol`, absolutely, for every c >= decay_min and every r;
@@ -133,12 +136,15 @@ def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, to
         decay_min: smallest c that will be used, Å². The default serves the paper's model, whose reciprocal decays are
             at least 0.5·2.2²/2.
         tol: largest part of the sum that may be left out, smaller than 1.
+        max_vectors: how many may be looked at, both G and -G and those that are left out again, in each crystal as many
+            as in the largest. More are refused, by an estimate, before time or memory goes into them. At most 2^31 - 1,
+            by default 2^26.
 
     Returns:
         WaveVectors on the device of lattice; on a GPU it waits for the device.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it was.
+        TypeError, ValueError: naming the argument, what it must be and what it was; for more than max_vectors, too.
     """
     known: dict[str, int] = {}
     checks.check_tensor("lattice", lattice, "C 3 3", known)
@@ -149,17 +155,23 @@ def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, to
     if len(ptr) - 1 != len(lattice):
         raise ValueError(f"ptr must have shape (C+1={len(lattice) + 1}), as lattice, not {tuple(ptr.shape)}")
     decay_min, tol = checks.check_number("decay_min", decay_min), checks.check_number("tol", tol, high=1.0)
+    checks.check_integer("max_vectors", max_vectors, 1, INT32 - 1)
     certified = torch.tensor([decay_min, tol], dtype=torch.float64, device=lattice.device).expand(len(lattice), 2)
-    return choose_wave_vectors(lattice.detach().double(), ptr.contiguous(), *certified.T)
+    return choose_wave_vectors(
+        lattice.detach().double(), ptr.contiguous(), certified[:, 0], certified[:, 1], max_vectors
+    )
 
 
 @torch.inference_mode(False)  # they outlive this call, and may be saved for a backward
 @torch.no_grad()
-def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Tensor) -> WaveVectors:
+def choose_wave_vectors(
+    lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Tensor, max_vectors: int = MAX_VECTORS
+) -> WaveVectors:
     """`build_wave_vectors` of checked arguments, lattice in fp64, with a decay_min and a tol (C) for each crystal."""
     t, _ = triangular(reciprocal(lattice))
     number, device = len(lattice), lattice.device
     outer2 = tail_radius2(t, decay_min, (tol * BEYOND).log())
+    check_vectors(torch.diagonal(t, dim1=-2, dim2=-1), outer2, max_vectors)
     everyone = torch.arange(number, device=device)
     crystal, g, length2 = points_in_spheres(t, everyone, t.new_zeros(number, 3), outer2)
     # Sorted, the zero vector is in the middle of its crystal's and the rest is its mirror image.

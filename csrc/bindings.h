@@ -7,9 +7,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <Python.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <chrono>
 #include <functional>
+#include <thread>
 
 #include "threads.h"
 
@@ -31,13 +34,32 @@ class ReleaseGil {
     PyThreadState* state_;
 };
 
+// Throws what Python's signal handlers raise, KeyboardInterrupt for one. They run when the thread that called an
+// operator asks for it, which costs the interpreter's lock: every tenth of a second is enough.
+class PythonSignals {
+  public:
+    void operator()() {
+        if (std::this_thread::get_id() != caller_) return;
+        const auto now = std::chrono::steady_clock::now();
+        if (now - last_ < std::chrono::milliseconds(100)) return;
+        last_ = now;
+        const pybind11::gil_scoped_acquire lock;
+        if (PyErr_CheckSignals()) throw pybind11::error_already_set();
+    }
+
+  private:
+    std::thread::id caller_ = std::this_thread::get_id();
+    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
 inline Threads torch_threads() {
     const int number = at::in_parallel_region() ? 1 : at::get_num_threads();
-    return {number, [number](const std::function<void()>& work) {
-                at::parallel_for(0, number, 1, [&](int64_t first, int64_t last) {
-                    for (int64_t i = first; i < last; ++i) work();
-                });
-            }};
+    const auto run = [number](const std::function<void()>& work) {
+        at::parallel_for(0, number, 1, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) work();
+        });
+    };
+    return {number, run, PythonSignals{}};
 }
 
 // A contiguous tensor of dtype T; kept alive by the caller.

@@ -15,7 +15,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
                                                                    const Tensor& ptr, const Tensor& decay_min,
                                                                    double tol, double logit_range, double beyond,
-                                                                   std::optional<double> cutoff, bool every_pair) {
+                                                                   std::optional<double> cutoff, bool every_pair,
+                                                                   int64_t max_images) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
     const ImageRequest request{positions.size(0),
                                ptr.size(0) - 1,
@@ -27,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor&
                                logit_range,
                                beyond,
                                cutoff,
-                               every_pair};
+                               every_pair,
+                               max_images};
     const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
     const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
     Tensor col, shift;

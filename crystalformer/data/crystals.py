@@ -66,7 +66,8 @@ def build_crystals(
         progress: called with the number of crystals done and of all, now and then.
 
     Raises:
-        TypeError, ValueError: as `CrystalBatch.from_structures`, naming the structure.
+        TypeError, ValueError: as `CrystalBatch.from_structures`, `build_images` and `build_wave_vectors`, naming the
+            structure.
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, not {workers}")
@@ -74,10 +75,11 @@ def build_crystals(
     crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures)]
     if not isinstance(settings, ImageSettings):
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
-        for crystal in crystals if config.needs_wave_vectors else ():
-            crystal.wave_vectors = build_wave_vectors(
-                crystal.lattice, crystal.ptr, config.decay_reciprocal_min, config.tol
-            )
+        for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):
+            with _named(i):
+                crystal.wave_vectors = build_wave_vectors(
+                    crystal.lattice, crystal.ptr, config.decay_reciprocal_min, config.tol
+                )
         needed = ImageSettings.of(config)
         if needed is None:
             return crystals
@@ -99,7 +101,7 @@ def build_crystals(
     done = len(crystals) - len(missing)
     with _threads(workers):
         for chunk in _chunks(missing, crystals):
-            items = _build([crystals[i] for i in chunk], certified)
+            items = _build_named(chunk, crystals, certified)
             for i, item in zip(chunk, items, strict=True):
                 crystals[i].images = _list(item, crystals[i], certified)
             if store is not None:
@@ -135,6 +137,27 @@ def _build(crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[I
         {"row_ptr": row_ptr - row_ptr[0], "col": col, "shift": shift, "cutoff": cutoff}
         for row_ptr, col, shift, cutoff in zip(rows, cols, shifts, images.cutoff.split(1), strict=True)
     ]
+
+
+def _build_named(chunk: list[int], crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[Item]:
+    """`_build` of some crystals. What is refused is built alone: then the error is of one crystal, or there is none."""
+    try:
+        return _build([crystals[i] for i in chunk], settings)
+    except ValueError:
+        items = list[Item]()
+        for i in chunk:
+            with _named(i):
+                items += _build([crystals[i]], settings)
+        return items
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Errors say which structure they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"structures[{index}]: {error}") from error
 
 
 def _list(item: dict[str, Any], crystal: CrystalBatch, settings: dict[str, Any]) -> ImageList:
