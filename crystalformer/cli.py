@@ -173,7 +173,7 @@ def evaluate(arguments: list[str]) -> int:
         if not len(samples):
             raise Stop(f"{options.data}: no crystal can be used" + (f": {problems[0]}" if problems else ""))
         with _bar("predicting", len(samples)) as advance:
-            predictions = predictor.predict(samples.structures, advance).double()
+            predictions = predictor.predict(samples.structures, advance)
         if options.out is not None:
             _write(options.out, samples.ids, predictor.names, predictions)
     errors = predictions - samples.targets
@@ -314,7 +314,7 @@ def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Ten
     with nullcontext(sys.stdout) if out == "-" else open(out, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["id", *names])
-        table.writerows([id, *(f"{x:.6g}" for x in row)] for id, row in zip(ids, predictions.tolist(), strict=True))
+        table.writerows([id, *row] for id, row in zip(ids, predictions.tolist(), strict=True))
 
 
 @contextmanager

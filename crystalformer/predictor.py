@@ -38,7 +38,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, structures: Sequence[Any], progress: Callable[[int], object] | None = None) -> Tensor:
-        """(C,T) the predictions, in the units of the targets, on the CPU.
+        """(C,T) fp64, the predictions, in the units of the targets, on the CPU.
 
         Args:
             structures: pymatgen Structures or ase Atoms, mixed as you like.
@@ -49,7 +49,7 @@ class Predictor:
         """
         results = []
         for batch in self._batches(structures):
-            results.append(self.model(batch).cpu())
+            results.append(self.model(batch).cpu().double())
             if progress is not None:
                 progress(len(batch))
         return torch.cat(results)

@@ -41,7 +41,7 @@ def write(
         predictor: the trained model.
         parts: the crystals by set, "train", "val" and perhaps "test".
         datasets: the same, ready for the model.
-        mean: (T) of the training targets; predicting it is the baseline.
+        mean: (T) fp64, of the training targets; predicting it is the baseline.
         history: one row an epoch, as `fit` returns them.
         settings: of the training.
         problems: the rows that were left out.
@@ -51,9 +51,9 @@ def write(
     for name in ("val", "test"):
         if name in datasets:
             loader = datasets[name].loader(batch_size, max_images=settings["max_images_per_batch"])
-            predictions[name] = predict(predictor.model, loader).double()
+            predictions[name] = predict(predictor.model, loader)
     mae = {name: maes(names, x, parts[name].targets) for name, x in predictions.items()}
-    baseline = {name: maes(names, mean.cpu().double(), parts[name].targets) for name in predictions}
+    baseline = {name: maes(names, mean, parts[name].targets) for name in predictions}
     metrics = {
         "mae": mae,
         "baseline_mae": baseline,
@@ -138,7 +138,7 @@ def _write_predictions(
         for part, predicted in predictions.items():
             samples = parts[part]
             for id, true, row in zip(samples.ids, samples.targets.tolist(), predicted.tolist(), strict=True):
-                table.writerow([id, part, *(f"{x:.6g}" for pair in zip(true, row, strict=True) for x in pair)])
+                table.writerow([id, part, *(x for pair in zip(true, row, strict=True) for x in pair)])
 
 
 def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -> str:

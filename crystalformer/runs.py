@@ -190,7 +190,8 @@ def train(
     except ValueError as error:
         raise DataError(f"the first batch of train: {error}") from error
     mean, deviation = standardisation(datasets["train"].targets)
-    task = Regression(network, mean, deviation, names, recipe.lr, recipe.betas, recipe.weight_decay, recipe.decay_steps)
+    chosen = {name: getattr(recipe, name) for name in ("lr", "betas", "weight_decay", "bias_decay", "decay_steps")}
+    task = Regression(network, mean, deviation, names, **chosen)
     if first:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:

@@ -107,7 +107,7 @@ def fit(
 
 @torch.no_grad()
 def predict(model: Crystalformer, loader: DataLoader[Example]) -> Tensor:
-    """(C,T) the model's predictions for all batches of a loader, in their order, on the CPU.
+    """(C,T) fp64, the model's predictions for all batches of a loader, in their order, on the CPU.
 
     Every process computes all of them, also where a training has several.
     """
@@ -115,7 +115,7 @@ def predict(model: Crystalformer, loader: DataLoader[Example]) -> Tensor:
     device, sampler = next(model.parameters()).device, loader.sampler
     assert isinstance(sampler, BoundedBatches)
     examples = (loader.dataset[sampler.shard(batch, 0, 1)] for batch in sampler.batches)
-    return torch.cat([model(example.crystals.to(device)).cpu() for example in examples])
+    return torch.cat([model(example.crystals.to(device)).cpu().double() for example in examples])
 
 
 @contextlib.contextmanager
