@@ -125,6 +125,15 @@ class CrystalDataset(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.crystals)
 
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """The atomic numbers in the crystals, in order."""
+        found: set[int] = set()
+        for crystal in self.crystals:
+            species = crystal.species
+            found.update((species if species.dim() == 1 else species.sum(0).nonzero()[:, 0] + 1).tolist())
+        return tuple(sorted(found))
+
     def __getitem__(self, shard: Shard) -> Example:
         indices = list(shard.indices)
         crystals = CrystalBatch.cat([self.crystals[index] for index in indices])

@@ -1,7 +1,8 @@
 """What is learnt: standardised targets, by an L1 loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -149,6 +150,14 @@ class Regression(lightning.LightningModule):
         if not self.rate_held:
             scheduler.step()
 
-    def finish(self) -> Crystalformer:
-        """The model, predicting in the units of the targets from now on, in eval mode."""
-        return self.model.rescale_(self.mean, self.deviation).eval()
+    def finish(self, elements: Iterable[int] = ()) -> Crystalformer:
+        """The model, predicting in the units of the targets from now on, in eval mode.
+
+        Args:
+            elements: atomic numbers in the training crystals, for `config.elements`.
+        """
+        model, before = self.model, self.model.config
+        model.rescale_(self.mean, self.deviation)
+        if before.elements or not before.target_mean:  # else it was trained before, and nobody knows on which
+            model.config = replace(model.config, elements=tuple(sorted({*before.elements, *elements})))
+        return model.eval()
