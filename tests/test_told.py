@@ -1,6 +1,8 @@
 """What training, prediction and evaluation tell is so: every digit, units, elements, NaN, and what was not learnt."""
 
+import contextlib
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -39,7 +41,13 @@ def labels() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def run(data, labels) -> Path:
+def errors() -> io.StringIO:
+    """What `run` said on stderr."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def run(data, labels, errors) -> Path:
     out = data.parent / "run"
     save = plots.Figure.savefig
 
@@ -47,7 +55,7 @@ def run(data, labels) -> Path:
         labels.update(text for axes in figure.axes for text in (axes.get_xlabel(), axes.get_ylabel()))
         save(figure, path)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.setattr(plots.Figure, "savefig", noted)
         arguments = ["--data", str(data), "--target", "total", "noise", "--unit", "eV/atom", "", "--out", str(out)]
         assert cli.main(["train", *arguments, *SMALL]) == 0
@@ -71,7 +79,7 @@ def test_a_large_offset_costs_no_digits(run, data, capsys):
     assert written["mae"]["test"]["total"] == pytest.approx(float((predicted - true).abs().mean()), rel=1e-9)
     assert written["baseline_mae"]["test"]["total"] == pytest.approx(float((mean - true).abs().mean()), rel=1e-9)
     assert written["baseline"]["total"] == float(mean)
-    assert float((mean - true).abs().mean()) < 0.06  # a step of fp32 is 0.0625 there
+    assert predicted.std() < 0.5  # and so many digits are needed: a step of fp32 is 0.0625 there
 
     arguments = ["evaluate", str(run), "--data", str(data), "--split", str(run / "split.json"), "--out", "-"]
     assert cli.main(arguments) == 0
@@ -104,16 +112,15 @@ def test_the_card_has_no_path_of_this_machine(run, data):
     assert "\nsalts.csv: 24 train, 3 val, 3 test crystals; 0 rows could not be used. Elements: " in card
 
 
-def test_what_was_not_learnt(run, data, capsys):
-    errors = {"val": {"total": 0.5, "noise": 2.0}, "test": {"total": 3.0, "noise": 3.0}}
-    means = {"val": {"total": 0.6, "noise": 2.0}, "test": {"total": 1.0, "noise": 1.0}}
-    assert metrics.not_learnt({"mae": errors, "baseline_mae": means}) == ["noise"]
-    out = data.parent / "none"
-    arguments = ["--data", str(data), "--target", "noise", "--out", str(out), *SMALL]
-    assert cli.main(["train", *arguments, "--epochs=1", "--lr=1e-9"]) == 0
-    line = next(x for x in capsys.readouterr().err.splitlines() if x.startswith("Nothing was learnt of noise: "))
-    assert f"**{line}**" in (out / "README.md").read_text()
-    assert cli.main(["info", str(out)]) == 0
+def test_what_was_not_learnt(run, errors, capsys):
+    maes = {"val": {"total": 0.5, "noise": 2.0, "x": float("nan")}, "test": {"total": 3.0, "noise": 3.0, "x": 0.0}}
+    means = {"val": {"total": 0.6, "noise": 2.0, "x": 1.0}, "test": {"total": 1.0, "noise": 1.0, "x": 1.0}}
+    assert metrics.not_learnt({"mae": maes, "baseline_mae": means}) == ["noise", "x"]
+    assert metrics.not_learnt({}) == []
+    (line,) = errors.getvalue().splitlines()
+    assert line.startswith("Nothing was learnt of noise: its validation error, ")
+    assert f"**{line}**" in (run / "README.md").read_text()
+    assert cli.main(["info", str(run)]) == 0
     assert "nothing learnt of       noise\n" in capsys.readouterr().out
 
 
@@ -202,12 +209,8 @@ def test_metrics_of_the_wrong_shape(content, message, run, data, capsys):
 
 
 def test_words():
-    assert [words.count(x, "thread") for x in (0, 1, 2, 1000)] == [
-        "0 threads",
-        "1 thread",
-        "2 threads",
-        "1,000 threads",
-    ]
+    counts = [words.count(x, "row") for x in (0, 1, 2, 1000)]
+    assert counts == ["0 rows", "1 row", "2 rows", "1,000 rows"]
     numbers = [0.0, 1.23456, -1234.567, 123456.7, -1e6 - 1 / 3, 1.5e-7, 1e20, float("nan")]
     assert list(map(words.short, numbers)) == ["0", "1.235", "-1235", "123457", "-1000000", "1.5e-07", "1e+20", "nan"]
     assert words.some(["a", "b", "c"]) == "a, b, c"
