@@ -59,9 +59,10 @@ def from_official(
     state_dict = state_dict.get("state_dict", state_dict)
     config = config_from_official(params_dict)
     model = Crystalformer(config)
-    tensors, mean, deviation = _choose_weights(state_dict, weights)
+    tensors = _choose_weights(state_dict, weights)
     model.load_state_dict(_rename(tensors, config, bool(params_dict.get("normalize_gauss", True))))
-    model.rescale_(mean, deviation)  # the paper's model predicts standardised targets
+    if "target_mean" in state_dict:  # the paper's model predicts standardised targets
+        model.rescale_(state_dict["target_mean"], state_dict["target_std"])
     return model.eval()
 
 
@@ -126,14 +127,12 @@ def _sequence(value: Any) -> tuple[float, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _choose_weights(state_dict: Mapping[str, Tensor], weights: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The tensors of one `Latticeformer`, and the mean and deviation of its targets."""
+def _choose_weights(state_dict: Mapping[str, Tensor], weights: str) -> dict[str, Tensor]:
+    """The tensors of one `Latticeformer`."""
     if weights not in ("auto", "model", "swa"):
         raise ValueError(f"weights must be 'auto', 'model' or 'swa', not {weights!r}")
-    mean = state_dict.get("target_mean", torch.zeros(1))
-    deviation = state_dict.get("target_std", torch.ones(1))
     if "input_embeddings.weight" in state_dict:
-        return dict(state_dict), mean, deviation
+        return dict(state_dict)
     averaged = int(state_dict.get("swa_model.n_averaged", torch.tensor(0))) > 0
     if weights == "swa" and not averaged:
         raise ValueError("weights must be 'model' or 'auto': the checkpoint holds no weight average with an update")
@@ -141,7 +140,7 @@ def _choose_weights(state_dict: Mapping[str, Tensor], weights: str) -> tuple[dic
     tensors = {key[len(prefix) :]: x for key, x in state_dict.items() if key.startswith(prefix)}
     if not tensors:
         raise ValueError(f"state_dict must hold keys that start with {prefix!r}, not {', '.join(list(state_dict)[:5])}")
-    return tensors, mean, deviation
+    return tensors
 
 
 def _rename(tensors: dict[str, Tensor], config: CrystalformerConfig, calibrated: bool) -> dict[str, Tensor]:
