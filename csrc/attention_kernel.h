@@ -273,6 +273,7 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
         x.next_pair[i] = end;
         const int32_t *atom = layout.pair_col + begin, *mirror = layout.pair_mirror + begin;
         const bool add = x.in.ptr[x.crystal[i]] < x.first_row;  // earlier blocks hold rows of this crystal
+        if (add && begin == end) continue;                      // in a large cell, as good as always
         for (int g = 0; g < groups; ++g) {
             const auto at = [&](const T* sums) {
                 return [=](int64_t s) { return sums + (g * x.block_pairs + mirror[s] - x.first_pair) * HEADS; };
