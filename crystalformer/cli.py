@@ -183,6 +183,8 @@ def evaluate(arguments: list[str]) -> int:
         baseline = read_metrics(options.model).get("baseline", {})
     predictions = _predictions(predictor, samples.ids, samples.structures)
     good = predictions.isfinite().all(1)
+    if not good.any():
+        raise Stop("none of the predictions is finite", 1)
     ids, predictions, targets = itertools.compress(samples.ids, good.tolist()), predictions[good], samples.targets[good]
     if options.out is not None:
         with user_errors():
