@@ -14,7 +14,8 @@ from torch import Tensor
 from .data import CrystalBatch
 from .data.crystals import build_crystals
 from .data.dataset import BoundedBatches, sizes
-from .data.structures import NUM_ELEMENTS, read_structure
+from .data.structures import read_structure
+from .elements import NUM_ELEMENTS
 from .layers import mean_pool
 from .model import CONFIG_FILE, Crystalformer
 

@@ -16,7 +16,7 @@ from . import __version__ as version
 from . import plots
 from .data.dataset import CrystalDataset
 from .data.samples import Problem, Samples
-from .data.structures import SYMBOLS
+from .elements import SYMBOLS
 from .metrics import METRICS, maes, not_learnt
 from .predictor import Predictor, not_finite
 from .training import predict

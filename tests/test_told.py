@@ -13,7 +13,7 @@ import crystalformer
 from crystalformer import backends, cli, metrics, plots, words
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.readers import read_samples
-from crystalformer.data.structures import NUM_ELEMENTS, SYMBOLS
+from crystalformer.elements import NUM_ELEMENTS, SYMBOLS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
 SIZES = "model_dim=16 num_heads=2 num_blocks=1 ff_dim=32 readout_dims=16 num_basis=8 r0=0.7 tol=1e-3"
