@@ -88,13 +88,13 @@ def read_samples(
     problems: list[Problem] = []
 
     def report(id: str, row: Row, reason: str) -> None:
-        problem = Problem(id, row.source, reason)
+        problem = Problem(*map(_writable, (id, row.source, reason)))
         if strict:
             raise DataError(str(problem))
         problems.append(problem)
 
     values = [_values(row.values, names) for row in table.rows]
-    reasons = [row.reason or (x if isinstance(x, str) else "") for row, x in zip(table.rows, values, strict=True)]
+    reasons = [row.reason or _fault(row.id, x) for row, x in zip(table.rows, values, strict=True)]
     good = [row.structure for row, reason in zip(table.rows, reasons, strict=True) if row.structure and not reason]
     first: dict[str, Row] = {}
     structures, numbers, notes = [], [], []
@@ -133,6 +133,18 @@ def _check_columns(path: str | Path, table: Table, names: Sequence[str]) -> None
         raise DataError(f"{path}: has no column {', '.join(map(repr, unknown))}; it has {listed(table.columns)}")
 
 
+def _writable(text: str) -> str:
+    """What no file in UTF-8 can hold, as half of a surrogate pair, by its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _fault(id: str, values: list[float] | str) -> str:
+    """What is wrong with a row's id or targets, "" for nothing."""
+    if _writable(id) != id:
+        return "the id must be text that UTF-8 can hold"
+    return values if isinstance(values, str) else ""
+
+
 def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | str:
     """The targets of a row, or what is wrong with them."""
     values = []
@@ -144,7 +156,7 @@ def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | st
             if isinstance(value, bool) or not isinstance(value, str | Real):
                 raise ValueError
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return f"{name} must be a number, not {str(value)[:60]!r}"
         if number in (float("inf"), -float("inf")):
             return f"{name} must be finite, not {value}"
