@@ -101,9 +101,10 @@ def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf")
     return float(x)
 
 
-def check_integer(name: str, x: Any, low: int) -> None:
-    if isinstance(x, bool) or not isinstance(x, int) or x < low:
-        raise ValueError(f"{name} must be an integer, at least {low}, not {x!r}")
+def check_integer(name: str, x: Any, low: int, high: int | None = None) -> None:
+    if isinstance(x, bool) or not isinstance(x, int) or x < low or (high is not None and x > high):
+        most = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{name} must be an integer, at least {low}{most}, not {x!r}")
 
 
 def check_geometry(positions: Tensor, lattice: Tensor) -> None:

@@ -20,12 +20,14 @@ def leave(*_: Any) -> None:
     os._exit(INTERRUPTED)
 
 
-def leave_while_importing() -> None:
-    """Has Ctrl-C end this program, but no other one that imports the library: torch alone takes seconds to come."""
-    name = Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
-    # "-m" is what it is called while Python looks for the module to run.
-    if name in ("-m", PROG) and parent_process() is None and _by_default():
-        signal.signal(signal.SIGINT, leave)
+def _leave_while_importing() -> None:
+    """Has Ctrl-C end this program, but none that only imports the library: torch alone takes seconds to come."""
+    name = getattr(sys, "argv", [""])[0]
+    if name == "-m":  # what it is called while Python looks for the module to run
+        name = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    if Path(name).stem == PROG and parent_process() is None and _by_default():
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, leave)
 
 
 @contextlib.contextmanager
@@ -73,7 +75,7 @@ def prepare_streams() -> None:
         pass
     os.close(free)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, as long as the process
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an id is no reason to lose the work
 
@@ -95,3 +97,6 @@ def finish_output() -> None:
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
         raise
+
+
+_leave_while_importing()

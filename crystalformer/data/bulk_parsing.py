@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .. import __version__ as version
+from ..process import uninterrupted
 from .parsing import Parsed, Source, parse
 from .store import Item, Store, digest
 
@@ -61,7 +62,9 @@ def _run(sources: Sequence[Source], primitive: bool, workers: int) -> Generator[
     # Not forked: the threads of torch and BLAS do not survive it.
     executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        yield from executor.map(parse, sources, repeat(primitive), chunksize=CHUNK)
+        with uninterrupted():
+            results = executor.map(parse, sources, repeat(primitive), chunksize=CHUNK)
+        yield from results
     finally:
         executor.shutdown(cancel_futures=True)
 

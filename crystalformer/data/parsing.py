@@ -15,8 +15,8 @@ from .structures import Crystal, read_structure
 
 # Atoms nearer than this, in Å, are one atom that is there twice.
 CLOSEST = 0.01
-# Volume of an atom, in Å³, below which a structure is none: hydrogen at the pressures of planets has more than 1. Number
-# and memory of the images grow with the density.
+# Volume of an atom, in Å³, below which a structure is none: hydrogen at the pressures of planets has more than 1. The
+# number of images grows with the density.
 DENSEST = 0.1
 # How far apart, in Å, the sites of two copies of a primitive cell may be. pymatgen's 0.25 would average away
 # distortions that energies depend on.
