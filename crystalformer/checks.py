@@ -11,6 +11,7 @@ from .lattice import volume
 _check_values_on_gpu = False
 # Volume of a cell over the product of its edges, below which it is singular.
 FLATTEST = 1e-6
+MOST_WORKERS = 1024
 
 
 class debug_checks:
@@ -105,6 +106,11 @@ def check_integer(name: str, x: Any, low: int, high: int | None = None) -> None:
     if isinstance(x, bool) or not isinstance(x, int) or x < low or (high is not None and x > high):
         most = "" if high is None else f" and at most {high}"
         raise ValueError(f"{name} must be an integer, at least {low}{most}, not {x!r}")
+
+
+def check_workers(name: str, x: Any) -> None:
+    """Processes or threads: each takes memory, or a place in the tables of the system, before it does anything."""
+    check_integer(name, x, 0, MOST_WORKERS)
 
 
 def check_geometry(positions: Tensor, lattice: Tensor) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__ as version
-from .options import add_fields, make_parser, parse, read_yaml, with_underscores
+from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
 from .process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
 from .user_errors import Stop, one_line, training_errors, user_errors
 
@@ -99,7 +99,8 @@ def train(arguments: list[str]) -> int:
     for name in ("--config", "--preset", "--out"):
         ahead.add_argument(name)
     ahead.add_argument("--resume", action="store_true")
-    known, _ = ahead.parse_known_args(with_underscores(arguments))
+    with argument_errors(parser):
+        known, _ = ahead.parse_known_args(with_underscores(arguments))
     preset = known.preset or (read_yaml(known.config).get("preset") if known.config else None)
     if preset in PRESETS:
         parser.set_defaults(dataclasses.asdict(PRESETS[preset]))

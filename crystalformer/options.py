@@ -1,11 +1,11 @@
 """The options of a command: from the fields of dataclasses, on the command line and in YAML files."""
 
-import argparse
 import dataclasses
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -36,11 +36,19 @@ def make_parser(name: str, command: Callable[[list[str]], int]) -> "ArgumentPars
 
 def parse(parser: "ArgumentParser", arguments: Sequence[str]) -> "Namespace":
     """The options that arguments and config files give; Stop for what they must not be."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return parser.parse_args([_lists_in_config(parser, x, folder) for x in with_underscores(arguments)])
-        except argparse.ArgumentError as error:
-            raise Stop(f"{error}: see {parser.prog} --help") from error
+    with argument_errors(parser), tempfile.TemporaryDirectory() as folder:
+        return parser.parse_args([_lists_in_config(parser, x, folder) for x in with_underscores(arguments)])
+
+
+@contextmanager
+def argument_errors(parser: "ArgumentParser") -> Iterator[None]:
+    """Parsing depends on arguments alone: whatever they make of argparse and jsonargparse is an error of theirs."""
+    try:
+        yield
+    except Stop:
+        raise
+    except Exception as error:
+        raise Stop(f"{error}: see {parser.prog} --help") from error
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
@@ -117,6 +125,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise Stop(f"config must be a YAML file of options, not {path}: {error}") from error
+    content = {} if content is None else content
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise Stop(f"config must be a YAML file of options, not {path}: it has no names of options")
     return content

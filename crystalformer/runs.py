@@ -30,7 +30,6 @@ from .training.checkpoints import CheckpointError
 from .training.machine import check_machine
 
 MOST_SEED = 2**64 - 1  # of torch
-MOST_PROCESSES = 1024  # more than any machine has cores; each costs memory
 CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
 
 
@@ -166,7 +165,7 @@ def train(
         check_folder(out, resume)
     try:
         checks.check_integer("seed", seed, 0, MOST_SEED)
-        checks.check_integer("loaders", loaders, 0, MOST_PROCESSES)
+        checks.check_workers("loaders", loaders)
         check_machine(accelerator, devices, nodes)
     except ValueError as error:
         raise DataError(str(error)) from error

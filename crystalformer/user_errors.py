@@ -39,15 +39,15 @@ def user_errors() -> Iterator[None]:
     except RecursionError as error:
         raise Stop("an argument or a file is nested too deeply") from error
     except (MemoryError, RuntimeError) as error:
-        raise _out_of_memory(error) from error
+        _stop_out_of_memory(error)
+        raise
 
 
-def _out_of_memory(error: Exception) -> Exception:
-    """Stop, if that is what is wrong; torch has an error of its own for a GPU's memory only."""
+def _stop_out_of_memory(error: Exception) -> None:
+    """Raises Stop if that is what is wrong; torch has an error of its own for a GPU's memory only."""
     words = ("out of memory", "allocate memory", "Storage size calculation overflowed")
     if isinstance(error, MemoryError) or any(x in str(error) for x in words):
-        return Stop(f"out of memory: {str(error) or 'Python had no more'}", 1)
-    return error
+        raise Stop(f"out of memory: {error}" if str(error) else "out of memory", 1) from error
 
 
 @contextmanager
@@ -59,7 +59,6 @@ def training_errors(out: Path) -> Iterator[None]:
     from .data.samples import DataError
     from .training.checkpoints import CheckpointError
 
-    again = f"go on with: {PROG} train --out {out} --resume"
     try:
         yield
     except (DataError, CheckpointError, MisconfigurationException, FileExistsError) as error:
@@ -69,10 +68,20 @@ def training_errors(out: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise Stop(f"out of GPU memory: train anew with a smaller --max_images_per_batch ({error})", 1) from error
     except OSError as error:
-        raise Stop(f"{error}; the last checkpoint is whole: {again}", 1) from error
+        raise Stop(f"{error}{_again(out)}", 1) from error
     except (MemoryError, RuntimeError) as error:
-        raise _out_of_memory(error) from error
+        _stop_out_of_memory(error)
+        raise
     except KeyboardInterrupt as error:
-        raise Stop(f"stopped; {again}" if any(out.glob("checkpoints/*")) else "stopped", INTERRUPTED) from error
+        raise Stop(f"stopped{_again(out)}", INTERRUPTED) from error
     except SystemExit as error:  # how lightning ends for SIGTERM, and with code 1 for Ctrl-C
-        raise Stop(f"stopped; {again}", INTERRUPTED if error.code == 1 else 143) from error
+        raise Stop(f"stopped{_again(out)}", INTERRUPTED if error.code == 1 else 143) from error
+
+
+def _again(out: Path) -> str:
+    """How to go on with the training in this folder, if it has begun."""
+    try:
+        begun = (out / "config.yaml").is_file()
+    except OSError:
+        begun = False
+    return f"; go on with: {PROG} train --out {out} --resume" if begun else ""

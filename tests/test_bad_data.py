@@ -200,5 +200,5 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         read_samples(tmp_path, "gap")
     with pytest.raises(ValueError, match=r"^targets must differ, but 'gap' is there twice"):
         read_samples(tmp_path, ["gap", "gap"])
-    with pytest.raises(ValueError, match=r"^workers must be at least 0, not -1"):
+    with pytest.raises(ValueError, match=r"^workers must be an integer, at least 0 and at most 1024, not -1"):
         read_samples(tmp_path, workers=-1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__ as version
+from .. import checks
 from ..config import CrystalformerConfig
 from ..images import ImageList, build_images
 from ..wave_vectors import build_wave_vectors
@@ -66,8 +67,7 @@ def build_crystals(
     Raises:
         TypeError, ValueError: as `CrystalBatch.from_structures`, naming the structure.
     """
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, not {workers}")
+    checks.check_workers("workers", workers)
     dtype = dtype or torch.get_default_dtype()
     crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures)]
     if not isinstance(settings, ImageSettings):

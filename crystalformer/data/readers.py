@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from .bulk_parsing import parse_all
 from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
@@ -63,8 +64,8 @@ def read_samples(
             files of their own go by the file's name without its ending, with :0, :1, ... where a file has several.
         primitive: reduces each cell to a primitive one whose copies agree to 0.01 Å.
         strict: raises DataError at the first row that cannot be used.
-        workers: processes that parse, which pays from some ten thousand crystals on; 0 parses in this one. A script
-            that uses them needs `if __name__ == "__main__":`.
+        workers: processes that parse, as many as there are cores at most, which pays from some ten thousand crystals
+            on; 0 parses in this one. A script that uses them needs `if __name__ == "__main__":`.
         cache: a folder that keeps parsed structures, found again by the text they were parsed from; that of
             `build_crystals` can serve both. Needs safetensors.
         progress: called with the number of rows done and of all, now and then.
@@ -80,8 +81,7 @@ def read_samples(
     names = tuple(targets)
     if first_repeated(names) is not None:
         raise ValueError(f"targets must differ, but {first_repeated(names)!r} is there twice")
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, not {workers}")
+    checks.check_workers("workers", workers)
     table = read_table(path, names, id_column)
     _check_columns(path, table, names)
 
