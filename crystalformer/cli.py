@@ -239,7 +239,10 @@ def convert(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="file of the paper's code, .ckpt or .pt")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
     parser.add_argument(
-        "--params", type=Path | None, default=None, help="its JSON of parameters, for a bare state dict"
+        "--params",
+        type=str | None,
+        default=None,
+        help="its JSON of parameters, or a file of it, for a bare state dict",
     )
     parser.add_argument("--weights", choices=["auto", "swa", "model"], default="auto", help="swa is the weight average")
     options = parse(parser, arguments)
