@@ -12,7 +12,8 @@ from .checks import debug_checks
 from .config import CrystalformerConfig
 from .data import CrystalBatch
 from .functional import dual_space_attention, periodic_attention, periodic_encoding, reciprocal_attention
-from .images import ImageList, build_images
+from .image_list import ImageList
+from .images import build_images
 from .model import Crystalformer
 from .predictor import load
 from .wave_vectors import WaveVectors, build_wave_vectors

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .basis import RadialBasis
-from .images import ImageList
+from .image_list import ImageList
 from .wave_vectors import WaveVectors
 
 HALF = (torch.bfloat16, torch.float16)
@@ -63,7 +63,7 @@ def check_images(images: ImageList, decay: Tensor, known: dict[str, int], recipr
         check_smallest("decay", decay, decay_min, "images")
 
 
-def check_wave_vectors(waves: WaveVectors, name: str, ptr: Tensor, decay: Tensor) -> None:
+def check_wave_vectors(waves: WaveVectors, name: str, ptr: Tensor, decay: Tensor, lattice: Tensor) -> None:
     """Checks those of the crystals of the argument `name`, whose ptr is given."""
     if not isinstance(waves, WaveVectors):
         raise TypeError(f"wave_vectors must be WaveVectors, from build_wave_vectors, not {type(waves).__name__}")
@@ -72,6 +72,7 @@ def check_wave_vectors(waves: WaveVectors, name: str, ptr: Tensor, decay: Tensor
     same = waves.ptr.shape == ptr.shape
     if not same or (checks.values_visible(ptr) and not torch.equal(waves.ptr, ptr)):
         raise ValueError(f"wave_vectors must be of the crystals of {name}, {ptr.tolist()}, not of {waves.ptr.tolist()}")
+    waves.check_lattice(lattice)
     check_smallest("decay_reciprocal", decay, waves.decay_min, "wave_vectors")
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from .extension import LOADED
+from .words import count
 
 NAMES = ("triton", "cpu", "reference")
 # On a GPU the reference's matrix products serve it.
@@ -35,6 +36,19 @@ def available_backends() -> dict[str, bool | str]:
         "cpu": LOADED,
         "reference": True,
     }
+
+
+def describe_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """One line: which backend `auto` takes for the attention on a device and, if it is the slow one, why."""
+    backend = choose_backend("auto", device, "attention", dtype)
+    threads = f", {count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    line = f"attention by the backend {backend!r} on {device.type}{threads}"
+    if backend != "reference":
+        return line
+    reason = available_backends().get({"cuda": "triton"}.get(device.type, device.type), "there are no kernels for it")
+    if reason is True:
+        reason = f"the kernels for {device.type} do not compute in {dtype}"
+    return f"{line}: plain PyTorch, many times slower than kernels, for {reason}"
 
 
 def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dtype = torch.float32) -> str:

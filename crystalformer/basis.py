@@ -7,15 +7,22 @@ from torch import Tensor
 
 from . import checks
 
+MOST_FUNCTIONS, R_MAX, WIDTH = 1 << 16, (1e-3, 1e6), (1e-3, 1e3)  # csrc/layout.cpp has them too
+
 
 @dataclass(frozen=True)
 class RadialBasis:
     """Gaussians of the distance, b_m(d) = exp(-(d - mu_m)² / (2 w²)) with mu_m = m r_max/num, m = 1..num.
 
+    A distance is within reach of some 17 width functions, and kernels take memory and time for so many.
+
     Attributes:
-        num: how many, K.
-        r_max: centre of the last one, Å.
-        width: w in units of the spacing r_max/num.
+        num: how many, K, up to 65,536.
+        r_max: centre of the last one, Å, from 1e-3 to 1e6.
+        width: w in units of the spacing r_max/num, from 1e-3 to 1,000.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
     """
 
     num: int = 64
@@ -23,9 +30,9 @@ class RadialBasis:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.check_integer("num", self.num, 1)
-        checks.check_number("r_max", self.r_max)
-        checks.check_number("width", self.width)
+        checks.check_integer("num", self.num, 1, MOST_FUNCTIONS)
+        checks.check_between("r_max", self.r_max, *R_MAX)
+        checks.check_between("width", self.width, *WIDTH)
 
     def __call__(self, d: Tensor) -> Tensor:
         """b(d), (..., K), of distances d (...), Å."""

@@ -1,6 +1,7 @@
 """Argument checks: every error names the argument, what it must be and what it was."""
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tens
         return
     if x.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype}, as the other arguments, not {x.dtype}")
+    check_device(name, x, like)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, as the other arguments, not on {x.device}")
 
@@ -94,18 +99,36 @@ def check_positive(name: str, x: Tensor) -> None:
 
 def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> float:
     """x as a float with low < x < high; `closed` admits x = low."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name} must be a number, not {type(x).__name__}")
-    if not (low < x < high or (closed and x == low)):
+    _check_real(name, x)
+    if not (low < x < high or (closed and x == low)) or abs(x) > sys.float_info.max:
         upper = f"smaller than {high:g}" if high < float("inf") else "finite"
-        raise ValueError(f"{name} must be {'at least' if closed else 'larger than'} {low:g} and {upper}, not {x}")
+        raise ValueError(
+            f"{name} must be {'at least' if closed else 'larger than'} {low:g} and {upper}, not {_shown(x)}"
+        )
     return float(x)
+
+
+def check_between(name: str, x: Any, low: float, high: float) -> None:
+    """Checks low <= x <= high."""
+    _check_real(name, x)
+    if not low <= x <= high:
+        raise ValueError(f"{name} must be at least {low:g} and at most {high:g}, not {_shown(x)}")
 
 
 def check_integer(name: str, x: Any, low: int, high: int | None = None) -> None:
     if isinstance(x, bool) or not isinstance(x, int) or x < low or (high is not None and x > high):
-        most = "" if high is None else f" and at most {high}"
-        raise ValueError(f"{name} must be an integer, at least {low}{most}, not {x!r}")
+        upper = "" if high is None else f" and at most {high}"
+        raise ValueError(f"{name} must be an integer, at least {low}{upper}, not {_shown(x)}")
+
+
+def _check_real(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(x).__name__}")
+
+
+def _shown(x: Any) -> str:
+    """What x is; of an integer that would fill lines, how long it is."""
+    return f"an integer of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 128 else repr(x)
 
 
 def check_workers(name: str, x: Any) -> None:
@@ -132,16 +155,22 @@ def check_lattice(lattice: Tensor) -> None:
 
 def check_ptr(name: str, ptr: Any, num_atoms: int | None = None) -> None:
     """Offsets of the crystals in the packed rows: 0, ..., N, each crystal with at least one atom; N if it is known."""
+    check_segments(name, ptr, num_atoms, "atoms", "C")
+    if values_visible(ptr) and not bool((ptr.diff() > 0).all()):
+        raise ValueError(f"{name} must rise by at least one atom a crystal, but it is {ptr.tolist()}")
+
+
+def check_segments(name: str, ptr: Any, number: int | None, entries: str, segments: str = "N") -> None:
+    """Offsets of segments in a row of entries: 0, ..., the number of entries, never falling."""
     if not isinstance(ptr, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(ptr).__name__}")
     check_dtype(name, ptr, torch.int64)
     if ptr.dim() != 1 or len(ptr) < 1:
-        raise ValueError(f"{name} must have shape (C+1), not {tuple(ptr.shape)}")
+        raise ValueError(f"{name} must have shape ({segments}+1), not {tuple(ptr.shape)}")
     if values_visible(ptr):
-        num_atoms = int(ptr[-1]) if num_atoms is None else num_atoms
-        if int(ptr[0]) != 0 or int(ptr[-1]) != num_atoms:
-            raise ValueError(
-                f"{name} must run from 0 to the number of atoms {num_atoms}, not from {int(ptr[0])} to {int(ptr[-1])}"
-            )
-        if not bool((ptr.diff() > 0).all()):
-            raise ValueError(f"{name} must rise by at least one atom a crystal, but it is {ptr.tolist()}")
+        first, last = int(ptr[0]), int(ptr[-1])
+        number = last if number is None else number
+        if first != 0 or last != number:
+            raise ValueError(f"{name} must run from 0 to the number of {entries} {number}, not from {first} to {last}")
+        if not bool((ptr.diff() >= 0).all()):
+            raise ValueError(f"{name} must never fall, but it is {ptr.tolist()}")

@@ -6,7 +6,7 @@ Whatever is wrong with the arguments or the data ends in one line on stderr and 
 import argparse
 import csv
 import dataclasses
-import json
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__ as version
+from .data.structures import SYMBOLS
+from .metrics import not_learnt, read_metrics
 from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
 from .process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
 from .user_errors import Stop, one_line, training_errors, user_errors
+from .words import count, short, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,17 +79,18 @@ def _overview() -> str:
 def train(arguments: list[str]) -> int:
     """Trains a model and writes it, its errors, predictions and plots into a folder."""
     with user_errors():
-        from .config import CrystalformerConfig
+        from .config import FROM_TRAINING, CrystalformerConfig
         from .runs import CONFIG, DataSource, check_folder
         from .runs import train as run
         from .training import PRESETS, Recipe
     parser = make_parser("train", train)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, new or empty")
     parser.add_argument("--target", nargs="+", type=str, required=True, help="columns to learn")
+    parser.add_argument("--unit", nargs="+", type=str, default=None, help="of each target, for plots, tables and card")
     add_fields(parser, DataSource)
     parser.add_argument("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
     add_fields(parser, Recipe)
-    add_fields(parser, CrystalformerConfig, "model.", leave_out=("num_targets", "target_names"))
+    add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
     parser.add_argument("--seed", type=int, default=0, help="of split, first weights, order and dropout")
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out; needs no other option")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu", "mps"], default="auto", help="what computes")
@@ -114,7 +118,8 @@ def train(arguments: list[str]) -> int:
         source = DataSource(**{field.name: options[field.name] for field in dataclasses.fields(DataSource)})
         recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
         config = CrystalformerConfig(**options.model.as_dict())
-    keywords = {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes", "loaders")}
+    keywords: dict[str, Any] = {"unit": options.unit or ()}
+    keywords |= {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes", "loaders")}
     with training_errors(options.out):
         run(options.out, options.target, source, recipe, config, **keywords)
     return 0
@@ -153,11 +158,13 @@ def predict(arguments: list[str]) -> int:
         names = [f"{path}:{id}" for path, id in ids]
     if not structures:
         raise Stop(f"no crystal can be predicted ({bad} rows cannot be used)", 1)
-    with user_errors(), _bar("predicting", len(structures)) as advance:
-        predictions = predictor.predict(structures, advance)
-        _write(options.out, names, predictor.names, predictions)
+    predictions = _predictions(predictor, names, structures)
+    good = predictions.isfinite().all(1)
+    with user_errors():
+        _write(options.out, list(itertools.compress(names, good.tolist())), predictor.names, predictions[good])
+    rows, bad = bad + len(structures), bad + int((~good).sum())
     if bad:
-        raise Stop(f"{bad} of {bad + len(structures)} rows could not be predicted", 1)
+        raise Stop(f"{bad} of {count(rows, 'row')} could not be predicted", 1)
     return 0
 
 
@@ -177,35 +184,39 @@ def evaluate(arguments: list[str]) -> int:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
     _check_file(options.out)
     predictor = _load(options.model, options.device)
-    targets = options.target or list(predictor.names)
-    if len(targets) != len(predictor.names):
-        raise Stop(f"target must name {len(predictor.names)} columns, as the model has, not {', '.join(targets)}")
+    columns = options.target or list(predictor.names)
+    if len(columns) != len(predictor.names):
+        number = count(len(predictor.names), "column")
+        raise Stop(f"target must name {number}, as the model has, not {', '.join(columns)}")
     with user_errors():
         from .data.readers import read_samples
         from .data.splits import read_split
 
-        samples, problems = read_samples(options.data, targets, id_column=options.id_column)
+        samples, problems = read_samples(options.data, columns, id_column=options.id_column)
         if options.split is not None:
-            left_out = {problem.id for problem in problems}
-            samples = samples.select([x for x in read_split(options.split)[options.set or "test"] if x not in left_out])
+            bad = {problem.id for problem in problems}
+            samples = samples.select([x for x in read_split(options.split)[options.set or "test"] if x not in bad])
         if not len(samples):
             raise Stop(f"{options.data}: no crystal can be used" + (f": {problems[0]}" if problems else ""))
-        with _bar("predicting", len(samples)) as advance:
-            predictions = predictor.predict(samples.structures, advance).double()
-        if options.out is not None:
-            _write(options.out, samples.ids, predictor.names, predictions)
-    errors = predictions - samples.targets
-    baseline = _metrics(options.model).get("baseline", {})
-    print(f"{len(samples)} crystals, {len(problems)} rows left out", file=sys.stderr)
+        baseline = read_metrics(options.model).get("baseline", {})
+    predictions = _predictions(predictor, samples.ids, samples.structures)
+    good = predictions.isfinite().all(1)
+    ids, predictions, targets = itertools.compress(samples.ids, good.tolist()), predictions[good], samples.targets[good]
+    if options.out is not None:
+        with user_errors():
+            _write(options.out, list(ids), predictor.names, predictions)
+    left_out = len(problems) + int((~good).sum())
+    print(f"{count(len(predictions), 'crystal')}, {count(left_out, 'row')} left out", file=sys.stderr)
     stream = sys.stderr if options.out == "-" else sys.stdout  # stdout is a table or a CSV, not both
     print(f"{'target':24}{'MAE':>12}{'RMSE':>12}{'baseline':>12}    (MAE of the training set's mean)", file=stream)
-    for column, name in enumerate(predictor.names):
-        x, true = errors[:, column], samples.targets[:, column]
-        reference = f"{float((true - baseline[name]).abs().mean()):12.4g}" if name in baseline else f"{'-':>12}"
-        print(f"{name:24}{float(x.abs().mean()):12.4g}{float(x.square().mean().sqrt()):12.4g}{reference}", file=stream)
+    for column, (name, label) in enumerate(zip(predictor.names, predictor.labels, strict=True)):
+        true, x = targets[:, column], predictions[:, column] - targets[:, column]
+        numbers = [short(float(x.abs().mean())), short(float(x.square().mean().sqrt()))]
+        numbers.append(short(float((true - baseline[name]).abs().mean())) if name in baseline else "-")
+        print(f"{label:24}" + "".join(f"{number:>12}" for number in numbers), file=stream)
     if problems:
-        raise Stop(f"{len(problems)} rows could not be used, the first: {problems[0]}", 1)
-    return 0
+        raise Stop(f"{count(len(problems), 'row')} could not be used, the first: {problems[0]}", 1)
+    return 1 if left_out else 0
 
 
 def info(arguments: list[str]) -> int:
@@ -215,19 +226,25 @@ def info(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     predictor = _load(options.model, "cpu")
     lines = {
-        "targets": ", ".join(predictor.names),
+        "targets": ", ".join(predictor.labels),
         "parameters": f"{sum(x.numel() for x in predictor.model.parameters()):,}",
     }
-    metrics = _metrics(options.model)
+    with user_errors():
+        metrics = read_metrics(options.model)
     for part, maes in metrics.get("mae", {}).items():
         for name, mae in maes.items():
             baseline = metrics["baseline_mae"][part][name]
-            lines[f"{part} MAE, {name}"] = f"{mae:.4g}, of predicting the mean {baseline:.4g}"
+            lines[f"{part} MAE, {name}"] = f"{short(mae)}, of predicting the mean {short(baseline)}"
+    if nothing := not_learnt(metrics):
+        lines["nothing learnt of"] = ", ".join(nothing)
     for key in ("crystals", "epochs", "versions"):
         if key in metrics:
             value = metrics[key]
             lines[key] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-    lines |= {name: str(x) for name, x in dataclasses.asdict(predictor.model.config).items() if name != "target_names"}
+    if elements := predictor.model.config.elements:
+        lines["elements"] = ", ".join(SYMBOLS[z - 1] for z in elements)
+    settings = dataclasses.asdict(predictor.model.config).items()
+    lines |= {name: str(x) for name, x in settings if name not in ("target_names", "target_units", "elements")}
     for name, line in lines.items():
         print(f"{name:24}{line}")
     return 0
@@ -267,11 +284,14 @@ def doctor(arguments: list[str]) -> int:
 
     import torch
 
-    from .backends import available_backends
+    from .backends import available_backends, describe_backend
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"crystalformer {version}, Python {platform.python_version()}, {platform.platform()}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, GPU: {', '.join(gpus) or 'none'}\n")
+    print(f"torch {torch.__version__}, {count(torch.get_num_threads(), 'thread')}, GPU: {', '.join(gpus) or 'none'}")
+    for device in ("cpu", "cuda") if gpus else ("cpu",):
+        print(describe_backend(torch.device(device)))
+    print()
     print("Backends of the attention")
     for name, state in available_backends().items():
         print(f"  {name:12}{'ready' if state is True else state}")
@@ -319,12 +339,28 @@ def _load(path: Path, device: str) -> "Predictor":
             raise Stop(f"device: {error}") from error
 
 
-def _metrics(path: Path) -> dict[str, Any]:
-    """What metrics.json in the folder of a training says, or nothing."""
-    try:
-        return json.loads((path / "metrics.json").read_text())
-    except (OSError, ValueError):
-        return {}
+def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequence[Any]) -> "Tensor":
+    """(C,T). On stderr: the backend, elements that the model does not know, and what cannot be predicted."""
+    from .backends import describe_backend
+    from .predictor import not_finite
+
+    def say(line: str) -> None:
+        print(f"{PROG}: {line}", file=sys.stderr)
+
+    weight = next(predictor.model.parameters())
+    say(describe_backend(weight.device, weight.dtype))
+    with user_errors():
+        unseen: dict[int, list[str]] = {}
+        for id, elements in zip(ids, predictor.unseen_elements(structures), strict=True):
+            for z in elements:
+                unseen.setdefault(z, []).append(id)
+        for z, where in sorted(unseen.items()):
+            say(f"no crystal of the training had {SYMBOLS[z - 1]}, predictions are guesses for {some(where)}")
+        with _bar("predicting", len(structures)) as advance:
+            predictions = predictor.predict(structures, advance)
+    for id in not_finite(ids, predictions):
+        say(f"{id}: the prediction is not finite")
+    return predictions
 
 
 def _check_file(out: str | None) -> None:
@@ -340,7 +376,7 @@ def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Ten
     with nullcontext(sys.stdout) if out == "-" else open(out, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["id", *names])
-        table.writerows([id, *(f"{x:.6g}" for x in row)] for id, row in zip(ids, predictions.tolist(), strict=True))
+        table.writerows([id, *row] for id, row in zip(ids, predictions.tolist(), strict=True))
 
 
 @contextmanager

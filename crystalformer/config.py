@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from .truncation import MAX_LOGIT_RANGE
 # Of config.json: one more whenever an older version could not read it, or would read it wrongly.
 FORMAT = 1
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
+# Attributes that are no choice: they come from the data of a training, or from the training itself.
+FROM_TRAINING = ("num_targets", "target_names", "target_units", "target_mean", "target_deviation", "elements")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class CrystalformerConfig:
             largest part of a sum over G.
         logit_range: largest difference of content scores for which that is certified; see `build_images`.
         target_names: of the properties that are predicted; none if they are not known.
+        target_units: theirs, "" for one without; none if they are not known.
+        target_mean, target_deviation: what makes y·deviation + mean of the network's outputs y, in fp64; none before
+            the model is trained, for targets that are standardised.
+        elements: atomic numbers in the crystals of the training; none if they are not known.
     """
 
     num_targets: int = 1
@@ -59,6 +66,10 @@ class CrystalformerConfig:
     tol: float = 1e-6
     logit_range: float = 4.0
     target_names: tuple[str, ...] = ()
+    target_units: tuple[str, ...] = ()
+    target_mean: tuple[float, ...] = ()
+    target_deviation: tuple[float, ...] = ()
+    elements: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "num_blocks", "ff_dim"):
@@ -84,10 +95,20 @@ class CrystalformerConfig:
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
-        object.__setattr__(self, "target_names", tuple(self.target_names))
-        if self.target_names and len(self.target_names) != self.num_targets:
-            names = ", ".join(self.target_names)
-            raise ValueError(f"target_names must be {self.num_targets}, as num_targets, not {names}")
+        for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("target_names", "target_units", "target_mean", "target_deviation"):
+            value = getattr(self, name)
+            if value and len(value) != self.num_targets:
+                listed = ", ".join(map(str, value))
+                raise ValueError(f"{name} must be {self.num_targets}, as num_targets, not {listed}")
+        if len(self.target_mean) != len(self.target_deviation):
+            raise ValueError("target_mean and target_deviation must both be given, or none of them")
+        for mean, deviation in zip(self.target_mean, self.target_deviation, strict=True):
+            checks.check_number("target_mean", mean, low=-math.inf)
+            checks.check_number("target_deviation", deviation)
+        for number in self.elements:
+            checks.check_integer("elements", number, 1)
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:

@@ -165,7 +165,7 @@ def learn_energies(out: Path, epochs: int, seconds: float, seed: int) -> bool:
     )
 
     def dataset(part: slice) -> training.CrystalDataset:
-        energies = torch.tensor([[crystal.energy] for crystal in crystals[part]])
+        energies = torch.tensor([[crystal.energy] for crystal in crystals[part]], dtype=torch.float64)
         return training.CrystalDataset([crystal.structure for crystal in crystals[part]], energies, model)
 
     train, val = dataset(slice(NUM_TRAIN)), dataset(slice(NUM_TRAIN, NUM_TRAIN + NUM_VAL))
@@ -201,7 +201,7 @@ def write_predictions(path: Path, crystals: "Sequence[IonicCrystal]", prediction
         writer.writerow(["id", "formula", "target", "prediction"])
         for number, (crystal, prediction) in enumerate(zip(crystals, predictions[:, 0].tolist(), strict=True)):
             name = f"{crystal.prototype.replace(' ', '-')}-{number:03d}"
-            writer.writerow([name, crystal.formula, f"{crystal.energy:.6f}", f"{prediction:.6f}"])
+            writer.writerow([name, crystal.formula, crystal.energy, prediction])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,33 @@
 """The compiled CPU kernels, `crystalformer._C`: importing it implements the operators `crystalformer::cpu_...`."""
 
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
 
 def _load() -> bool | str:
     try:
         from . import _C  # type: ignore[attr-defined]  # noqa: F401
     except ImportError as error:
         return (
-            f"the compiled CPU kernels, crystalformer._C, cannot be loaded ({error}): install crystalformer with "
-            "`pip install --no-build-isolation .`, with torch and a C++20 compiler there, or use 'reference'"
+            f"the compiled CPU kernels cannot be loaded: {_reason(Path(__file__).parent, error)}: install "
+            "crystalformer with `pip install --no-build-isolation .`, with torch and a C++20 compiler there, or use "
+            "'reference'"
         )
     return True
+
+
+def _reason(folder: Path, error: ImportError) -> str:
+    """What is wrong with the file; Python itself speaks of a circular import where there is none."""
+    files = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    if not files:
+        return f"there is no file _C{EXTENSION_SUFFIXES[0]} in {folder}, so they have not been built"
+    if not any(f"_C{suffix}" in files for suffix in EXTENSION_SUFFIXES):
+        return f"{files[0]} in {folder} was built for another Python than this, which needs _C{EXTENSION_SUFFIXES[0]}"
+    if "symbol" in str(error).lower():
+        return f"they were built for another torch than this, {torch.__version__} ({error})"
+    return str(error)
 
 
 # True, or why there are none and what to do about it.

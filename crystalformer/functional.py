@@ -18,7 +18,7 @@ from .arguments import (
 from .backends import choose_backend
 from .basis import RadialBasis
 from .dual_space import DUAL_SPACE
-from .images import ImageList
+from .image_list import ImageList
 from .layouts import layout as make_layout
 from .ops import ATTENTION, ENCODING, RECIPROCAL, Op
 from .two_spaces import cheaper_alpha
@@ -89,7 +89,7 @@ def periodic_attention(
         decay: (N,H), Å^-2, at least the `decay_min` that images were built for. The paper's 1/(2 sigma_i²).
         positions: (N,3), Cartesian, Å.
         lattice: (C,3,3), rows are the lattice vectors, Å.
-        images: from `build_images`, for the same N and C.
+        images: from `build_images`, for these positions and this lattice, or such as its certificate bears.
         edge_weight: (H,Dv,K), W, or None for the paper's simplified model, without the value encoding.
         basis: b, with `basis.num` = K; needed with edge_weight.
         backend: "auto", "triton", "cpu" or "reference"; see `available_backends`.
@@ -240,7 +240,7 @@ def reciprocal_attention(
             decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
         wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
     else:
-        check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal)
+        check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal, lattice)
     lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
     run = getattr(torch.ops.crystalformer, f"{backend}_{RECIPROCAL.name}")
     y = run(*(x.to(decay_reciprocal.dtype) for x in (q, k, v)), decay_reciprocal, positions, lattice, *lists)
@@ -294,7 +294,7 @@ def dual_space_attention(
     check_atoms("decay", decay, positions, lattice, real, like=q)
     check_images(images, decay, real)
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like=q)
-    check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal)
+    check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal, lattice)
     weight, numbers = check_value_encoding(edge_weight, basis, real, decay)
     refuse_forward_mode(q, k, v, decay, decay_reciprocal, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, DUAL_SPACE.name, positions.dtype)

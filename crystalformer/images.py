@@ -1,20 +1,20 @@
-"""The periodic images that each atom attends to, packed in one list with a certificate of what it leaves out."""
+"""The periodic images that each atom attends to, as few as the certificate allows."""
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .geometry import Geometry
+from .image_list import ImageList
 from .lattice import points_in_spheres, triangular
-from .packed import Packed, check_parts, weakest
+from .limits import INT32, MAX_IMAGES, Extent
 from .poisson import crossover, slow_wave_vectors
-from .segments import cat_ptr, crystal_of_atom, offsets
+from .segments import crystal_of_atom, offsets
 from .truncation import BEYOND, MAX_LOGIT_RANGE, pair_cutoff2, row_cutoff2, tail_radius2
-from .wave_vectors import WaveVectors
 
 # Pairs of atoms enumerated at once: bounds the memory of a cell with thousands of atoms.
 PAIRS_AT_ONCE = 1 << 18
@@ -24,7 +24,8 @@ CUTOFF_SLACK = 1e-4
 
 SCHEMA = (
     "(Tensor positions, Tensor lattice, Tensor ptr, Tensor decay_min, float tol, float logit_range, float beyond, "
-    "float? cutoff, bool every_pair) -> (Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff, SymInt num_pairs)"
+    "float? cutoff, bool every_pair, int max_images) -> "
+    "(Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff, SymInt num_pairs)"
 )
 
 torch.library.define("crystalformer::cpu_images", SCHEMA)  # implemented in csrc/bindings_real.cpp
@@ -46,103 +47,6 @@ def _(positions: Tensor, lattice: Tensor, ptr: Tensor, *_: Any) -> tuple[Tensor 
     )
 
 
-@dataclass(frozen=True, eq=False)
-class ImageList(Packed):
-    """The images e = (i, j, n) of all atoms: atom j of the same crystal, moved by n lattice vectors, seen from atom i.
-
-    Row i holds the images of atom i, sorted by (j, n). The list is symmetric: with (i, j, n) it holds (j, i, -n). It
-    holds each atom itself, (i, i, 0). It says which images there are, not where: gradients flow through positions and
-    lattice, not through the list. The certificate holds for the geometry that the list was built for.
-
-    Attributes:
-        row_ptr: (N+1) int64, row i is the images row_ptr[i] to row_ptr[i+1].
-        col: (M) int32, atom j of each image.
-        shift: (M,3) int32, n of each image.
-        ptr: (C+1) int64, the first atom of each crystal.
-        cutoff: (C) fp64, Å. All images this near are there; with `every_pair` the longest cutoff of any pair; the
-            caller's own where one was given.
-        num_pairs: P, the sum over crystals of the squared number of atoms.
-        decay_min, tol, logit_range: what the list is certified for (see `build_images`), or None for a cutoff that the
-            caller chose.
-        every_pair: whether every pair of atoms has the images its own sum needs.
-        crossover: (C), Å^-2, with `reciprocal`: alpha is summed over the wave vectors where the decay is smaller; the
-            images serve the decays from there on. 0 where they serve all from decay_min on.
-        wave_vectors: those of these sums.
-        layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
-    """
-
-    row_ptr: Tensor
-    col: Tensor
-    shift: Tensor
-    ptr: Tensor
-    cutoff: Tensor
-    num_pairs: int
-    decay_min: float | None = None
-    tol: float | None = None
-    logit_range: float | None = None
-    every_pair: bool = False
-    crossover: Tensor | None = None
-    wave_vectors: WaveVectors | None = None
-    layouts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"layouts": {}}
-
-    @property
-    def real_decay_min(self) -> float | None:
-        """The smallest decay that the images alone serve: with `reciprocal`, a larger one than decay_min."""
-        if self.decay_min is None or self.crossover is None or not len(self.crossover):
-            return self.decay_min
-        return max(self.decay_min, float(self.crossover.max()))
-
-    @property
-    def num_images(self) -> int:
-        return len(self.col)
-
-    @property
-    def num_atoms(self) -> int:
-        return len(self.row_ptr) - 1
-
-    @property
-    def num_crystals(self) -> int:
-        return len(self.ptr) - 1
-
-    @property
-    def device(self) -> torch.device:
-        return self.col.device
-
-    @staticmethod
-    def cat(lists: "list[ImageList]") -> "ImageList":
-        """Joins lists of separate crystals into the list of their batch, in order.
-
-        The certificate of the result is the weakest of its parts.
-
-        Raises:
-            ValueError: for no lists, lists on several devices, or some built with reciprocal=True and some without.
-        """
-        lists = list(lists)
-        check_parts(lists, "lists", ImageList)
-        crossovers = [x.crossover for x in lists if x.crossover is not None]
-        if crossovers and len(crossovers) < len(lists):
-            raise ValueError("lists must be built all with reciprocal=True or all without")
-        waves = [x.wave_vectors for x in lists if x.wave_vectors is not None]
-        first = [0, *itertools.accumulate(x.num_atoms for x in lists)]
-        return ImageList(
-            row_ptr=cat_ptr([x.row_ptr for x in lists]),
-            col=torch.cat([x.col + n for x, n in zip(lists, first, strict=False)]),
-            shift=torch.cat([x.shift for x in lists]),
-            ptr=cat_ptr([x.ptr for x in lists]),
-            cutoff=torch.cat([x.cutoff for x in lists]),
-            num_pairs=sum(x.num_pairs for x in lists),
-            decay_min=weakest(lists, "decay_min", max),
-            tol=weakest(lists, "tol", max),
-            logit_range=weakest(lists, "logit_range", min),
-            every_pair=all(x.every_pair for x in lists),
-            crossover=torch.cat(crossovers) if crossovers else None,
-            wave_vectors=WaveVectors.cat(waves) if waves else None,
-        )
-
-
 @torch.inference_mode(False)  # the list outlives this call, and may be saved for a backward
 @torch.no_grad()
 def build_images(
@@ -155,6 +59,7 @@ def build_images(
     cutoff: float | None = None,
     every_pair: bool = False,
     reciprocal: bool = False,
+    max_images: int = MAX_IMAGES,
 ) -> ImageList:
     """The images that each atom attends to, with a certified cutoff for each crystal.
 
@@ -180,13 +85,18 @@ def build_images(
             within the same `tol` (Poisson summation, docs/math.md, section 6). Such a list is short however small
             decay_min is. It serves `periodic_encoding` without edge_weight from decay_min on, and everything else from
             the larger `real_decay_min` on.
+        max_images: how many images may be looked at, among them those that the certificate needs and the list leaves
+            out again. More are refused, by an estimate, before time or memory goes into them. At most 2^31 - 1, by
+            default 2^27. Building takes some 40 bytes an image; the reference backend takes 200, and looks at every
+            pair of atoms, however far apart.
 
     Returns:
         ImageList on the device of positions; on the CPU the same for the same geometry, bit for bit. With Triton, a GPU
         is waited for once, for sizes; with `reciprocal` more often.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it was.
+        TypeError, ValueError: naming the argument, what it must be and what it was; for more images than max_images and
+            atoms 2^31 cells apart, too.
     """
     positions, lattice = _check_geometry(positions, lattice, ptr)
     ptr = ptr.contiguous()
@@ -198,24 +108,25 @@ def build_images(
         if every_pair:
             raise ValueError("every_pair must be False when a cutoff is given: each pair has a cutoff of its own")
 
+    checks.check_integer("max_images", max_images, 1, INT32 - 1)
     if reciprocal and not every_pair:
         raise ValueError("every_pair must be True with reciprocal=True: it is about the sums of pairs")
 
     smallest = torch.full_like(lattice[:, 0, 0], a)
     slow = crossover(lattice, a, tol) if reciprocal else None
     served = smallest if slow is None else torch.maximum(smallest, slow)
-    settings = (served, tol, logit_range, cutoff, every_pair)
+    settings = (served, tol, logit_range, cutoff, every_pair, max_images)
+    geometry = Geometry.of(positions, lattice)
     backend = _backend(positions.device)
     if backend == "reference":
         images = _build(positions, lattice, ptr, *settings)
     else:
         images = _build_compiled(backend, positions, lattice, ptr, *settings)
     if cutoff is not None:
-        return images
+        return replace(images, geometry=geometry)
+    waves = None if slow is None else slow_wave_vectors(lattice, ptr, slow, tol)
     images = replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
-    if slow is None:
-        return images
-    return replace(images, crossover=slow, wave_vectors=slow_wave_vectors(lattice, ptr, slow, tol))
+    return replace(images, geometry=geometry, crossover=slow, wave_vectors=waves)
 
 
 def _backend(device: torch.device) -> str:
@@ -234,11 +145,12 @@ def _build_compiled(
     logit_range: float,
     cutoff: float | None,
     every_pair: bool,
+    max_images: int,
 ) -> ImageList:
     """`_build` by an operator, with the same result."""
     radius = None if cutoff is None else cutoff + CUTOFF_SLACK
     run = getattr(torch.ops.crystalformer, f"{backend}_images")
-    settings = (tol, logit_range, BEYOND, radius, every_pair)
+    settings = (tol, logit_range, BEYOND, radius, every_pair, max_images)
     row_ptr, col, shift, found, num_pairs = run(positions, lattice, ptr, a, *settings)
     radii = found if cutoff is None else torch.full_like(found, cutoff)
     return ImageList(row_ptr, col, shift, ptr, radii, num_pairs)
@@ -253,21 +165,27 @@ def _build(
     logit_range: float,
     cutoff: float | None,
     every_pair: bool,
+    max_images: int,
 ) -> ImageList:
     """The list, of checked arguments, not saying yet what it is certified for.
 
     Serves where no operator is there. It waits for a GPU five times, for sizes: the number of pairs, of points after
     each of the three axes, and of images kept.
     """
+    radius = None if cutoff is None else cutoff + CUTOFF_SLACK
+    extent = Extent.of(positions, lattice, ptr, a, tol, logit_range, radius, every_pair, all_pairs=True)
+    num_pairs, refused = torch.stack([ptr.diff().square().sum(), extent.refused(max_images)]).tolist()
+    if refused:
+        extent.refuse(max_images)
     t, q = triangular(lattice)
     row_crystal = crystal_of_atom(ptr, len(positions))
     rotated = torch.einsum("nx,nyx->ny", positions, q[row_crystal])
-    pairs = _Pairs(ptr, rotated, t)
+    pairs = _Pairs(ptr, rotated, t, num_pairs)
     size = ptr.diff().to(positions.dtype)
     slack = torch.full_like(size, tol * BEYOND).log()
 
     if cutoff is not None:
-        outer2 = torch.full_like(size, (cutoff + CUTOFF_SLACK) ** 2)
+        outer2 = extent.radius.square()
         pair, n, _ = pairs.images(lambda p: outer2[pairs.crystal(p)])
         return pairs.pack(pair, n, torch.full_like(size, cutoff))
 
@@ -303,11 +221,10 @@ def _build(
 class _Pairs:
     """The pairs (i, j) of atoms of one crystal, numbered crystal by crystal, row-major: P = sum_c n_c² of them."""
 
-    def __init__(self, ptr: Tensor, rotated: Tensor, t: Tensor) -> None:
-        self.ptr, self.rotated, self.t = ptr, rotated, t
+    def __init__(self, ptr: Tensor, rotated: Tensor, t: Tensor, number: int) -> None:
+        self.ptr, self.rotated, self.t, self.number = ptr, rotated, t, number
         self.size = ptr.diff()
         self.first = offsets(self.size.square())
-        self.number = int(self.first[-1])
 
     def crystal(self, pair: Tensor) -> Tensor:
         return torch.searchsorted(self.first, pair, right=True) - 1

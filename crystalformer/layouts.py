@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .images import ImageList
+from .image_list import ImageList, check_entries
 from .ops import NAMESPACE
 
 LIST = "Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift"
@@ -45,7 +45,7 @@ def layout(
 ) -> Tensor:
     """The layout of a list that a backend's ops want; empty for backends that want none.
 
-    Checks the values of positions and lattice, of those that a layout is there for no more than once.
+    Checks the values of positions, lattice and list, of those that a layout is there for no more than once.
 
     Args:
         num: number of radial basis functions, 0 for none.
@@ -54,14 +54,15 @@ def layout(
         by_pair: for the encoding, where the sums are over the images of a pair, not of a row.
         merge: make one entry of the images at one distance; not for gradients of positions and lattice.
     """
-    if backend == "reference":
-        checks.check_geometry(positions, lattice)
-        return positions.new_empty(0, dtype=torch.uint8)
     geometry = (positions.detach(), lattice.detach())
-    # One of Triton's serves every tol, and moving atoms, too.
-    settings = (num, basis, tol, by_pair, merge) if backend == "cpu" else (images.num_pairs, num, basis, by_pair)
+    # One of Triton's serves every tol, and moving atoms, too; the reference reads the list as it is.
+    settings: tuple[Any, ...] = (num, basis, tol, by_pair, merge)
+    if backend != "cpu":
+        settings = () if backend == "reference" else (images.num_pairs, num, basis, by_pair)
 
     def make() -> Tensor:
+        if backend == "reference":
+            return positions.new_empty(0, dtype=torch.uint8)
         lists = (images.ptr, images.row_ptr, images.col, images.shift)
         return getattr(torch.ops.crystalformer, f"{backend}_layout")(*geometry, *lists, *settings)
 
@@ -69,12 +70,15 @@ def layout(
         return make()
     key = (backend, positions.dtype, settings)
     made_for, kept = images.layouts.get(key, (None, None))
-    if made_for is None or not made_for.still(geometry):
+    if made_for is None or not made_for.still(geometry, images):
         checks.check_geometry(positions, lattice)
+        images.check_geometry(positions, lattice)
         _check_num_pairs(images)
+        if backend != "cpu":  # whose packing does it
+            check_entries(images)
         with torch.inference_mode(False):  # the layout outlives this call, and may be saved for a backward
             kept = make()
-        images.layouts[key] = (_Geometry(geometry), kept)
+        images.layouts[key] = (_Made(geometry, images), kept)
     return kept
 
 
@@ -87,21 +91,30 @@ def _check_num_pairs(images: ImageList) -> None:
         raise ValueError(f"images.num_pairs must be {number}, the sum of squared sizes, not {images.num_pairs}")
 
 
-class _Geometry:
+class _Made:
     """What a layout was made for.
 
-    On the CPU the values are compared, because not every change of a tensor leaves a trace in its version. On a GPU
-    that would wait for the device, and forbid the capture of a graph: there it must be the same memory, not written
-    since as far as PyTorch knows.
+    Positions and lattices on the CPU are compared by value, because not every change of a tensor leaves a trace in its
+    version. On a GPU that would wait for the device, and forbid the capture of a graph: there, and for the list, which
+    is long, it must be the same memory, not written since as far as PyTorch knows.
     """
 
-    def __init__(self, geometry: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, geometry: tuple[Tensor, Tensor], images: ImageList) -> None:
+        self.written = _written(images)
         self.trace = _trace(geometry)
         self.tensors = geometry if self.trace else tuple(x.clone() for x in geometry)
 
-    def still(self, geometry: tuple[Tensor, Tensor]) -> bool:
+    def still(self, geometry: tuple[Tensor, Tensor], images: ImageList) -> bool:
+        if self.written != _written(images):
+            return False
         trace = _trace(geometry)
         return trace == self.trace if trace or self.trace else all(map(torch.equal, geometry, self.tensors))
+
+
+def _written(images: ImageList) -> list[int]:
+    """How often the list was written. PyTorch does not count it for tensors made in inference mode."""
+    lists = (images.ptr, images.row_ptr, images.col, images.shift)
+    return [0 if x.is_inference() else x._version for x in lists]
 
 
 def _trace(geometry: tuple[Tensor, Tensor]) -> list[Any] | None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_precision
+from .checks import values_visible
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .functional import Precision
-from .images import ImageList, build_images
+from .image_list import ImageList
+from .images import build_images
 from .layers import Block, Embedding, mean_pool
 from .wave_vectors import WaveVectors, build_wave_vectors
 
@@ -44,8 +47,16 @@ class Crystalformer(nn.Module):
         self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], config.num_targets))
 
     def forward(self, batch: CrystalBatch) -> Tensor:
-        """(C, num_targets), the predictions for the crystals of the batch."""
-        return self.readout(mean_pool(self.encode(batch), batch.ptr))
+        """(C, num_targets), the predictions for the crystals of the batch.
+
+        Of a trained model in the targets' units and fp64, whatever the dtype of its weights; else in that dtype.
+        """
+        return self.in_units(self.readout(mean_pool(self.encode(batch), batch.ptr)))
+
+    def in_units(self, y: Tensor) -> Tensor:
+        """Outputs (C, num_targets) of the network in the targets' units and fp64, once `rescale_` has given them."""
+        config = self.config
+        return in_units(y, config.target_mean, config.target_deviation) if config.target_mean else y
 
     def encode(self, batch: CrystalBatch) -> Tensor:
         """(N, model_dim), the atoms' features behind the last block."""
@@ -69,17 +80,25 @@ class Crystalformer(nn.Module):
             block.attention.calibrate(x)
             x = block(x, batch)
 
-    @torch.no_grad()
     def rescale_(self, mean: Tensor, deviation: Tensor) -> "Crystalformer":
         """Makes the predictions y into y·deviation + mean, in place: from standardised targets to their units.
 
+        The numbers become part of `config`, in fp64: the weights, in fp32, would lose the last digits of targets far
+        from 0.
+
         Args:
             mean, deviation: (num_targets), of the targets that the model was trained on.
+
+        Raises:
+            ValueError: if they are not num_targets finite numbers, the deviations above 0.
         """
-        last = self.readout[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight.mul_(deviation[:, None])
-        last.bias.mul_(deviation).add_(mean)
+        mean, deviation = mean.detach().cpu().double(), deviation.detach().cpu().double()
+        before = self.config
+        if before.target_mean:
+            mean = torch.tensor(before.target_mean, dtype=torch.float64) * deviation + mean
+            deviation = torch.tensor(before.target_deviation, dtype=torch.float64) * deviation
+        means, deviations = tuple(mean.tolist()), tuple(deviation.tolist())
+        self.config = replace(before, target_mean=means, target_deviation=deviations)
         return self
 
     def build_images(self, batch: CrystalBatch) -> ImageList:
@@ -98,11 +117,13 @@ class Crystalformer(nn.Module):
         The model does this itself each time; keep the result to build them once.
 
         Raises:
-            ValueError: for images or wave vectors built for a weaker certificate than the model's.
+            ValueError: for images or wave vectors of other crystals, or of a weaker certificate than the model's.
         """
         if not isinstance(batch, CrystalBatch):
             raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
         config, images, waves = self.config, batch.images, batch.wave_vectors
+        _check_crystals("images", images, batch.ptr)
+        _check_crystals("wave_vectors", waves, batch.ptr)
         if config.needs_images:
             if images is None:
                 _check_not_compiling("images")
@@ -166,9 +187,26 @@ class Crystalformer(nn.Module):
         return model.eval()
 
 
+def in_units(y: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """y·deviation + mean in fp64: (C,T) outputs of a network, of any dtype, in the units of its T targets."""
+    # By numbers, not tensors: these would go to fp32 with the network, or wait for their copy to a GPU.
+    columns = zip(y.double().unbind(1), mean, deviation, strict=True)
+    return torch.stack([column * factor + offset for column, offset, factor in columns], 1)
+
+
 def _check_not_compiling(name: str) -> None:
     if torch.compiler.is_compiling():
         raise ValueError(f"batch.{name} must be built before the model is compiled: batch = model.prepare(batch)")
+
+
+def _check_crystals(name: str, lists: ImageList | WaveVectors | None, ptr: Tensor) -> None:
+    """Refuses lists of other crystals, where that can be seen."""
+    if lists is None or lists.ptr is ptr:
+        return
+    if lists.ptr.shape != ptr.shape or (values_visible(ptr) and not torch.equal(lists.ptr, ptr)):
+        raise ValueError(
+            f"batch.{name} must be of the crystals of batch.ptr, {ptr.tolist()}, not of {lists.ptr.tolist()}"
+        )
 
 
 def _check_built(name: str, built: float | None, needed: float, least: bool = False) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import reference, reference_backward
 from .basis import RadialBasis
-from .images import ImageList
+from .image_list import ImageList
 from .wave_vectors import WaveVectors
 
 NAMESPACE = "crystalformer"
@@ -77,7 +77,7 @@ def _results(number: int) -> str:
 
 
 def _images(ptr: Tensor, row_ptr: Tensor, col: Tensor, shift: Tensor, num_pairs: int = 0) -> ImageList:
-    return ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
+    return ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_zeros(len(ptr) - 1), num_pairs=num_pairs)
 
 
 def _basis(edge_weight: Tensor, basis: Sequence[float]) -> RadialBasis | None:

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from .words import count, short
+
 BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#8a8f98"
 
 
@@ -20,7 +22,7 @@ def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None
     axes.plot(ends, ends, color=GREY, linewidth=1, zorder=1)
     axes.scatter(x, y, s=22, color=BLUE, alpha=0.7, linewidths=0, zorder=2)
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel=f"true {label}", ylabel=f"predicted {label}")
-    note = f"{len(x)} crystals\nmean absolute error {abs(y - x).mean():.3g}"
+    note = f"{count(len(x), 'crystal')}\nmean absolute error {short(abs(y - x).mean())}"
     axes.text(0.04, 0.96, note, transform=axes.transAxes, verticalalignment="top")
     figure.savefig(path)
 
@@ -33,7 +35,7 @@ def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> N
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
     axes.scatter(x, errors, s=22, color=BLUE, alpha=0.7, linewidths=0, zorder=2)
     axes.set(xlabel=f"true {label}", ylabel=f"error of {label}")
-    note = f"mean {errors.mean():.3g}, standard deviation {errors.std():.3g}"
+    note = f"mean {short(errors.mean())}, standard deviation {short(errors.std())}"
     axes.set_title(note, fontsize="medium")
     figure.savefig(path)
 
@@ -59,7 +61,7 @@ def learning_curve(
     axes.set(yscale="log", xlabel="epoch", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter(lambda x, _: short(x))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", axis="y", color="#e6e8eb", linewidth=0.6)
     axes.set_axisbelow(True)

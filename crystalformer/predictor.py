@@ -14,6 +14,7 @@ from torch import Tensor
 from .data import CrystalBatch
 from .data.crystals import build_crystals
 from .data.dataset import BoundedBatches, sizes
+from .data.structures import NUM_ELEMENTS, read_structure
 from .layers import mean_pool
 from .model import CONFIG_FILE, Crystalformer
 
@@ -28,17 +29,21 @@ class Predictor:
 
     Attributes:
         model: in eval mode, predicting in the units of the targets.
-        names: of its T targets.
+        names, units: of its T targets; a unit is "" where it is not known.
+        labels: the names with their units, as "energy (eV)", where these are known.
     """
 
     def __init__(self, model: Crystalformer) -> None:
         self.model = model.eval()
         config = model.config
         self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
+        self.units = config.target_units or ("",) * config.num_targets
+        pairs = zip(self.names, self.units, strict=True)
+        self.labels = tuple(f"{name} ({unit})" if unit else name for name, unit in pairs)
 
     @torch.no_grad()
     def predict(self, structures: Sequence[Any], progress: Callable[[int], object] | None = None) -> Tensor:
-        """(C,T) the predictions, in the units of the targets, on the CPU.
+        """(C,T) fp64, the predictions, in the units of the targets, on the CPU.
 
         Args:
             structures: pymatgen Structures or ase Atoms, mixed as you like.
@@ -49,10 +54,22 @@ class Predictor:
         """
         results = []
         for batch in self._batches(structures):
-            results.append(self.model(batch).cpu())
+            results.append(self.model(batch).cpu().double())
             if progress is not None:
                 progress(len(batch))
         return torch.cat(results)
+
+    def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
+        """For each structure its elements, as atomic numbers, that no crystal of the training had.
+
+        What the model predicts for those is a guess. None are unseen where the model does not know what it has seen.
+
+        Args:
+            structures: as for `predict`.
+        """
+        seen = {*self.model.config.elements} or {*range(NUM_ELEMENTS + 1)}
+        crystals = (read_structure(x, f"structures[{i}]") for i, x in enumerate(structures))
+        return [tuple(sorted({z for mixture in x.mixtures for z in mixture} - seen)) for x in crystals]
 
     @torch.no_grad()
     def encode(self, structures: Sequence[Any], atoms: bool = False) -> Any:
@@ -81,6 +98,11 @@ class Predictor:
             crystals = build_crystals(chunk, self.model, dtype=weight.dtype)
             for batch in BoundedBatches(sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
                 yield CrystalBatch.cat([crystals[i] for i in batch]).to(weight.device)
+
+
+def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:
+    """The ids whose predictions (C,T) are not all finite."""
+    return [id for id, good in zip(ids, predictions.isfinite().all(1).tolist(), strict=True) if not good]
 
 
 def load(path: str | Path, device: str | torch.device = "auto", backend: str = "auto") -> Predictor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .basis import RadialBasis
-from .images import ImageList
+from .image_list import ImageList
 from .lattice import reciprocal
 from .segments import crystal_of_atom, offsets, ordinals
 from .wave_vectors import WaveVectors

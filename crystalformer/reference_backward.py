@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .basis import RadialBasis
-from .images import ImageList
+from .image_list import ImageList
 from .lattice import reciprocal
 from .reference import (
     RECIPROCAL_CLAMP,

@@ -16,10 +16,15 @@ from . import __version__ as version
 from . import plots
 from .data.dataset import CrystalDataset
 from .data.samples import Problem, Samples
-from .predictor import Predictor
+from .data.structures import SYMBOLS
+from .metrics import METRICS, maes, not_learnt
+from .predictor import Predictor, not_finite
 from .training import predict
+from .words import count, short, some
 
-METRICS, PREDICTIONS, HISTORY, CARD = "metrics.json", "predictions.csv", "history.csv", "README.md"
+PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
+# Settings that are paths of the machine: the card, which goes to others, has their last part only, or nothing.
+PATHS, PRIVATE = ("data", "train", "val", "test", "split"), ("cache",)
 LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
 
 
@@ -32,6 +37,7 @@ def write(
     history: Sequence[Mapping[str, float]],
     settings: Mapping[str, Any],
     problems: Sequence[Problem],
+    device: torch.device,
     batch_size: int = 256,
 ) -> dict[str, Any]:
     """Writes the report of a training into its folder, metrics.json last, and returns what that says.
@@ -41,19 +47,25 @@ def write(
         predictor: the trained model.
         parts: the crystals by set, "train", "val" and perhaps "test".
         datasets: the same, ready for the model.
-        mean: (T) of the training targets; predicting it is the baseline.
+        mean: (T) fp64, of the training targets; predicting it is the baseline.
         history: one row an epoch, as `fit` returns them.
         settings: of the training.
         problems: the rows that were left out.
+        device: that the model was trained on.
+
+    Raises:
+        FloatingPointError: if a prediction is not finite.
     """
     names = predictor.names
     predictions = {}
     for name in ("val", "test"):
         if name in datasets:
             loader = datasets[name].loader(batch_size, max_images=settings["max_images_per_batch"])
-            predictions[name] = predict(predictor.model, loader).double()
+            predictions[name] = predict(predictor.model, loader)
+            if bad := not_finite(parts[name].ids, predictions[name]):
+                raise FloatingPointError(f"the predictions of {name} are not finite for {some(bad)}")
     mae = {name: maes(names, x, parts[name].targets) for name, x in predictions.items()}
-    baseline = {name: maes(names, mean.cpu().double(), parts[name].targets) for name in predictions}
+    baseline = {name: maes(names, mean, parts[name].targets) for name in predictions}
     metrics = {
         "mae": mae,
         "baseline_mae": baseline,
@@ -63,7 +75,7 @@ def write(
         "parameters": sum(x.numel() for x in predictor.model.parameters()),
         "epochs": len(history),
         "seconds": sum(row["seconds"] for row in history),
-        "device": device_name(next(predictor.model.parameters()).device),
+        "device": device_name(device),
         "versions": versions(),
     }
     _write_predictions(out / PREDICTIONS, names, parts, predictions)
@@ -73,21 +85,22 @@ def write(
         table.writerows(history)
     shown = "test" if "test" in predictions else "val"
     stems = file_stems(names)
-    for column, name in enumerate(names):
-        stem, quantity = stems[name], name.replace("$", r"\$")  # a dollar, not matplotlib's mathematics
+    for column, (name, label) in enumerate(zip(names, predictor.labels, strict=True)):
+        stem, quantity = stems[name], label.replace("$", r"\$")  # a dollar, not matplotlib's mathematics
         targets, predicted = parts[shown].targets[:, column], predictions[shown][:, column]
         plots.parity(out / f"parity_{stem}.png", targets, predicted, quantity)
         plots.residuals(out / f"residuals_{stem}.png", targets, predicted, quantity)
-        label = f"mean absolute error of {quantity}"
-        plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, label, baseline["val"][name])
-    (out / CARD).write_text(_card(metrics, settings, shown), encoding="utf-8")
+        error = f"mean absolute error of {quantity}"
+        plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, error, baseline["val"][name])
+    (out / CARD).write_text(_card(metrics, settings, shown, predictor), encoding="utf-8")
     (out / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 
-def maes(names: Sequence[str], predictions: Tensor, targets: Tensor) -> dict[str, float]:
-    """The mean absolute error of each target, of predictions (C,T) or one for all (T)."""
-    return dict(zip(names, (predictions - targets).abs().mean(0).tolist(), strict=True))
+def nothing_learnt(metrics: Mapping[str, Any], name: str) -> str:
+    """What is to be said of a target that `not_learnt` names."""
+    mae, mean = (short(metrics[key]["val"][name]) for key in ("mae", "baseline_mae"))
+    return f"Nothing was learnt of {name}: its validation error, {mae}, is no smaller than that of the mean, {mean}."
 
 
 def versions() -> dict[str, str]:
@@ -105,7 +118,8 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = platform.processor() or platform.machine()
+    return f"{name}, {count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else f"{name}, {device.type}"
 
 
 def file_stems(names: Sequence[str]) -> dict[str, str]:
@@ -138,30 +152,36 @@ def _write_predictions(
         for part, predicted in predictions.items():
             samples = parts[part]
             for id, true, row in zip(samples.ids, samples.targets.tolist(), predicted.tolist(), strict=True):
-                table.writerow([id, part, *(f"{x:.6g}" for pair in zip(true, row, strict=True) for x in pair)])
+                table.writerow([id, part, *(x for pair in zip(true, row, strict=True) for x in pair)])
 
 
-def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str) -> str:
-    names, baseline = list(metrics["mae"]["val"]), metrics["baseline_mae"]
+def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, predictor: Predictor) -> str:
+    names, labels, baseline = predictor.names, predictor.labels, metrics["baseline_mae"]
     stems = file_stems(names)
     rows = "\n".join(
-        _row(name, part, metrics["crystals"][part], f"{mae[name]:.4g}", f"{baseline[part][name]:.4g}")
-        for name in names
+        _row(label, part, metrics["crystals"][part], short(mae[name]), short(baseline[part][name]))
+        for name, label in zip(names, labels, strict=True)
         for part, mae in metrics["mae"].items()
     )
+    nothing = "\n".join(f"\n**{nothing_learnt(metrics, name)}**\n" for name in not_learnt(metrics))
+    units = "" if any(predictor.units) else ", in the units of the data it was trained on"
     pictures = "\n".join(
         f"![{title} of {name}]({kind}_{stems[name]}.png)"
         for name in names
         for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
     )
-    source = settings["data"] or f"{settings['train']}, {settings['val']}, {settings['test'] or 'no test crystals'}"
-    crystals = ", ".join(f"{number} {part}" for part, number in metrics["crystals"].items())
-    left_out = f"{metrics['left_out']} rows could not be used"
+    shareable = {name: value for name, value in settings.items() if name not in PRIVATE}
+    shareable |= {name: Path(settings[name]).name for name in PATHS if settings[name]}
+    files = [shareable[name] for name in ("train", "val", "test") if shareable[name]]
+    source = shareable["data"] or ", ".join(files)
+    crystals = ", ".join(f"{number:,} {part}" for part, number in metrics["crystals"].items())
+    left_out = f"{count(metrics['left_out'], 'row')} could not be used"
     left_out += " (problems.csv)" if metrics["left_out"] else ""
-    flat = {name: value for name, value in settings.items() if name != "model"}
+    flat = {name: value for name, value in shareable.items() if name != "model"}
     flat |= {f"model.{name}": value for name, value in settings["model"].items()}
     options = "\n".join(_row(name, value) for name, value in flat.items() if value is not None)
     libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
+    elements = ", ".join(SYMBOLS[z - 1] for z in predictor.model.config.elements)
     return f"""---
 library_name: crystalformer
 tags: [crystals, materials, regression]
@@ -169,12 +189,12 @@ tags: [crystals, materials, regression]
 
 # Crystalformer for {", ".join(names)}
 
-Predicts {", ".join(names)} of a crystal from its structure, in the units of the data it was trained on.
+Predicts {", ".join(labels)} of a crystal from its structure{units}.
 
 | target | set | crystals | mean absolute error | predicting the mean |
 |---|---|---|---|---|
 {rows}
-
+{nothing}
 ```python
 import crystalformer
 
@@ -187,14 +207,14 @@ crystalformer predict this-folder crystals.cif
 
 ## Data
 
-{source}: {crystals} crystals; {left_out}.
+{source}: {crystals} crystals; {left_out}. Elements: {elements}.
 The model has seen the training crystals' targets only; the plots are of the {shown} crystals.
 
 {pictures}
 
 ## Training
 
-{metrics["epochs"]} epochs in {duration(metrics["seconds"])} on {metrics["device"]};
+{count(metrics["epochs"], "epoch")} in {duration(metrics["seconds"])} on {metrics["device"]};
 {metrics["parameters"]:,} parameters.
 {libraries}.
 

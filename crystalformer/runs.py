@@ -16,18 +16,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from . import checks, report
-from .config import CrystalformerConfig
+from .backends import describe_backend
+from .config import FROM_TRAINING, CrystalformerConfig
 from .data import CrystalBatch
 from .data.crystals import build_crystals
 from .data.dataset import CrystalDataset
 from .data.readers import read_samples
 from .data.samples import DataError, Problem, Samples, write_problems
 from .data.splits import SETS, read_split, split, write_split
+from .metrics import not_learnt
 from .model import Crystalformer
 from .predictor import MODEL_FOLDER, Predictor
 from .training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
 from .training.checkpoints import CheckpointError
 from .training.machine import check_machine
+from .words import count, short
 
 MOST_SEED = 2**64 - 1  # of torch
 CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
@@ -127,6 +130,7 @@ def train(
     recipe: Recipe | None = None,
     model: CrystalformerConfig | None = None,
     *,
+    unit: str | Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,
     accelerator: str = "auto",
@@ -142,6 +146,7 @@ def train(
         source: of the crystals.
         recipe: the paper's for Materials Project data if None.
         model: its sizes and physics, the paper's if None; the targets are filled in.
+        unit: of the target, as "eV/atom", or one for each; for plots, tables and the model card.
         seed: of the split, the first weights, the order of the crystals and dropout.
         resume: go on with the training in `out`, behind its last whole epoch.
         accelerator, devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
@@ -156,10 +161,21 @@ def train(
         CheckpointError: if the training cannot be resumed.
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
+    units = (unit,) if isinstance(unit, str) else tuple(unit)
     recipe = recipe or Recipe()
-    config = dataclasses.replace(model or CrystalformerConfig(), num_targets=len(names) or 1, target_names=names)
     if not names:
         raise DataError("target must name at least one column")
+    if units and len(units) != len(names):
+        raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
+    config = dataclasses.replace(
+        model or CrystalformerConfig(),
+        num_targets=len(names),
+        target_names=names,
+        target_units=units,
+        target_mean=(),
+        target_deviation=(),
+        elements=(),
+    )
     first = _rank() == 0
     if first:
         check_folder(out, resume)
@@ -171,15 +187,21 @@ def train(
         raise DataError(str(error)) from error
     parts, problems = source.read(names, seed)
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
-    settings = _settings(names, source, recipe, config, seed, machine)
+    settings = _settings(names, units, source, recipe, config, seed, machine)
+    device = _device(accelerator)
+    if first:
+        print(f"  {describe_backend(device)}", flush=True)
     torch.manual_seed(seed)
     network = Crystalformer(config)
     datasets = {}
     for name, samples in parts.items():
-        with progress_bar(f"  images, {name}") as advance:
-            crystals = build_crystals(
-                samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
-            )
+        try:
+            with progress_bar(f"  images, {name}") as advance:
+                crystals = build_crystals(
+                    samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
+                )
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
         datasets[name] = CrystalDataset(crystals, samples.targets, network)
     batches = {
         name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch, loaders)
@@ -191,23 +213,26 @@ def train(
     except ValueError as error:
         raise DataError(f"the first batch of train: {error}") from error
     mean, deviation = standardisation(datasets["train"].targets)
-    task = Regression(network, mean, deviation, names, recipe.lr, recipe.betas, recipe.weight_decay, recipe.decay_steps)
+    chosen = {name: getattr(recipe, name) for name in ("lr", "betas", "weight_decay", "bias_decay", "decay_steps")}
+    task = Regression(network, mean, deviation, names, **chosen)
     if first:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
             (out / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         if problems:
             write_problems(out / PROBLEMS, problems)
-            print(f"{len(problems)} rows cannot be used and are left out: {out / PROBLEMS}", file=sys.stderr)
+            rows = count(len(problems), "row")
+            print(f"{rows} cannot be used, what is wrong is in {out / PROBLEMS}", file=sys.stderr)
         if source.data is not None:
             write_split(out / SPLIT, {name: parts[name].ids if name in parts else () for name in SETS})
     identity = _identity(seed, recipe, config, datasets)
+    progress = Progress(names[0], units[0] if units else "")
     history = fit(
         task,
         batches["train"],
         batches["val"],
         recipe.epochs,
-        [AverageLastEpochs(recipe.averaged), Progress(names[0])] if recipe.averaged else [Progress(names[0])],
+        [AverageLastEpochs(recipe.averaged), progress] if recipe.averaged else [progress],
         seed=seed,
         gradient_norm=recipe.gradient_norm,
         checkpoints=out / CHECKPOINTS,
@@ -219,13 +244,22 @@ def train(
     predictor = Predictor(network)
     if first:
         network.save_pretrained(out / MODEL_FOLDER)
-        metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems)
+        metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)
         part = "test" if "test" in parts else "val"
-        for name, mae in metrics["mae"][part].items():
-            baseline = metrics["baseline_mae"][part][name]
-            print(f"  {part} MAE of {name} {mae:.4g}, of predicting the mean {baseline:.4g}")
+        for name, unit in zip(names, predictor.units, strict=True):
+            mae, baseline = (short(metrics[key][part][name]) for key in ("mae", "baseline_mae"))
+            print(f"  {part} MAE of {name} {f'{mae} {unit}'.rstrip()}, of predicting the mean {baseline}")
+        for name in not_learnt(metrics):
+            print(report.nothing_learnt(metrics, name), file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")
     return predictor
+
+
+def _device(accelerator: str) -> torch.device:
+    """Where lightning trains."""
+    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if accelerator != "cpu" and torch.backends.mps.is_available() else "cpu")
 
 
 def _rank() -> int:
@@ -249,6 +283,7 @@ def check_folder(out: Path, resume: bool) -> None:
 
 def _settings(
     names: Sequence[str],
+    units: Sequence[str],
     source: DataSource,
     recipe: Recipe,
     config: CrystalformerConfig,
@@ -257,9 +292,10 @@ def _settings(
 ) -> dict[str, Any]:
     """What config.yaml says: the options of `crystalformer train`."""
     model = dataclasses.asdict(config)
-    for name in ("num_targets", "target_names"):
+    for name in FROM_TRAINING:
         del model[name]
-    options = {"target": list(names), **dataclasses.asdict(source), **dataclasses.asdict(recipe), "seed": seed}
+    columns = {"target": list(names), "unit": list(units) or None}
+    options = columns | dataclasses.asdict(source) | dataclasses.asdict(recipe) | {"seed": seed}
     return _plain(options | machine | {"model": model})
 
 

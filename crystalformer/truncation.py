@@ -39,6 +39,20 @@ def tail_radius2(t: Tensor, a: float | Tensor, slack: Tensor, lattice: Tensor | 
     return ((bound - slack) / rest).amin(0).clamp(min=0)
 
 
+def bearable_movement(t: Tensor, a: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+    """How far images may move before a list leaves out more than twice its `tol`; docs/math.md, equation (18).
+
+    Args:
+        t: (C,3,3) triangular lattices.  a: (C) the smallest decay, Å^-2.
+        slack: (C) as for the list's outer radius, see `tail_radius2`.
+
+    Returns:
+        (C), (C), Å: the outer radius, and by how much the distances of the images within it may change.
+    """
+    outer = tail_radius2(t, a, slack).sqrt()
+    return outer, (math.log(2) / (2 * a * (4 * outer + 1))).clamp(max=1)
+
+
 def row_cutoff2(
     weight: Tensor,
     d2: Tensor,

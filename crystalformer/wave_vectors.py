@@ -1,12 +1,15 @@
 """The reciprocal lattice vectors that sums in reciprocal space run over, with a certificate of what they leave out."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .geometry import strain
 from .lattice import points_in_spheres, reciprocal, triangular
+from .limits import INT32, MAX_VECTORS, check_vectors
 from .packed import Packed, check_parts
 from .segments import cat_ptr, offsets, ordinals
 from .truncation import BEYOND, tail_radius2
@@ -17,7 +20,7 @@ class WaveVectors(Packed):
     """Half of the reciprocal lattice vectors G of each crystal: of G and -G one, and first the zero vector.
 
     It holds integers: G = 2 pi g L^-T, so gradients flow through the lattice. The certificate holds for the lattices
-    that it was made for.
+    that it was made for, and ops refuse others: what is left out may grow to twice `tol` as cells are strained.
 
     Attributes:
         g: (M,3) int32, crystal by crystal, by length.
@@ -25,6 +28,10 @@ class WaveVectors(Packed):
         ptr: (C+1) int64, the first atom of each crystal.
         max_atoms, max_vectors: largest number of atoms and of vectors of a crystal, known without asking a GPU.
         decay_min, tol: what it is certified for (see `build_wave_vectors`).
+        lattice: (C,3,3) fp64, Å, what it was made for, or None where that is not known: then any lattice is taken.
+
+    Raises:
+        TypeError, ValueError: for tensors that are no wave vectors, naming the attribute.
     """
 
     g: Tensor
@@ -34,6 +41,52 @@ class WaveVectors(Packed):
     max_vectors: int
     decay_min: float
     tol: float
+    lattice: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        known: dict[str, int] = {}
+        checks.check_tensor("g", self.g, "M 3", known)
+        checks.check_dtype("g", self.g, torch.int32)
+        checks.check_segments("g_ptr", self.g_ptr, known["M"], "vectors", "C")
+        checks.check_ptr("ptr", self.ptr)
+        if self.g_ptr.shape != self.ptr.shape:
+            raise ValueError(f"g_ptr must have shape {tuple(self.ptr.shape)}, as ptr, not {tuple(self.g_ptr.shape)}")
+        for name, x in (("g_ptr", self.g_ptr), ("ptr", self.ptr)):
+            checks.check_device(name, x, like=self.g)
+        if checks.values_visible(self.g) and self.num_crystals:
+            self._check_values()
+
+    def _check_values(self) -> None:
+        count = self.g_ptr.diff()
+        if not bool((count > 0).all()) or bool(self.g[self.g_ptr[:-1]].any()):
+            raise ValueError("g must begin with the zero vector in each crystal, but it does not")
+        for name, largest in (("max_atoms", int(self.ptr.diff().max())), ("max_vectors", int(count.max()))):
+            if getattr(self, name) != largest:
+                raise ValueError(f"{name} must be {largest}, that of the largest crystal, not {getattr(self, name)}")
+
+    def check_lattice(self, lattice: Tensor) -> None:
+        """Refuses lattices (C,3,3) that the vectors were not made for, where they can be seen.
+
+        Raises:
+            ValueError: if cells have been strained too much since.
+        """
+        if self.lattice is None or not checks.values_visible(lattice):
+            return
+        now = lattice.detach().double()
+        if torch.equal(self.lattice, now):
+            return
+        checks.check_lattice(lattice)
+        t, _ = triangular(reciprocal(self.lattice))
+        c = torch.full_like(t[:, 0, 0], self.decay_min)
+        outer2 = tail_radius2(t, c, torch.full_like(c, math.log(self.tol * BEYOND)))
+        strained, bearable = strain(self.lattice, now), math.log(2) / (2 * c * outer2)
+        far = ~(strained <= bearable)
+        if bool(far.any()):
+            i = int(far.nonzero()[0])
+            raise ValueError(
+                f"wave_vectors must be built for this lattice: cell {i} has been strained by {float(strained[i]):.3g} "
+                f"since, and they serve up to {float(bearable[i]):.3g}; call build_wave_vectors again"
+            )
 
     @property
     def num_vectors(self) -> int:
@@ -56,6 +109,7 @@ class WaveVectors(Packed):
         """
         parts = list(parts)
         check_parts(parts, "parts", WaveVectors)
+        lattices = [x.lattice for x in parts if x.lattice is not None]
         return WaveVectors(
             g=torch.cat([x.g for x in parts]),
             g_ptr=cat_ptr([x.g_ptr for x in parts]),
@@ -64,10 +118,13 @@ class WaveVectors(Packed):
             max_vectors=max(x.max_vectors for x in parts),
             decay_min=max(x.decay_min for x in parts),
             tol=max(x.tol for x in parts),
+            lattice=torch.cat(lattices) if len(lattices) == len(parts) else None,
         )
 
 
-def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, tol: float = 1e-6) -> WaveVectors:
+def build_wave_vectors(
+    lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, tol: float = 1e-6, max_vectors: int = MAX_VECTORS
+) -> WaveVectors:
     """The reciprocal lattice vectors that `reciprocal_attention` sums over, as few as the certificate allows.
 
     What is left out of sum_G exp(-c |G|²) cos(G·r) is at most `tol`, absolutely, for every c >= decay_min and every r;
@@ -79,12 +136,15 @@ def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, to
         decay_min: smallest c that will be used, Å². The default serves the paper's model, whose reciprocal decays are
             at least 0.5·2.2²/2.
         tol: largest part of the sum that may be left out, smaller than 1.
+        max_vectors: how many may be looked at, both G and -G and those that are left out again, in each crystal as many
+            as in the largest. More are refused, by an estimate, before time or memory goes into them. At most 2^31 - 1,
+            by default 2^26.
 
     Returns:
         WaveVectors on the device of lattice; on a GPU it waits for the device.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it was.
+        TypeError, ValueError: naming the argument, what it must be and what it was; for more than max_vectors, too.
     """
     known: dict[str, int] = {}
     checks.check_tensor("lattice", lattice, "C 3 3", known)
@@ -95,17 +155,23 @@ def build_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, to
     if len(ptr) - 1 != len(lattice):
         raise ValueError(f"ptr must have shape (C+1={len(lattice) + 1}), as lattice, not {tuple(ptr.shape)}")
     decay_min, tol = checks.check_number("decay_min", decay_min), checks.check_number("tol", tol, high=1.0)
+    checks.check_integer("max_vectors", max_vectors, 1, INT32 - 1)
     certified = torch.tensor([decay_min, tol], dtype=torch.float64, device=lattice.device).expand(len(lattice), 2)
-    return choose_wave_vectors(lattice.detach().double(), ptr.contiguous(), *certified.T)
+    return choose_wave_vectors(
+        lattice.detach().double(), ptr.contiguous(), certified[:, 0], certified[:, 1], max_vectors
+    )
 
 
 @torch.inference_mode(False)  # they outlive this call, and may be saved for a backward
 @torch.no_grad()
-def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Tensor) -> WaveVectors:
+def choose_wave_vectors(
+    lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Tensor, max_vectors: int = MAX_VECTORS
+) -> WaveVectors:
     """`build_wave_vectors` of checked arguments, lattice in fp64, with a decay_min and a tol (C) for each crystal."""
     t, _ = triangular(reciprocal(lattice))
     number, device = len(lattice), lattice.device
     outer2 = tail_radius2(t, decay_min, (tol * BEYOND).log())
+    check_vectors(torch.diagonal(t, dim1=-2, dim2=-1), outer2, max_vectors)
     everyone = torch.arange(number, device=device)
     crystal, g, length2 = points_in_spheres(t, everyone, t.new_zeros(number, 3), outer2)
     # Sorted, the zero vector is in the middle of its crystal's and the rest is its mirror image.
@@ -133,4 +199,5 @@ def choose_wave_vectors(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Te
         max_vectors=int(count.max()) if number else 0,
         decay_min=float(decay_min.max()) if number else 0.0,
         tol=float(tol.max()) if number else 0.0,
+        lattice=lattice.clone(),
     )

@@ -7,9 +7,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <Python.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <chrono>
 #include <functional>
+#include <thread>
 
 #include "threads.h"
 
@@ -31,13 +34,32 @@ class ReleaseGil {
     PyThreadState* state_;
 };
 
+// Throws what Python's signal handlers raise, KeyboardInterrupt for one. They run when the thread that called an
+// operator asks for it, which costs the interpreter's lock: every tenth of a second is enough.
+class PythonSignals {
+  public:
+    void operator()() {
+        if (std::this_thread::get_id() != caller_) return;
+        const auto now = std::chrono::steady_clock::now();
+        if (now - last_ < std::chrono::milliseconds(100)) return;
+        last_ = now;
+        const pybind11::gil_scoped_acquire lock;
+        if (PyErr_CheckSignals()) throw pybind11::error_already_set();
+    }
+
+  private:
+    std::thread::id caller_ = std::this_thread::get_id();
+    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
 inline Threads torch_threads() {
     const int number = at::in_parallel_region() ? 1 : at::get_num_threads();
-    return {number, [number](const std::function<void()>& work) {
-                at::parallel_for(0, number, 1, [&](int64_t first, int64_t last) {
-                    for (int64_t i = first; i < last; ++i) work();
-                });
-            }};
+    const auto run = [number](const std::function<void()>& work) {
+        at::parallel_for(0, number, 1, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) work();
+        });
+    };
+    return {number, run, PythonSignals{}};
 }
 
 // A contiguous tensor of dtype T; kept alive by the caller.
@@ -45,6 +67,18 @@ template <class T>
 const T* pointer(const Tensor& x) {
     TORCH_CHECK(x.is_contiguous() && x.device().is_cpu(), "crystalformer::cpu needs contiguous CPU tensors");
     return x.const_data_ptr<T>();
+}
+
+// The core trusts its sizes, and an operator can be called with anything.
+inline void check_shape(const char* name, const Tensor& x, at::IntArrayRef shape) {
+    TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", not ", x.sizes());
+}
+
+// The number of segments of offsets (S+1).
+inline int64_t segments(const char* name, const Tensor& offsets) {
+    TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel(), name, " must have one dimension and an entry, not shape ",
+                      offsets.sizes());
+    return offsets.numel() - 1;
 }
 
 // What a fresh tensor of an operator's result, or of a private layout, points to.

@@ -6,6 +6,7 @@
 #include "bindings.h"
 #include "encoding.h"
 #include "images.h"
+#include "list_check.h"
 
 namespace crystalformer {
 
@@ -14,7 +15,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
                                                                    const Tensor& ptr, const Tensor& decay_min,
                                                                    double tol, double logit_range, double beyond,
-                                                                   std::optional<double> cutoff, bool every_pair) {
+                                                                   std::optional<double> cutoff, bool every_pair,
+                                                                   int64_t max_images) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
     const ImageRequest request{positions.size(0),
                                ptr.size(0) - 1,
@@ -26,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor&
                                logit_range,
                                beyond,
                                cutoff,
-                               every_pair};
+                               every_pair,
+                               max_images};
     const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
     const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
     Tensor col, shift;
@@ -54,8 +57,28 @@ double at_least_rounding(double tol, const Tensor& x) {
 // The radial basis of `num` functions, of which r_max and width are `basis`; none of it when num = 0.
 Window window_of(int64_t num, at::ArrayRef<double> basis, double smallest) {
     if (!num) return Window::make(0, 1, 1, smallest);
-    TORCH_CHECK(basis.size() == 2, "basis must be r_max and width, not ", basis);
+    TORCH_CHECK_VALUE(basis.size() == 2, "basis must be r_max and width, not ", basis);
     return Window::make(num, basis[0], basis[1], smallest);
+}
+
+// The image list as the caller has it, and the geometry.
+template <class T>
+Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
+                    const Tensor& col, const Tensor& shift) {
+    const int64_t atoms = segments("row_ptr", row_ptr), crystals = segments("ptr", ptr);
+    check_shape("positions", positions, {atoms, 3});
+    check_shape("lattice", lattice, {crystals, 3, 3});
+    check_shape("col", col, {col.numel()});
+    check_shape("shift", shift, {col.numel(), 3});
+    return {atoms,
+            crystals,
+            col.numel(),
+            pointer<int64_t>(ptr),
+            pointer<int64_t>(row_ptr),
+            pointer<int32_t>(col),
+            pointer<int32_t>(shift),
+            pointer<T>(positions),
+            pointer<T>(lattice)};
 }
 
 Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
@@ -66,63 +89,79 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     const Window window = window_of(num, basis, tol);
     Tensor block;
     AT_DISPATCH_FLOATING_TYPES(positions.scalar_type(), "cpu_layout", [&] {
-        const Images<scalar_t> images{positions.size(0),       ptr.size(0) - 1,           col.size(0),
-                                      pointer<int64_t>(ptr),   pointer<int64_t>(row_ptr), pointer<int32_t>(col),
-                                      pointer<int32_t>(shift), pointer<scalar_t>(p),      pointer<scalar_t>(l)};
-        const LayoutSizes sizes = layout_sizes(images, by_pair, merge);
+        const auto images = images_of<scalar_t>(p, l, ptr, row_ptr, col, shift);
+        check_list(images);
+        const int64_t pairs = count_pairs(images, by_pair);
+        const LayoutHeader header = layout_header(images, window, by_pair, merge, pairs);
         int64_t bytes;
-        place_layout<scalar_t>(sizes, nullptr, &bytes);
+        place_layout<scalar_t>(header.sizes, nullptr, &bytes);
         block = at::empty({bytes}, positions.options().dtype(at::kByte));
         // A shell's spread moves p and b by less than tol; positions are rounded that much anyway.
         const double scale = num ? std::min(1.0, window.spacing * window.width) : 1.0;
         const double spread = std::max(tol * scale / 4, sizeof(scalar_t) == 4 ? 2e-6 : 4e-15);
         const ReleaseGil release;
-        build_layout(images, window, spread, sizes, static_cast<char*>(block.data_ptr()), torch_threads());
+        build_layout(images, spread, header, static_cast<char*>(block.data_ptr()), torch_threads());
     });
     return block;
 }
 
+// A layout, if it was made for these images and this window. merge: whether a merged one will do.
 template <class T>
-Layout<T> layout_of(const Tensor& block) {
-    TORCH_CHECK(block.numel(), "the CPU operators need the layout that cpu_layout makes of the image list");
-    LayoutSizes sizes;
+Layout<T> layout_of(const Tensor& block, const Images<T>& images, const Window& window, bool by_pair, bool merge) {
+    LayoutHeader found{};
+    TORCH_CHECK_VALUE(block.scalar_type() == at::kByte && block.dim() == 1 && block.is_contiguous() &&
+                          block.numel() >= int64_t(sizeof found),
+                      "layout must be what cpu_layout makes of the image list, not ", block.numel(), " elements of ",
+                      block.scalar_type());
     char* memory = static_cast<char*>(block.data_ptr());
-    std::memcpy(&sizes, memory, sizeof sizes);
-    return place_layout<T>(sizes, memory);
-}
-
-void check_members(bool geometry, const int64_t* entry) {
-    TORCH_CHECK(!geometry || entry, "the gradients of positions and lattice need a layout made with merge=False");
+    std::memcpy(&found, memory, sizeof found);
+    check_header(layout_header(images, window, by_pair, merge, found.sizes.pairs), found);
+    int64_t bytes;
+    const Layout<T> layout = place_layout<T>(found.sizes, memory, &bytes);
+    TORCH_CHECK_VALUE(block.numel() == bytes, "layout must have ", bytes, " bytes, not ", block.numel());
+    return layout;
 }
 
 // All arguments of the attention operators that the core reads, contiguous and alive.
 struct AttentionArguments {
     Tensor q, k, v, decay, edge_weight, positions, lattice;
-    const Tensor &ptr, &shift, &layout;
+    const Tensor &ptr, &row_ptr, &col, &shift, &layout;
     at::ArrayRef<double> basis;
     double tol;
 
+    // geometry: whether its gradients are wanted.
     template <class T>
-    AttentionInputs<T> inputs() const {
+    AttentionInputs<T> inputs(bool geometry) const {
+        TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3 && edge_weight.dim() == 3,
+                          "q, v and edge_weight must have three dimensions, not shapes ", q.sizes(), ", ", v.sizes(),
+                          ", ", edge_weight.sizes());
+        const auto images = images_of<T>(positions, lattice, ptr, row_ptr, col, shift);
+        const int64_t atoms = images.atoms, heads = q.size(1), dim = q.size(2), value_dim = v.size(2);
+        check_shape("q", q, {atoms, heads, dim});
+        check_shape("k", k, {atoms, heads, dim});
+        check_shape("v", v, {atoms, heads, value_dim});
+        check_shape("decay", decay, {atoms, heads});
+        check_shape("edge_weight", edge_weight, {heads, value_dim, edge_weight.size(2)});
         const double bound = at_least_rounding(tol, q);
+        const Window window = window_of(edge_weight.size(2), basis, bound);
         return {
-            .atoms = q.size(0),
-            .crystals = ptr.size(0) - 1,
-            .heads = int(q.size(1)),
-            .dim = int(q.size(2)),
-            .value_dim = int(v.size(2)),
+            .atoms = atoms,
+            .crystals = images.crystals,
+            .heads = int(heads),
+            .dim = int(dim),
+            .value_dim = int(value_dim),
             .q = pointer<T>(q),
             .k = pointer<T>(k),
             .v = pointer<T>(v),
             .decay = pointer<T>(decay),
             .edge_weight = pointer<T>(edge_weight),
-            .positions = pointer<T>(positions),
-            .lattice = pointer<T>(lattice),
-            .ptr = pointer<int64_t>(ptr),
-            .shift = pointer<int32_t>(shift),
+            .positions = images.positions,
+            .lattice = images.lattice,
+            .ptr = images.ptr,
+            .shift = images.shift,
             .tol = bound,
-            .layout = layout_of<T>(layout),
-            .window = window_of(edge_weight.size(2), basis, bound),
+            .layout = layout_of(layout, images, window, false, !geometry),
+            .window = window,
         };
     }
 };
@@ -140,6 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& 
                                positions.contiguous(),
                                lattice.contiguous(),
                                ptr,
+                               row_ptr,
+                               col,
                                shift,
                                layout,
                                basis,
@@ -148,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& 
     const Tensor c = at::empty({v.size(0), v.size(1), edge_weight.size(2)}, v.options());
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention", [&] {
         const AttentionOutputs<scalar_t> out{output<scalar_t>(y), output<scalar_t>(lse), output<scalar_t>(c)};
-        const auto inputs = x.inputs<scalar_t>();
+        const auto inputs = x.inputs<scalar_t>(false);
         const ReleaseGil release;
         attention(inputs, out, torch_threads());
     });
@@ -171,6 +212,8 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
                                positions.contiguous(),
                                lattice.contiguous(),
                                ptr,
+                               row_ptr,
+                               col,
                                shift,
                                layout,
                                basis,
@@ -184,6 +227,11 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
                               like(edge_weight),
                               like_if(geometry, positions),
                               like_if(geometry, lattice)};
+    check_shape("grad_y", grads[0], v.sizes());
+    check_shape("grad_lse", grads[1], decay.sizes());
+    check_shape("y", outputs[0], v.sizes());
+    check_shape("lse", outputs[1], decay.sizes());
+    check_shape("c", outputs[2], {q.size(0), q.size(1), edge_weight.size(2)});
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention_backward", [&] {
         const AttentionOutputs<const scalar_t> grad{pointer<scalar_t>(grads[0]), pointer<scalar_t>(grads[1]), nullptr};
         const AttentionOutputs<const scalar_t> saved{pointer<scalar_t>(outputs[0]), pointer<scalar_t>(outputs[1]),
@@ -197,8 +245,7 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
             geometry ? output<scalar_t>(std::get<5>(result)) : nullptr,
             geometry ? output<scalar_t>(std::get<6>(result)) : nullptr,
         };
-        const auto inputs = x.inputs<scalar_t>();
-        check_members(geometry, inputs.layout.entry);
+        const auto inputs = x.inputs<scalar_t>(geometry);
         const ReleaseGil release;
         attention_backward(grad, inputs, saved, to, torch_threads());
     });
@@ -206,24 +253,33 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
 }
 
 template <class T>
-EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
-                                  const Tensor& lattice, const Tensor& ptr, const Tensor& shift, const Tensor& layout,
-                                  at::ArrayRef<double> basis, double tol) {
+EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight, const Images<T>& images,
+                                  const Tensor& layout, int64_t num_pairs, at::ArrayRef<double> basis, double tol,
+                                  bool geometry) {
+    TORCH_CHECK_VALUE(decay.dim() == 2 && edge_weight.dim() == 3,
+                      "decay must have two and edge_weight three dimensions, not shapes ", decay.sizes(), ", ",
+                      edge_weight.sizes());
+    const int64_t heads = decay.size(1), value_dim = edge_weight.size(1);
+    check_shape("decay", decay, {images.atoms, heads});
+    check_shape("edge_weight", edge_weight, {heads, value_dim, edge_weight.size(2)});
     const double bound = at_least_rounding(tol, decay);
+    const Window window = window_of(edge_weight.size(2), basis, bound);
+    const Layout<T> found = layout_of(layout, images, window, true, !geometry);
+    TORCH_CHECK_VALUE(num_pairs == found.segments, "num_pairs must be ", found.segments, ", not ", num_pairs);
     return {
-        .atoms = decay.size(0),
-        .crystals = ptr.size(0) - 1,
-        .heads = int(decay.size(1)),
-        .value_dim = int(edge_weight.size(1)),
+        .atoms = images.atoms,
+        .crystals = images.crystals,
+        .heads = int(heads),
+        .value_dim = int(value_dim),
         .decay = pointer<T>(decay),
         .edge_weight = pointer<T>(edge_weight),
-        .positions = pointer<T>(positions),
-        .lattice = pointer<T>(lattice),
-        .ptr = pointer<int64_t>(ptr),
-        .shift = pointer<int32_t>(shift),
+        .positions = images.positions,
+        .lattice = images.lattice,
+        .ptr = images.ptr,
+        .shift = images.shift,
         .tol = bound,
-        .layout = layout_of<T>(layout),
-        .window = window_of(edge_weight.size(2), basis, bound),
+        .layout = found,
+        .window = window,
     };
 }
 
@@ -236,7 +292,8 @@ std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_
     const Tensor alpha = at::empty({num_pairs, decay.size(1)}, decay.options());
     const Tensor beta = at::empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding", [&] {
-        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, basis, tol);
+        const auto images = images_of<scalar_t>(p, l, ptr, row_ptr, col, shift);
+        const auto in = encoding_inputs(a, w, images, layout, num_pairs, basis, tol, false);
         const EncodingOutputs<scalar_t> out{output<scalar_t>(alpha), output<scalar_t>(beta)};
         const ReleaseGil release;
         encoding(in, out, torch_threads());
@@ -254,8 +311,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};
     const auto result = std::make_tuple(like(a), like(w), like_if(geometry, p), like_if(geometry, l));
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding_backward", [&] {
-        const auto in = encoding_inputs<scalar_t>(a, w, p, l, ptr, shift, layout, basis, tol);
-        check_members(geometry, in.layout.entry);
+        const auto images = images_of<scalar_t>(p, l, ptr, row_ptr, col, shift);
+        const auto in = encoding_inputs(a, w, images, layout, num_pairs, basis, tol, geometry);
+        const int64_t heads = in.heads, values = in.value_dim;
+        check_shape("grad_alpha", tensors[0], {num_pairs, heads});
+        check_shape("grad_beta", tensors[1], {num_pairs, heads, values});
+        check_shape("alpha", tensors[2], {num_pairs, heads});
+        check_shape("beta", tensors[3], {num_pairs, heads, values});
         const EncodingOutputs<const scalar_t> grad{pointer<scalar_t>(tensors[0]), pointer<scalar_t>(tensors[1])};
         const EncodingOutputs<const scalar_t> out{pointer<scalar_t>(tensors[2]), pointer<scalar_t>(tensors[3])};
         const EncodingGrads<scalar_t> to{

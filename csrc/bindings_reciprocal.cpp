@@ -1,30 +1,49 @@
 // The operators of reciprocal space: the sums over wave vectors.
 #include "bindings.h"
+#include "list_check.h"
 #include "reciprocal.h"
 
 namespace crystalformer {
 
 namespace {
 
-void check_wave_vectors(const Tensor& ptr, const Tensor& g_ptr) {
-    TORCH_CHECK(ptr.sizes() == g_ptr.sizes(), "ptr and g_ptr must be of the same crystals");
+constexpr int64_t LARGEST = 1 << 24;
+
+// The total of the sums alone, or its gradient, (P,H).
+template <class T>
+void check_total(const char* name, const Tensor& total, const ReciprocalInputs<T>& in) {
+    int64_t pairs = 0;
+    for (int64_t c = 0; c < in.crystals; ++c) pairs += (in.ptr[c + 1] - in.ptr[c]) * (in.ptr[c + 1] - in.ptr[c]);
+    check_shape(name, total, {pairs, in.heads});
 }
 
 // What the sums S read; q, k and v are null.
 template <class T>
 ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
                                const Tensor& g_ptr, const Tensor& g) {
-    check_wave_vectors(ptr, g_ptr);
+    TORCH_CHECK_VALUE(decay.dim() == 2, "decay must have two dimensions, not shape ", decay.sizes());
+    const int64_t atoms = decay.size(0), crystals = segments("ptr", ptr);
+    check_shape("positions", positions, {atoms, 3});
+    check_shape("lattice", lattice, {crystals, 3, 3});
+    check_shape("g_ptr", g_ptr, {crystals + 1});
+    TORCH_CHECK_VALUE(g.dim() == 2, "g must have two dimensions, not shape ", g.sizes());
+    check_shape("g", g, {g.size(0), 3});
+    const int64_t *first = pointer<int64_t>(ptr), *first_vector = pointer<int64_t>(g_ptr);
+    check_offsets("ptr", first, crystals, atoms);
+    check_offsets("g_ptr", first_vector, crystals, g.size(0));
+    const int32_t* n = pointer<int32_t>(g);
+    for (int64_t m = 0; m < g.numel(); ++m)  // memory is taken for powers up to these
+        TORCH_CHECK_VALUE(std::abs(int64_t(n[m])) <= LARGEST, "g must hold integers within ", LARGEST, ", not ", n[m]);
     return {
-        .atoms = decay.size(0),
-        .crystals = ptr.size(0) - 1,
+        .atoms = atoms,
+        .crystals = crystals,
         .heads = int(decay.size(1)),
         .decay = pointer<T>(decay),
         .positions = pointer<T>(positions),
         .lattice = pointer<T>(lattice),
-        .ptr = pointer<int64_t>(ptr),
-        .g_ptr = pointer<int64_t>(g_ptr),
-        .g = pointer<int32_t>(g),
+        .ptr = first,
+        .g_ptr = first_vector,
+        .g = n,
     };
 }
 
@@ -36,6 +55,11 @@ struct ReciprocalArguments {
     template <class T>
     ReciprocalInputs<T> inputs() const {
         ReciprocalInputs<T> in = sum_inputs<T>(decay, positions, lattice, ptr, g_ptr, g);
+        TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3, "q and v must have three dimensions, not shapes ", q.sizes(),
+                          ", ", v.sizes());
+        check_shape("q", q, {in.atoms, in.heads, q.size(2)});
+        check_shape("k", k, q.sizes());
+        check_shape("v", v, {in.atoms, in.heads, v.size(2)});
         in.dim = int(q.size(2));
         in.value_dim = int(v.size(2));
         in.q = pointer<T>(q);
@@ -83,6 +107,8 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
                                 g_ptr,
                                 g};
     const Tensor grad = grad_y.contiguous(), saved = y.contiguous();
+    check_shape("grad_y", grad, v.sizes());
+    check_shape("y", saved, v.sizes());
     const SixTensors result{
         like(x.q), like(x.k), like(x.v), like(x.decay), like_if(geometry, x.positions), like_if(geometry, x.lattice)};
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal_backward", [&] {
@@ -108,6 +134,7 @@ Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Te
     const Tensor total = at::empty({num_pairs, decay.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum", [&] {
         const auto inputs = sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
+        check_total("total", total, inputs);
         scalar_t* to = output<scalar_t>(total);
         const ReleaseGil release;
         reciprocal_sum(inputs, to, torch_threads());
@@ -130,6 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& gra
             .positions = geometry ? output<scalar_t>(std::get<1>(result)) : nullptr,
             .lattice = geometry ? output<scalar_t>(std::get<2>(result)) : nullptr,
         };
+        check_total("grad_total", grad, inputs);
         const scalar_t* from = pointer<scalar_t>(grad);
         const ReleaseGil release;
         reciprocal_sum_backward(from, inputs, to, torch_threads());

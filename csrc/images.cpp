@@ -1,10 +1,12 @@
 #include "images.h"
 
-#include <array>
 #include <atomic>
 #include <cmath>
+#include <sstream>
+#include <stdexcept>
 
 #include "crystals.h"
+#include "near_pairs.h"
 
 namespace crystalformer {
 
@@ -12,33 +14,6 @@ namespace {
 
 // As in crystalformer/truncation.py.
 constexpr int SPLITS = 25, BISECTIONS = 12, GRID = 1 << BISECTIONS;
-
-using Vector = std::array<double, 3>;
-
-double dot(const Vector& a, const Vector& b) {
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
-}
-
-// L = T Q, T upper triangular with a positive diagonal, Q orthogonal: Gram-Schmidt from the last row up.
-struct Cell {
-    Vector t[3], q[3];
-
-    explicit Cell(const double* lattice) {
-        for (int row = 2; row >= 0; --row) {
-            Vector rest = {lattice[3 * row], lattice[3 * row + 1], lattice[3 * row + 2]};
-            t[row] = {};
-            for (int k = 2; k > row; --k) {
-                t[row][k] = dot(rest, q[k]);
-                for (int x = 0; x < 3; ++x) rest[x] -= t[row][k] * q[k][x];
-            }
-            t[row][row] = std::sqrt(dot(rest, rest));
-            for (int x = 0; x < 3; ++x) q[row][x] = rest[x] / t[row][row];
-        }
-    }
-    Vector rotate(const double* p) const {
-        return {dot({p[0], p[1], p[2]}, q[0]), dot({p[0], p[1], p[2]}, q[1]), dot({p[0], p[1], p[2]}, q[2])};
-    }
-};
 
 // Squared radius beyond which a Gaussian sum over the lattice is at most exp(slack), equation (10).
 class TailRadius {
@@ -62,8 +37,55 @@ class TailRadius {
     double a_, b_[SPLITS], bound_[SPLITS];
 };
 
+// About how many images a crystal has, as in crystalformer/limits.py.
+double expected_images(const Cell& cell, double atoms, double radius2, bool every_pair) {
+    constexpr double BALL = M_PI / 6;  // of the box around it
+    double box = 1, own = 1;
+    for (int k = 0; k < 3; ++k) {
+        const double cells = 2 * std::sqrt(radius2) / cell.t[k][k];
+        box *= cells;
+        own *= std::max(1.0, cells);
+    }
+    own = std::max(1.0, BALL * own);
+    return every_pair ? atoms * atoms * own : atoms * std::max(atoms * BALL * box, own);
+}
+
+[[noreturn]] void refuse(const ImageRequest& in, const std::string& number, double radius2, int64_t crystal) {
+    std::ostringstream message;
+    message << "images must number at most max_images=" << in.max_images << ", but there are " << number << " within "
+            << std::sqrt(radius2) << " Å of the atoms of lattice[" << crystal
+            << "]: raise decay_min, tol or max_images, or take a shorter cutoff";
+    throw std::invalid_argument(message.str());
+}
+
+// What ends a row's search before its end: that it is given up, or that there are too many images.
+struct Watch {
+    static constexpr size_t OFTEN = 1 << 16;
+    const ImageRequest& in;
+    const Threads& threads;
+    std::atomic<int64_t>& found;  // images of the rows that have been searched
+    const int64_t crystal;
+    const double radius2;
+    size_t next = OFTEN;
+
+    // For a row that has so many images by now.
+    void operator()(size_t images) {
+        if (images >= next) look(images);
+    }
+    void look(size_t images) {
+        next = images + OFTEN;
+        threads.poll();
+        if (found + int64_t(images) > in.max_images) refuse(in, "more", radius2, crystal);
+    }
+    void done(size_t images) {
+        look(images);
+        found += int64_t(images);
+    }
+};
+
 // All images with |center + n T|^2 <= radius2, axis by axis, with no candidate outside (Fincke and Pohst, 1985).
-void add_points(const Cell& cell, const Vector& center, double radius2, int32_t col, std::vector<FoundImage>& found) {
+void add_points(const Cell& cell, const Vector& center, double radius2, int32_t col, std::vector<FoundImage>& found,
+                Watch& watch) {
     const auto range = [](double x, double step, double left, double& first, double& last) {
         const double middle = -x / step, half = std::sqrt(std::max(left, 0.0)) / step;
         first = std::ceil(middle - half);
@@ -79,6 +101,7 @@ void add_points(const Cell& cell, const Vector& center, double radius2, int32_t 
         for (double n1 = first[1]; n1 <= last[1]; ++n1) {
             const double y = y0 + n1 * t[1][1], z1 = z0 + n1 * t[1][2], left_z = left_y - y * y;
             range(z1, t[2][2], left_z, first[2], last[2]);
+            watch(found.size());
             for (double n2 = first[2]; n2 <= last[2]; ++n2) {
                 const double z = z1 + n2 * t[2][2];
                 found.push_back({x * x + y * y + z * z, col, {int32_t(n0), int32_t(n1), int32_t(n2)}});
@@ -86,45 +109,6 @@ void add_points(const Cell& cell, const Vector& center, double radius2, int32_t 
         }
     }
 }
-
-// Sorts out pairs of atoms that are too far apart: no image of j is nearer to i than the nearest of the lattice planes
-// through its images, for each of the three families of planes that bound the cell.
-class NearPairs {
-  public:
-    NearPairs(const Cell& cell, const Vector* rotated, int64_t atoms) : atoms_(atoms) {
-        const auto& t = cell.t;
-        // The columns of T^-1: their products with a position are its fractional coordinates.
-        const Vector normals[3] = {{1 / t[0][0], 0, 0},
-                                   {-t[0][1] / (t[0][0] * t[1][1]), 1 / t[1][1], 0},
-                                   {(t[0][1] * t[1][2] / t[1][1] - t[0][2]) / (t[0][0] * t[2][2]),
-                                    -t[1][2] / (t[1][1] * t[2][2]), 1 / t[2][2]}};
-        for (int axis = 0; axis < 3; ++axis) {
-            spacing_[axis] = 1 / std::sqrt(dot(normals[axis], normals[axis]));
-            for (int64_t i = 0; i < atoms; ++i) fraction_[axis].push_back(dot(rotated[i], normals[axis]));
-        }
-    }
-    // The atoms, in order, that may have images within `radius` of atom i.
-    void of(int64_t i, double radius, std::vector<int32_t>& near) const {
-        constexpr double SHIFTER = 0x1.8p52;  // added and subtracted, it rounds to an integer
-        near.resize(size_t(atoms_));
-        int64_t count = 0;
-        for (int64_t j = 0; j < atoms_; ++j) {
-            double distance = 0;
-            for (int axis = 0; axis < 3; ++axis) {
-                const double x = fraction_[axis][j] - fraction_[axis][i];
-                distance = std::max(distance, std::abs(x - ((x + SHIFTER) - SHIFTER)) * spacing_[axis]);
-            }
-            near[count] = int32_t(j);
-            count += distance <= radius * (1 + 1e-9) + 1e-9;  // fractions are rounded
-        }
-        near.resize(size_t(count));
-    }
-
-  private:
-    int64_t atoms_;
-    double spacing_[3];
-    std::vector<double> fraction_[3];
-};
 
 // Squared distance of an image near to the nearest one (Babai's nearest plane).
 double near_image2(const Cell& cell, Vector x) {
@@ -161,10 +145,20 @@ int bisect(int low, const Holds& holds) {
 
 // One row's images, their weights, and where each pair's begin.
 struct Row {
-    std::vector<FoundImage>& images;
+    NearAtoms near;
+    std::vector<FoundImage> images;
     std::vector<double> weight;
-    std::vector<size_t> first;  // (pairs+1)
+    std::vector<size_t> first;                           // (pairs+1)
+    std::vector<double> pair_outer2, pair_beyond, sums;  // with every_pair the first two, else the third
 
+    void clear() {
+        images.clear();
+        weight.clear();
+        first.clear();
+        pair_outer2.clear();
+        pair_beyond.clear();
+        sums.clear();
+    }
     // exp(a (relative2 - d^2)) of the images of the pair enumerated last.
     void weigh_last_pair(double a, double relative2) {
         for (size_t e = first.back(); e < images.size(); ++e)
@@ -183,28 +177,74 @@ struct Row {
     }
 };
 
+// A crystal, and how far its images are looked for.
+struct Crystal {
+    Cell cell;
+    TailRadius tail;
+    double atoms, decay_min, log_beyond;
+    double outer2;    // squared radius of what is enumerated; with every_pair of a pair of middling distance
+    double longest2;  // of any pair
+
+    Crystal(const ImageRequest& in, int64_t c, double slack)
+        : cell(in.lattice + 9 * c),
+          tail(cell, in.decay_min[c]),
+          atoms(double(in.ptr[c + 1] - in.ptr[c])),
+          decay_min(in.decay_min[c]),
+          log_beyond(slack - in.logit_range - std::log(atoms)) {
+        if (in.cutoff) {
+            longest2 = outer2 = *in.cutoff * *in.cutoff;
+        } else if (in.every_pair) {
+            // The near image of a pair lies in the box around the atom whose edges are the diagonal of T.
+            double box2 = 0;
+            for (int k = 0; k < 3; ++k) box2 += cell.t[k][k] * cell.t[k][k];
+            outer2 = tail.squared(slack - decay_min * box2 / 12);
+            longest2 = tail.squared(slack - decay_min * box2 / 4);
+        } else {
+            longest2 = outer2 = tail.squared(log_beyond);
+        }
+    }
+};
+
+void check_number(const ImageRequest& in, const std::vector<Crystal>& crystals) {
+    double total = 0, most = 0;
+    int64_t largest = 0;
+    for (size_t c = 0; c < crystals.size(); ++c) {
+        const Crystal& x = crystals[c];
+        const double number = expected_images(x.cell, x.atoms, x.outer2, in.every_pair);
+        if (number > most) largest = int64_t(c), most = number;
+        total += number;
+    }
+    if (total <= double(in.max_images)) return;
+    std::ostringstream number;
+    number << "about " << total << ", most of them";
+    refuse(in, number.str(), crystals[size_t(largest)].outer2, largest);
+}
+
+void check_shifts(const NearPairs& pairs, double longest2, int64_t crystal) {
+    const double cells = pairs.most_cells(std::sqrt(longest2));
+    if (cells < double(INT32_MAX)) return;
+    std::ostringstream message;
+    message << "positions must be less than 2^31 cells apart, but those of lattice[" << crystal << "] are " << cells;
+    throw std::invalid_argument(message.str());
+}
+
 }  // namespace
 
 ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t* row_ptr, double* cutoff)
     : rows_(size_t(in.atoms)) {
     const std::vector<int64_t> crystal = crystal_of_atom(in.ptr, in.crystals);
-    std::vector<Cell> cells;
-    std::vector<TailRadius> tails;
-    for (int64_t c = 0; c < in.crystals; ++c) {
-        cells.emplace_back(in.lattice + 9 * c);
-        tails.emplace_back(cells.back(), in.decay_min[c]);
-    }
-    std::vector<Vector> rotated(size_t(in.atoms));
-    for (size_t i = 0; i < rotated.size(); ++i) rotated[i] = cells[crystal[i]].rotate(in.positions + 3 * i);
-    std::vector<NearPairs> pairs_of;
-    for (int64_t c = 0; c < in.crystals; ++c)
-        pairs_of.emplace_back(cells[c], rotated.data() + in.ptr[c], in.ptr[c + 1] - in.ptr[c]);
-
     const double slack = std::log(in.tol * in.beyond);
-    std::vector<double> log_beyond(size_t(in.crystals)), outer2(size_t(in.crystals));
-    for (size_t c = 0; c < outer2.size(); ++c) {
-        log_beyond[c] = slack - in.logit_range - std::log(double(in.ptr[c + 1] - in.ptr[c]));
-        outer2[c] = in.cutoff ? *in.cutoff * *in.cutoff : tails[c].squared(log_beyond[c]);
+    std::vector<Crystal> crystals;
+    for (int64_t c = 0; c < in.crystals; ++c) crystals.emplace_back(in, c, slack);
+    check_number(in, crystals);
+    std::vector<Vector> rotated(size_t(in.atoms));
+    for (size_t i = 0; i < rotated.size(); ++i) rotated[i] = crystals[crystal[i]].cell.rotate(in.positions + 3 * i);
+    std::vector<NearPairs> pairs_of;
+    for (int64_t c = 0; c < in.crystals; ++c) {
+        const Crystal& x = crystals[c];
+        pairs_of.emplace_back(x.cell, rotated.data() + in.ptr[c], in.ptr[c + 1] - in.ptr[c],
+                              in.every_pair ? INFINITY : std::sqrt(x.outer2));
+        check_shifts(pairs_of.back(), x.longest2, c);
     }
 
     // Each row's cutoff as a number of the bisection's grid: the crystal's is the largest. With every_pair each pair
@@ -214,54 +254,58 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
     for (int64_t i = 0; i < in.atoms; ++i)
         first_pair[i + 1] = first_pair[i] + in.ptr[crystal[i] + 1] - in.ptr[crystal[i]];
     std::vector<double> pair_cutoff2(in.every_pair ? size_t(first_pair[in.atoms]) : 0);
+    std::atomic<int64_t> found{0};
 
     const auto search_row = [&](int64_t i, Row& row) {
-        const int64_t c = crystal[i], begin = in.ptr[c], atoms = in.ptr[c + 1] - begin;
-        const double a = in.decay_min[c];
-        const Cell& cell = cells[c];
-        std::vector<int32_t> near;
-        std::vector<double> pair_outer2, pair_beyond;  // with every_pair
-        pairs_of[c].of(i - begin, in.every_pair ? INFINITY : std::sqrt(outer2[c]), near);
-        for (const int32_t in_crystal : near) {
+        const int64_t c = crystal[i], begin = in.ptr[c];
+        const Crystal& here = crystals[c];
+        const double a = here.decay_min;
+        Watch watch{in, threads, found, c, here.outer2};
+        row.clear();
+        pairs_of[c].of(i - begin, row.near);
+        for (const int32_t in_crystal : row.near.atoms) {
             const int64_t j = begin + in_crystal;
             const Vector r = {rotated[j][0] - rotated[i][0], rotated[j][1] - rotated[i][1],
                               rotated[j][2] - rotated[i][2]};
-            const double near2 = in.every_pair ? near_image2(cell, r) : 0;
-            const double radius2 = in.every_pair ? tails[c].squared(slack - a * near2) : outer2[c];
+            const double near2 = in.every_pair ? near_image2(here.cell, r) : 0;
+            const double radius2 = in.every_pair ? here.tail.squared(slack - a * near2) : here.outer2;
             row.first.push_back(row.images.size());
-            add_points(cell, r, radius2, int32_t(j), row.images);
+            add_points(here.cell, r, radius2, int32_t(j), row.images, watch);
             if (in.every_pair) {
                 // Relative to the pair's nearest image: far pairs would underflow, and relative to the image at near2,
                 // which a skewed cell has far from the nearest, they would overflow.
                 const double nearest2 = row.last_pair_nearest2();
-                pair_outer2.push_back(radius2);
-                pair_beyond.push_back(std::exp(slack - a * (near2 - nearest2)));
+                row.pair_outer2.push_back(radius2);
+                row.pair_beyond.push_back(std::exp(slack - a * (near2 - nearest2)));
                 row.weigh_last_pair(a, nearest2);
             } else if (!in.cutoff) {
                 row.weigh_last_pair(a, 0);
             }
         }
         row.first.push_back(row.images.size());
+        watch.done(row.images.size());
+        rows_[i].assign(row.images.begin(), row.images.end());
         if (in.cutoff) return;
-        const size_t pairs = near.size();
+        const size_t pairs = row.near.atoms.size();
         if (in.every_pair) {
             for (size_t p = 0; p < pairs; ++p) {
-                const double allowed = in.tol * row.whole(p);
+                threads.poll();
+                const double allowed = in.tol * row.whole(p), outer2 = row.pair_outer2[p];
                 const int k = bisect(
-                    0, [&](int k) { return row.beyond(p, grid_value(pair_outer2[p], k)) + pair_beyond[p] <= allowed; });
-                pair_cutoff2[first_pair[i] + p] = grid_value(pair_outer2[p], k);
+                    0, [&](int k) { return row.beyond(p, grid_value(outer2, k)) + row.pair_beyond[p] <= allowed; });
+                pair_cutoff2[first_pair[i] + int64_t(p)] = grid_value(outer2, k);
             }
             return;
         }
         // Equation (12).
-        const double beyond = std::exp(log_beyond[c]), spread = std::exp(in.logit_range);
-        std::vector<double> whole;
-        for (size_t p = 0; p < pairs; ++p) whole.push_back(row.whole(p));
+        const double beyond = std::exp(here.log_beyond), spread = std::exp(in.logit_range);
+        for (size_t p = 0; p < pairs; ++p) row.sums.push_back(row.whole(p));
         const auto holds = [&](int k) {
-            const double cutoff2 = grid_value(outer2[c], k);
-            double sum = double(atoms - int64_t(pairs)) * beyond * spread;  // pairs too far apart for any image
+            threads.poll();
+            const double cutoff2 = grid_value(here.outer2, k);
+            double sum = (here.atoms - double(pairs)) * beyond * spread;  // pairs too far apart for any image
             for (size_t p = 0; p < pairs; ++p) {
-                const double excess = row.beyond(p, cutoff2) + beyond - in.tol * whole[p];
+                const double excess = row.beyond(p, cutoff2) + beyond - in.tol * row.sums[p];
                 sum += excess > 0 ? excess * spread : excess;
             }
             return !(sum > 0);
@@ -273,41 +317,36 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
         }
     };
     threads.for_chunks(in.atoms, 1, [&] {
-        return [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; ++i) {
-                Row row{rows_[i], {}, {}};
-                search_row(i, row);
-            }
+        return [&, row = Row{}](int64_t first, int64_t last) mutable {
+            for (int64_t i = first; i < last; ++i) search_row(i, row);
         };
     });
 
+    std::vector<double> cutoff2(size_t(in.crystals));
     for (int64_t c = 0; c < in.crystals; ++c) {
         if (in.cutoff) {
             cutoff[c] = *in.cutoff;
             continue;
         }
-        double cutoff2 = grid_value(outer2[c], std::max(1, largest[c].load()));
+        cutoff2[c] = grid_value(crystals[c].outer2, std::max(1, largest[c].load()));
         const int64_t n = in.ptr[c + 1] - in.ptr[c];
         if (in.every_pair) {  // the sums of (i, j) and (j, i) are equal up to rounding; the list must be symmetric
             double* chosen = pair_cutoff2.data() + first_pair[in.ptr[c]];
-            cutoff2 = 0;
+            cutoff2[c] = 0;
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t j = 0; j <= i; ++j) {
                     chosen[i * n + j] = chosen[j * n + i] = std::max(chosen[i * n + j], chosen[j * n + i]);
-                    cutoff2 = std::max(cutoff2, chosen[i * n + j]);
+                    cutoff2[c] = std::max(cutoff2[c], chosen[i * n + j]);
                 }
         }
-        cutoff[c] = std::sqrt(cutoff2);
-        outer2[c] = cutoff2;
+        cutoff[c] = std::sqrt(cutoff2[c]);
     }
-    threads.for_chunks(in.atoms, 4, [&] {
+    threads.for_chunks(in.cutoff ? 0 : in.atoms, 4, [&] {
         return [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last && !in.cutoff; ++i) {
+            for (int64_t i = first; i < last; ++i) {
                 const int64_t begin = in.ptr[crystal[i]];
                 std::erase_if(rows_[i], [&](const FoundImage& e) {
-                    const double cutoff2 =
-                        in.every_pair ? pair_cutoff2[first_pair[i] + e.col - begin] : outer2[crystal[i]];
-                    return e.d2 > cutoff2;
+                    return e.d2 > (in.every_pair ? pair_cutoff2[first_pair[i] + e.col - begin] : cutoff2[crystal[i]]);
                 });
             }
         };

@@ -19,6 +19,7 @@ struct ImageRequest {
     double beyond;                 // fraction of tol spent on the images that are bounded and never enumerated
     std::optional<double> cutoff;  // a radius to use instead
     bool every_pair;
+    int64_t max_images;  // more than these are refused
 };
 
 struct FoundImage {
@@ -29,7 +30,7 @@ struct FoundImage {
 // The images of each row, sorted by col, then n. Two steps, because the caller owns the memory of the result.
 class ImageSearch {
   public:
-    // Finds them; row_ptr (N+1), cutoff (C).
+    // Finds them; row_ptr (N+1), cutoff (C). Throws std::invalid_argument for too many images, or atoms too far apart.
     ImageSearch(const ImageRequest& request, const Threads& threads, int64_t* row_ptr, double* cutoff);
     // Writes col (M) and shift (M,3).
     void write(const int64_t* row_ptr, int32_t* col, int32_t* shift, const Threads& threads) const;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -14,6 +15,9 @@ namespace crystalformer {
 Window Window::make(int64_t num, double r_max, double width, double smallest) {
     Window w;
     if (!num) return w;
+    // Wider windows would take memory without bound, narrower ones leave the range of float: as crystalformer/basis.py.
+    if (!(num <= 1 << 16 && r_max >= 1e-3 && r_max <= 1e6 && width >= 1e-3 && width <= 1e3))
+        throw std::invalid_argument("basis must have at most 65536 functions, r_max from 1e-3 to 1e6, width to 1e3");
     w.num = int(num);
     w.spacing = r_max / double(num);
     w.width = width;
@@ -129,7 +133,6 @@ class Builder {
 // The pairs of each row and the place of each one's mirror image; the images are sorted by row, then by col.
 template <class T>
 void find_pairs(const Images<T>& images, const std::vector<int64_t>& crystal, bool by_pair, const Layout<T>& layout) {
-    const auto fail = [] { throw std::invalid_argument("the image list must be symmetric and sorted"); };
     layout.pair_ptr[0] = 0;
     for (int64_t i = 0; i < images.atoms; ++i) {
         int64_t pair = layout.pair_ptr[i], e = images.row_ptr[i];
@@ -143,7 +146,6 @@ void find_pairs(const Images<T>& images, const std::vector<int64_t>& crystal, bo
             for (int64_t j = images.ptr[crystal[i]]; j < images.ptr[crystal[i] + 1]; ++j) add(int32_t(j));
         else
             while (e < end) add(images.col[e]);
-        if (e < end) fail();
         layout.pair_ptr[i + 1] = pair;
     }
     if (by_pair)
@@ -153,17 +155,43 @@ void find_pairs(const Images<T>& images, const std::vector<int64_t>& crystal, bo
 
     std::vector<int64_t> next(layout.pair_ptr, layout.pair_ptr + images.atoms);
     for (int64_t i = 0; i < images.atoms; ++i)
-        for (int64_t pair = layout.pair_ptr[i]; pair < layout.pair_ptr[i + 1]; ++pair) {
-            const int64_t j = layout.pair_col[pair], mirror = next[j]++;
-            if (mirror >= layout.pair_ptr[j + 1] || layout.pair_col[mirror] != i) fail();
-            layout.pair_mirror[pair] = int32_t(mirror);
-        }
+        for (int64_t pair = layout.pair_ptr[i]; pair < layout.pair_ptr[i + 1]; ++pair)
+            layout.pair_mirror[pair] = int32_t(next[layout.pair_col[pair]]++);
 }
 
 }  // namespace
 
+namespace {
+
+constexpr uint64_t MAGIC = 0x3174756f79616c63;  // "clayout1"
+constexpr int64_t SAMPLES = 64;                 // images that are hashed
+
+class Hash {
+  public:
+    void add(uint64_t x) {
+        sum_ = (sum_ ^ x) * 0x9e3779b97f4a7c15;
+        sum_ ^= sum_ >> 32;
+    }
+    void add(double x) {
+        x += 0.0;  // -0.0 is 0.0
+        uint64_t bits;
+        std::memcpy(&bits, &x, sizeof bits);
+        add(bits);
+    }
+    template <class T>
+    void add(const T* x, int64_t count) {
+        for (int64_t k = 0; k < count; ++k) add(std::conditional_t<std::is_integral_v<T>, uint64_t, double>(x[k]));
+    }
+    uint64_t value() const { return sum_; }
+
+  private:
+    uint64_t sum_ = MAGIC;
+};
+
+}  // namespace
+
 template <class T>
-LayoutSizes layout_sizes(const Images<T>& images, bool by_pair, bool merge) {
+int64_t count_pairs(const Images<T>& images, bool by_pair) {
     int64_t pairs = 0;
     if (by_pair)
         for (int64_t c = 0; c < images.crystals; ++c) {
@@ -175,14 +203,45 @@ LayoutSizes layout_sizes(const Images<T>& images, bool by_pair, bool merge) {
             for (int64_t e = images.row_ptr[i]; e < images.row_ptr[i + 1]; ++e)
                 pairs += e == images.row_ptr[i] || images.col[e] != images.col[e - 1];
     if (pairs >> 31) throw std::invalid_argument("the CPU kernels take at most 2^31 pairs of atoms");
-    return {images.atoms, images.images, pairs, by_pair, merge};
+    return pairs;
+}
+
+template <class T>
+LayoutHeader layout_header(const Images<T>& images, const Window& window, bool by_pair, bool merge, int64_t pairs) {
+    Hash list, geometry;
+    list.add(images.ptr, images.crystals + 1);
+    list.add(images.row_ptr, images.atoms + 1);
+    for (int64_t k = 0; k < SAMPLES && images.images; ++k) {
+        const int64_t e = images.images * k / SAMPLES;
+        list.add(images.col + e, 1);
+        list.add(images.shift + 3 * e, 3);
+    }
+    geometry.add(images.positions, 3 * images.atoms);
+    geometry.add(images.lattice, 9 * images.crystals);
+    return {MAGIC,  sizeof(T),    {images.atoms, images.images, pairs, by_pair, merge},
+            window, list.value(), geometry.value()};
+}
+
+void check_header(const LayoutHeader& wanted, const LayoutHeader& found) {
+    const auto require = [](bool same, const char* what) {
+        if (!same) throw std::invalid_argument(std::string("layout must be made by cpu_layout for ") + what);
+    };
+    require(found.magic == wanted.magic, "these kernels, but it was made by something else");
+    require(found.number_bytes == wanted.number_bytes, "this dtype, but it was made for another");
+    require(found.sizes.by_pair == wanted.sizes.by_pair, "this op, but it was made for another");
+    require(found.sizes.atoms == wanted.sizes.atoms && found.sizes.images == wanted.sizes.images &&
+                found.list == wanted.list,
+            "this image list, but it was made for another");
+    require(found.geometry == wanted.geometry, "these positions and lattices, but it was made for others");
+    require(found.window == wanted.window, "this basis and tol, but it was made for others");
+    require(wanted.sizes.merge || !found.sizes.merge,
+            "the gradients of positions and lattice, with merge=False, but it was not");
 }
 
 template <class T>
 Layout<T> place_layout(const LayoutSizes& sizes, char* memory, int64_t* bytes) {
     constexpr int64_t ALIGNMENT = 64;
-    int64_t used = ALIGNMENT;
-    static_assert(sizeof(LayoutSizes) <= ALIGNMENT);
+    int64_t used = (sizeof(LayoutHeader) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     const auto take = [&](auto*& array, int64_t size) {
         using Element = std::remove_pointer_t<std::remove_reference_t<decltype(array)>>;
         array = memory ? reinterpret_cast<Element*>(memory + used) : nullptr;
@@ -209,15 +268,15 @@ Layout<T> place_layout(const LayoutSizes& sizes, char* memory, int64_t* bytes) {
 }
 
 template <class T>
-void build_layout(const Images<T>& images, const Window& window, double spread, const LayoutSizes& sizes, char* memory,
+void build_layout(const Images<T>& images, double spread, const LayoutHeader& header, char* memory,
                   const Threads& threads) {
-    std::memcpy(memory, &sizes, sizeof sizes);
-    const Layout<T> layout = place_layout<T>(sizes, memory);
-    const bool by_pair = sizes.by_pair;
+    std::memcpy(memory, &header, sizeof header);
+    const Layout<T> layout = place_layout<T>(header.sizes, memory);
+    const bool by_pair = header.sizes.by_pair;
     const std::vector<int64_t> crystal = crystal_of_atom(images.ptr, images.crystals);
     find_pairs(images, crystal, by_pair, layout);
     threads.for_chunks(images.atoms, 4, [&] {
-        return [&, builder = Builder<T>(images, window, spread, layout)](int64_t begin, int64_t end) mutable {
+        return [&, builder = Builder<T>(images, header.window, spread, layout)](int64_t begin, int64_t end) mutable {
             for (int64_t i = begin; i < end; ++i) {
                 double cell[9];
                 std::copy(images.lattice + 9 * crystal[i], images.lattice + 9 * crystal[i] + 9, cell);
@@ -230,10 +289,11 @@ void build_layout(const Images<T>& images, const Window& window, double spread, 
     });
 }
 
-#define INSTANTIATE(T)                                                    \
-    template LayoutSizes layout_sizes(const Images<T>&, bool, bool);      \
-    template Layout<T> place_layout(const LayoutSizes&, char*, int64_t*); \
-    template void build_layout(const Images<T>&, const Window&, double, const LayoutSizes&, char*, const Threads&);
+#define INSTANTIATE(T)                                                                         \
+    template int64_t count_pairs(const Images<T>&, bool);                                      \
+    template LayoutHeader layout_header(const Images<T>&, const Window&, bool, bool, int64_t); \
+    template Layout<T> place_layout(const LayoutSizes&, char*, int64_t*);                      \
+    template void build_layout(const Images<T>&, double, const LayoutHeader&, char*, const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -19,6 +19,8 @@ struct Window {
     // `smallest`: basis functions below it are left out.
     static Window make(int64_t num, double r_max, double width, double smallest);
 
+    bool operator==(const Window&) const = default;
+
     // Functions in all windows together: a buffer of it holds function m at m + half.
     int padded() const { return bins ? (bins - 1) * step + size : 0; }
 };
@@ -56,15 +58,31 @@ struct Layout {
     int64_t* entry;        // (members) place in the list, or null when merged
 };
 
-// A layout lies in one block of memory that starts with its sizes.
 struct LayoutSizes {
     int64_t atoms, images, pairs;
     int64_t by_pair;  // segments are the pairs of all atoms of a crystal, whether they have images or not
     int64_t merge;    // images of one slot at one distance are one member; then `entry` is null
 };
 
+// What a layout was made for. It lies in one block of memory that starts with this, and serves nothing else.
+struct LayoutHeader {
+    uint64_t magic, number_bytes;  // of a number T
+    LayoutSizes sizes;
+    Window window;
+    uint64_t list, geometry;  // hashes: of the offsets and some images, of positions and lattice
+};
+
+// The number of pairs of a list that has been checked.
 template <class T>
-LayoutSizes layout_sizes(const Images<T>& images, bool by_pair, bool merge);
+int64_t count_pairs(const Images<T>& images, bool by_pair);
+
+// The header of a layout. It takes no time beside a sum over the images: of these it looks at a few.
+template <class T>
+LayoutHeader layout_header(const Images<T>& images, const Window& window, bool by_pair, bool merge, int64_t pairs);
+
+// Throws std::invalid_argument if a layout was not made for what a kernel wants, the number of pairs apart.
+// wanted.sizes.merge: whether the kernel can read a layout that is merged.
+void check_header(const LayoutHeader& wanted, const LayoutHeader& found);
 
 // The layout in `memory`, which is aligned to 64 bytes; null only measures. `bytes` returns the size of the block.
 template <class T>
@@ -72,7 +90,7 @@ Layout<T> place_layout(const LayoutSizes& sizes, char* memory, int64_t* bytes = 
 
 // Fills a block of memory. spread: distances that differ by less are equal, Å.
 template <class T>
-void build_layout(const Images<T>& images, const Window& window, double spread, const LayoutSizes& sizes, char* memory,
+void build_layout(const Images<T>& images, double spread, const LayoutHeader& header, char* memory,
                   const Threads& threads);
 
 }  // namespace crystalformer

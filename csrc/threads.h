@@ -4,31 +4,51 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
 
 namespace crystalformer {
 
 struct Threads {
     int number;
-    // Calls the function once on each of `number` threads and waits.
+    // Calls the function once on each of `number` threads, the calling one among them, and waits.
     std::function<void(const std::function<void()>&)> run;
+    // Throws if the work is to be given up. To be called now and then, on any thread; it costs a look at a clock.
+    std::function<void()> poll = [] {};
 
     // Calls work(first, last) for chunks of 0..count, in any order on any thread: each item's result must depend on
-    // the item alone. `make` is called once on each thread and returns its `work`.
+    // the item alone. `make` is called once on each thread and returns its `work`. What any of them throws ends them
+    // all, and is thrown on.
     template <class Make>
     void for_chunks(int64_t count, int64_t chunk, const Make& make) const {
-        if (count <= chunk || number == 1) {
-            if (count > 0) make()(int64_t(0), count);
-            return;
-        }
+        const bool alone = number == 1 || count <= chunk;
+        if (alone) chunk *= count / chunk / PIECES + 1;
         std::atomic<int64_t> next{0};
-        run([&] {
+        const auto work_off = [&] {
             int64_t first = next.fetch_add(chunk);
             if (first >= count) return;
             auto work = make();
-            for (; first < count; first = next.fetch_add(chunk)) work(first, std::min(first + chunk, count));
+            for (; first < count; first = next.fetch_add(chunk)) {
+                work(first, std::min(first + chunk, count));
+                poll();
+            }
+        };
+        if (alone) return work_off();
+        std::atomic<bool> failed{false};
+        std::exception_ptr error;
+        run([&] {
+            try {
+                work_off();
+            } catch (...) {
+                next = count;
+                if (!failed.exchange(true)) error = std::current_exception();
+            }
         });
+        if (error) std::rethrow_exception(error);
     }
+
+  private:
+    static constexpr int64_t PIECES = 256;  // of the work of one thread, which looks up between them
 };
 
 }  // namespace crystalformer

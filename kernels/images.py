@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer import checks
+from crystalformer.limits import Extent
 from crystalformer.segments import crystal_of_atom, offsets
 from crystalformer.truncation import BISECTIONS, SPLITS
 
@@ -347,17 +348,22 @@ def build(
     beyond: float,
     cutoff: float | None,
     every_pair: bool,
+    max_images: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """row_ptr (N+1), col (M), shift (M,3), cutoff (C) and the number of pairs: the operator `triton_images`.
 
-    One host synchronisation, which brings the two sizes and whether all rows had a geometry.
+    One host synchronisation, which brings the two sizes and whether all rows had a geometry and not too many images.
 
     Raises:
-        ValueError: for positions or a lattice that are not finite, a cell without a volume, or 2^30 images of a pair.
+        ValueError: for positions or a lattice that are not finite, a cell without a volume, more images than max_images
+            or 2^30 of a pair, or atoms 2^31 cells apart.
     """
     atoms, crystals = len(positions), len(lattice)
     crystal = crystal_of_atom(ptr, atoms)
-    inputs = (positions.contiguous(), lattice.contiguous(), ptr, crystal, decay_min)
+    extent = Extent.of(positions, lattice, ptr, decay_min, tol, logit_range, cutoff, every_pair, all_pairs=False)
+    refused = extent.refused(max_images)
+    searched = torch.where(refused, 0, ptr)  # to be refused at the one wait, crystals without atoms take no time
+    inputs = (positions.contiguous(), lattice.contiguous(), searched, crystal, decay_min)
     sizes = image_blocks(atoms, crystals) | {"BISECTIONS": BISECTIONS}
     slack = math.log(tol * beyond)
     by_row = positions.new_zeros(atoms)
@@ -378,16 +384,19 @@ def build(
         settings = {"EVERY_PAIR": every_pair, **sizes}
         list_rows[(atoms,)](*inputs, cutoff2, count, none, none, tol, slack, WRITE=False, **settings)
         row_ptr = offsets(count)
-        bad, number, num_pairs = torch.stack([(count < 0).sum(), row_ptr[-1], ptr.diff().square().sum()]).tolist()
+        told = [(count < 0).any() | refused, row_ptr[-1], ptr.diff().square().sum()]
+        bad, number, num_pairs = torch.stack(told).tolist()
         if bad:
-            _refuse(positions, lattice)
+            _refuse(positions, lattice, extent, max_images)
         col, shift = ptr.new_zeros(number, dtype=torch.int32), ptr.new_zeros(number, 3, dtype=torch.int32)
         list_rows[(atoms,)](*inputs, cutoff2, row_ptr, col, shift, tol, slack, WRITE=True, **settings)
         return row_ptr, col, shift, (longest2() if every_pair else cutoff2).sqrt(), num_pairs
 
 
-def _refuse(positions: Tensor, lattice: Tensor) -> NoReturn:
+def _refuse(positions: Tensor, lattice: Tensor, extent: Extent, max_images: int) -> NoReturn:
     """Says what is wrong with a geometry, in the words of the checks: waiting for the GPU matters no more."""
     with checks.debug_checks(True):
         checks.check_geometry(positions, lattice)
+    if bool(extent.refused(max_images)):
+        extent.refuse(max_images)
     raise ValueError("a pair of atoms must have fewer than 2^30 images: use a shorter cutoff, or a larger decay_min")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from crystalformer.images import ImageList
+from crystalformer.image_list import ImageList
 from crystalformer.segments import crystal_of_atom, offsets
 
 # (G, BG): many shells a pair in small cells, one in large ones. R = 2 BG + 2 G BG tells them apart.
@@ -62,6 +62,10 @@ def _words(group: int, groups: int) -> int:
     return groups * (2 + 2 * group)
 
 
+# Words of a row, of any layout.
+ROWS = {SHELL, *(_words(*shape) for shape in SHAPES)}
+
+
 def power_of_2(num: int) -> int:
     """The first that is not below num >= 1. Triton's own takes 1.8 µs, not 0.05, and a call asks for a dozen."""
     return 1 << (num - 1).bit_length()
@@ -81,11 +85,19 @@ def scale(num: int, basis: Sequence[float]) -> float:
 
 
 def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
-    """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions."""
+    """Views of what `pack` joined, for N atoms or P pairs, M images and K basis functions.
+
+    Raises:
+        ValueError: for what `pack` cannot have made. Its values are on the device, and not looked at.
+    """
+    if layout.dtype != torch.int32 or layout.dim() != 2 or layout.shape[1] not in ROWS:
+        raise ValueError(f"layout must be made by triton_layout, not be {layout.dtype} of shape {tuple(layout.shape)}")
     sizes = (padded(num), num_rows + 1, num_images, num_images, num_rows if layout.shape[1] == SHELL else 0)
     spaces = [space for size in sizes for space in (size, _aligned(size) - size)]
     tail = sum(spaces)
     num_records = layout.shape[0] - -(-tail // layout.shape[1])
+    if num_records < 0 or (layout.shape[1] == SHELL and num_records != num_images):
+        raise ValueError(f"layout must be made by triton_layout for this list and basis, not have {len(layout)} rows")
     rest = (layout.shape[0] - num_records) * layout.shape[1] - tail
     records, mu, _, first, _, place, _, mirror, _, atom, _, _ = layout.view(-1).split(
         (num_records * layout.shape[1], *spaces, rest)
@@ -199,7 +211,7 @@ def pack(
     does not need come last and are never read. A layout serves with and without the gradients of the geometry: images
     of one shell have the same force.
     """
-    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_empty(0), num_pairs=num_pairs)
+    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_zeros(len(ptr) - 1), num_pairs=num_pairs)
     e = _sort(images, positions, lattice, scale(num, basis))
     if by_pair:
         return _pack_pairs(e, images, num, basis)

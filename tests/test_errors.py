@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from problems import problem
+from problems import problem, relative_error
 
 import crystalformer as cf
 
@@ -141,15 +141,37 @@ def test_encoding_needs_the_images_of_every_pair():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num": 0}, "num must be an integer, at least 1, not 0"),
-        ({"num": 2.5}, r"num must be an integer, at least 1, not 2\.5"),
-        ({"r_max": -1.0}, r"r_max must be larger than 0 and finite, not -1\.0"),
-        ({"width": NAN}, "width must be larger than 0 and finite, not nan"),
+        ({"num": 0}, "num must be an integer, at least 1 and at most 65536, not 0"),
+        ({"num": 2.5}, r"num must be an integer, at least 1 and at most 65536, not 2\.5"),
+        ({"num": 1 << 17}, "num must be an integer, at least 1 and at most 65536, not 131072"),
+        ({"r_max": -1.0}, r"r_max must be at least 0\.001 and at most 1e\+06, not -1\.0"),
+        ({"r_max": 1.4e-9}, r"r_max must be at least 0\.001 and at most 1e\+06, not 1\.4e-09"),
+        ({"r_max": 10**400}, r"r_max must be at least 0\.001 and at most 1e\+06, not an integer of 1329 bits"),
+        ({"width": NAN}, r"width must be at least 0\.001 and at most 1000, not nan"),
+        ({"width": 1e7}, r"width must be at least 0\.001 and at most 1000, not 10000000\.0"),
+        ({"width": "1"}, "width must be a number, not str"),
     ],
 )
 def test_basis_says_what_is_wrong(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         cf.RadialBasis(**options)
+
+
+@pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
+@pytest.mark.parametrize("basis", [(1.4e-9, 1.0), (1e-10, 1.0), (6.0, 1e7), (6.0, NAN), (INF, 1.0)])
+def test_the_op_refuses_a_basis_that_takes_memory_without_bound(basis):
+    """Where an op is called by itself, too."""
+    lists = X.lists("cpu")
+    with pytest.raises(ValueError, match=r"^basis must have at most 65536 functions, r_max from 1e-3 to 1e6, width to"):
+        torch.ops.crystalformer.cpu_attention(*X.op_inputs, *lists, basis, 0.0, False)
+
+
+@pytest.mark.parametrize("basis", [(1e-3, 1.0), (1e6, 1.0), (6.0, 1e-3), (6.0, 1e3)])
+def test_a_basis_at_the_bounds_is_summed_as_any(basis, backend):
+    x = dataclasses.replace(X, basis=cf.RadialBasis(X.basis.num, *basis))
+    expected = x.attention()
+    for dtype, error in ((torch.float64, 1e-5), (torch.float32, 1e-3)):
+        assert relative_error(x.to(dtype).attention(backend=backend), expected) < error
 
 
 def test_debug_checks_is_a_switch_and_a_context():

@@ -117,7 +117,27 @@ def test_rescale():
     model, x = cf.Crystalformer(dataclasses.replace(SMALL, num_targets=2)), batch()
     before = model(x)
     mean, deviation = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])
-    torch.testing.assert_close(model.rescale_(mean, deviation)(x), before * deviation + mean)
+    expected = before.double() * deviation + mean
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    torch.testing.assert_close(model.rescale_(mean, deviation)(x), expected, rtol=1e-12, atol=0)
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
+    torch.testing.assert_close(model.rescale_(deviation, mean.abs())(x), expected * mean.abs() + deviation)
+    with pytest.raises(ValueError, match=r"target_deviation must be larger than 0 and finite, not -1\.0"):
+        model.rescale_(mean, torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"target_mean must be 2, as num_targets, not 1\.0"):
+        cf.Crystalformer(dataclasses.replace(SMALL, num_targets=2)).rescale_(mean[:1], deviation[:1])
+
+
+def test_units_are_kept_to_the_last_digit(tmp_path):
+    pytest.importorskip("safetensors", reason="models are kept in safetensors files")
+    model, x = cf.Crystalformer(SMALL), batch()
+    mean, deviation = torch.tensor([-1e6 - 1 / 3]).double(), torch.tensor([0.1]).double()
+    expected = model(x).double() * deviation + mean
+    model.rescale_(mean, deviation).save_pretrained(tmp_path)
+    loaded = cf.Crystalformer.from_pretrained(tmp_path)
+    assert torch.equal(loaded(x), expected)
+    assert torch.equal(loaded.to(torch.float32)(x), expected)
+    assert loaded.config == model.config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

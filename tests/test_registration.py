@@ -51,7 +51,7 @@ def test_opcheck_of_lists_and_layouts():
     x = problem()
     geometry = (x.positions, x.lattice)
     for cutoff, every_pair in ((None, False), (None, True), (5.0, False)):
-        settings = (torch.full((3,), 0.5).double(), 1e-6, 4.0, 0.01, cutoff, every_pair)
+        settings = (torch.full((3,), 0.5).double(), 1e-6, 4.0, 0.01, cutoff, every_pair, 1 << 20)
         torch.library.opcheck(torch.ops.crystalformer.cpu_images.default, (*geometry, x.ptr, *settings))
     lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
     for by_pair, merge in ((False, True), (False, False), (True, True)):

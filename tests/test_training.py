@@ -8,6 +8,7 @@ import torch
 from crystalformer import Crystalformer, CrystalformerConfig
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.training import (
+    PRESETS,
     AverageLastEpochs,
     CrystalDataset,
     Progress,
@@ -94,19 +95,76 @@ def test_learning_rate_and_weight_decay(data):
     assert 5e-4 * schedule["scheduler"].lr_lambdas[0](12000) == pytest.approx(2.5e-4)
 
     name_of = {parameter: name for name, parameter in task.named_parameters()}
-    decayed, free = ([name_of[x] for x in group["params"]] for group in optimizer.param_groups)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-5, 0.0]
+    weights, biases = ([name_of[x] for x in group["params"]] for group in optimizer.param_groups)
+    # The paper's code gives biases no decay of their own: they have AdamW's default.
+    default = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).defaults["weight_decay"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-5, default]
+    assert all(recipe.bias_decay == default for recipe in PRESETS.values())
     assert all(group["betas"] == (0.9, 0.98) for group in optimizer.param_groups)
-    assert free
-    assert all(name.endswith("bias") for name in free)
-    assert not any(name.endswith("bias") for name in decayed)
-    assert len(decayed) + len(free) == len(name_of)
+    assert biases
+    assert all(name.endswith("bias") for name in biases)
+    assert not any(name.endswith("bias") for name in weights)
+    assert len(weights) + len(biases) == len(name_of)
 
 
 def test_standardisation():
     mean, deviation = standardisation(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     assert mean.tolist() == [2.0, 5.0]
     assert deviation.tolist() == [1.0, 1.0]
+    assert mean.dtype == deviation.dtype == torch.float64
+    tenths = torch.full((3, 1), 0.1, dtype=torch.float64)
+    assert tenths.mean() != 0.1  # equal all the same
+    assert [x.item() for x in standardisation(tenths)] == [0.1, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.zeros(0, 2), r"targets must be \(C,T\) of at least one crystal, not \(0, 2\)"),
+        (torch.zeros(3), r"targets must be \(C,T\) of at least one crystal, not \(3,\)"),
+        (torch.tensor([[0.0], [math.nan]]), r"targets must be finite, but targets\[1, 0\] is nan"),
+        (torch.tensor([[0.0], [1e300]], dtype=torch.float64), "the deviation of targets must be finite"),
+    ],
+)
+def test_targets_that_cannot_be_standardised(targets, message):
+    with pytest.raises(ValueError, match=message):
+        standardisation(targets)
+
+
+def test_an_offset_of_the_targets_changes_nothing_else(data):
+    """In fp32 -1e6 would leave steps of 0.06: of targets, of the model's predictions and of what is logged."""
+    offset = torch.tensor([-1e6, 1e9], dtype=torch.float64)
+    results = []
+    for shift in (torch.zeros(2), offset):
+        shifted = CrystalDataset(data.crystals, data.targets + shift, Crystalformer(SMALL))
+        task = new_task(shifted, lr=2e-2)
+        history = fit(task, shifted.loader(8, 0), shifted.loader(8), epochs=2)
+        with torch.no_grad():
+            batch = next(iter(shifted.loader(8))).crystals
+            assert torch.equal(task.model.float()(batch) - shift, predict(task.model, shifted.loader(8))[:8] - shift)
+        results.append((predict(task.model, shifted.loader(8)) - shift, history))
+    (plain, plain_history), (moved, moved_history) = results
+    assert plain.dtype == moved.dtype == torch.float64
+    tolerance = 1e-4 * standardisation(data.targets)[1]
+    assert ((plain - moved).abs() < tolerance).all()
+    assert (plain.std(0) > 100 * tolerance).all()
+    for name in ("val_loss", "val_mae/energy", "val_mae/volume"):
+        assert moved_history[-1][name] == pytest.approx(plain_history[-1][name], rel=1e-5)
+
+
+def test_a_trained_model_learns_other_targets(data):
+    """With its units: they are part of what it predicts with, until others take their place."""
+    task = new_task(data)
+    fit(task, data.loader(8, 0), data.loader(8), epochs=1)
+    other = CrystalDataset(data.crystals, data.targets * 3 + 1e6, task.model)
+    again = Regression(task.model.train(), *standardisation(other.targets), names=NAMES)
+    with torch.no_grad():
+        batch = next(iter(other.loader(8))).crystals
+        before = again(batch)
+    history = fit(again, other.loader(8, 0), other.loader(8), epochs=1)
+    errors = (predict(again.model, other.loader(8)) - other.targets).abs().mean(0)
+    assert [history[-1][f"val_mae/{name}"] for name in NAMES] == pytest.approx(errors.tolist(), rel=1e-5)
+    assert not torch.equal(before, again.model(batch))
 
 
 def test_average_of_the_last_epochs(data):

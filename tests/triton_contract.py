@@ -245,6 +245,18 @@ def test_same_bits_every_time(function):
         assert torch.equal(value, first[name]), name
 
 
+def test_a_layout_of_something_else_is_refused():
+    """As far as its shape tells; on a GPU its values are not looked at."""
+    x = on_device(problem(every_pair=True).to(torch.float32))
+    images, basis = x.images, (x.basis.r_max, x.basis.width)
+    lists = (images.ptr, images.row_ptr, images.col, images.shift)
+    make = torch.ops.crystalformer.triton_layout
+    pairs = make(x.positions, x.lattice, *lists, images.num_pairs, x.basis.num, basis, True)
+    for layout in (pairs.new_zeros(8, dtype=torch.uint8), pairs.view(-1), pairs[:, :1], pairs[:8]):
+        with pytest.raises(ValueError, match=r"^layout must be made by triton_layout"):
+            torch.ops.crystalformer.triton_attention(*x.op_inputs, *lists, layout, basis, 0.0, False)
+
+
 def test_encoding_in_chunks(monkeypatch):
     module = import_module("crystalformer.kernels.encoding")
 

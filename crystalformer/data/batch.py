@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..images import ImageList
+from ..image_list import ImageList
 from ..segments import cat_ptr
 from ..wave_vectors import WaveVectors
 from .structures import MOST_OCCUPIED, NUM_ELEMENTS, Crystal, read_structure

@@ -12,7 +12,9 @@ import torch
 from .. import __version__ as version
 from .. import checks
 from ..config import CrystalformerConfig
-from ..images import ImageList, build_images
+from ..geometry import Geometry
+from ..image_list import ImageList
+from ..images import build_images
 from ..wave_vectors import build_wave_vectors
 from .batch import CrystalBatch
 from .store import Item, Store, digest
@@ -65,17 +67,19 @@ def build_crystals(
         progress: called with the number of crystals done and of all, now and then.
 
     Raises:
-        TypeError, ValueError: as `CrystalBatch.from_structures`, naming the structure.
+        TypeError, ValueError: as `CrystalBatch.from_structures`, `build_images` and `build_wave_vectors`, naming the
+            structure.
     """
     checks.check_workers("workers", workers)
     dtype = dtype or torch.get_default_dtype()
     crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures)]
     if not isinstance(settings, ImageSettings):
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
-        for crystal in crystals if config.needs_wave_vectors else ():
-            crystal.wave_vectors = build_wave_vectors(
-                crystal.lattice, crystal.ptr, config.decay_reciprocal_min, config.tol
-            )
+        for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):
+            with _named(i):
+                crystal.wave_vectors = build_wave_vectors(
+                    crystal.lattice, crystal.ptr, config.decay_reciprocal_min, config.tol
+                )
         needed = ImageSettings.of(config)
         if needed is None:
             return crystals
@@ -97,7 +101,7 @@ def build_crystals(
     done = len(crystals) - len(missing)
     with _threads(workers):
         for chunk in _chunks(missing, crystals):
-            items = _build([crystals[i] for i in chunk], certified)
+            items = _build_named(chunk, crystals, certified)
             for i, item in zip(chunk, items, strict=True):
                 crystals[i].images = _list(item, crystals[i], certified)
             if store is not None:
@@ -135,8 +139,30 @@ def _build(crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[I
     ]
 
 
+def _build_named(chunk: list[int], crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[Item]:
+    """`_build` of some crystals. What is refused is built alone: then the error is of one crystal, or there is none."""
+    try:
+        return _build([crystals[i] for i in chunk], settings)
+    except ValueError:
+        items = list[Item]()
+        for i in chunk:
+            with _named(i):
+                items += _build([crystals[i]], settings)
+        return items
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Errors say which structure they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"structures[{index}]: {error}") from error
+
+
 def _list(item: dict[str, Any], crystal: CrystalBatch, settings: dict[str, Any]) -> ImageList:
-    return ImageList(**item, ptr=crystal.ptr, num_pairs=crystal.num_atoms**2, **settings)
+    geometry = Geometry.of(crystal.positions, crystal.lattice)
+    return ImageList(**item, ptr=crystal.ptr, num_pairs=crystal.num_atoms**2, geometry=geometry, **settings)
 
 
 def _chunks(index: Sequence[int], crystals: Sequence[CrystalBatch]) -> Iterator[list[int]]:

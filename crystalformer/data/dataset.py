@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .. import checks
 from .batch import CrystalBatch
 from .crystals import build_crystals
 
@@ -20,7 +21,7 @@ class Example(NamedTuple):
 
     Attributes:
         crystals: with their images.
-        targets: (C,T).
+        targets: (C,T), fp64.
         weight: (C) so that sum_c weight_c loss_c is this process's part of the mean loss over the whole batch, times
             the number of processes, because data parallel training takes the mean of their gradients. 0 for a crystal
             that only keeps a process busy that the batch has no crystal for.
@@ -105,27 +106,38 @@ class CrystalDataset(Dataset[Example]):
 
     Args:
         crystals: pymatgen Structures or ase Atoms, or what `build_crystals` made of them for this model.
-        targets: (C,T).
+        targets: (C,T), kept in fp64.
         model: the model whose certified image lists are wanted.
 
     Raises:
-        ValueError: if crystals and targets are not equally many.
+        ValueError: if crystals and targets are not equally many, or a target is not finite.
     """
 
     def __init__(self, crystals: Sequence[Any], targets: Tensor, model: "Crystalformer") -> None:
         if targets.dim() != 2 or len(targets) != len(crystals):
             raise ValueError(f"targets must be ({len(crystals)}, T), as crystals, not {tuple(targets.shape)}")
-        self.targets = targets.to(next(model.parameters()).dtype)
+        checks.check_finite("targets", targets)
+        self.targets = targets.double()
         built = all(isinstance(crystal, CrystalBatch) for crystal in crystals)
-        self.crystals = list(crystals) if built else build_crystals(crystals, model, dtype=self.targets.dtype)
+        dtype = next(model.parameters()).dtype
+        self.crystals = list(crystals) if built else build_crystals(crystals, model, dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.crystals)
 
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """The atomic numbers in the crystals, in order."""
+        found: set[int] = set()
+        for crystal in self.crystals:
+            species = crystal.species
+            found.update((species if species.dim() == 1 else species.sum(0).nonzero()[:, 0] + 1).tolist())
+        return tuple(sorted(found))
+
     def __getitem__(self, shard: Shard) -> Example:
         indices = list(shard.indices)
         crystals = CrystalBatch.cat([self.crystals[index] for index in indices])
-        return Example(crystals, self.targets[indices], self.targets.new_tensor(shard.weights))
+        return Example(crystals, self.targets[indices], crystals.positions.new_tensor(shard.weights))
 
     def loader(
         self, batch_size: int, seed: int | None = None, max_images: int | None = None, workers: int = 0

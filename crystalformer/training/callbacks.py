@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from tqdm import tqdm
 
 from ..data.dataset import BoundedBatches
+from ..words import short
 from .regression import Regression
 
 
@@ -27,8 +28,9 @@ class History(Callback):
         metrics = {name: float(x) for name, x in trainer.callback_metrics.items()}
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics}
         self.rows.append(row | {"seconds": time.perf_counter() - self.start})
-        if not np.isfinite(metrics["train_loss"]):
-            raise FloatingPointError(f"the training loss of epoch {trainer.current_epoch + 1} is not finite: lower lr")
+        for name, text in (("train_loss", "training"), ("val_loss", "validation")):
+            if not np.isfinite(metrics[name]):
+                raise FloatingPointError(f"the {text} loss of epoch {row['epoch']} is not finite: lower lr")
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -114,7 +116,7 @@ class Progress(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         mae = float(trainer.callback_metrics[f"val_mae/{self.name}"])
-        error = f"validation MAE of {self.name} {mae:.3g} {self.unit}".rstrip()
+        error = f"validation MAE of {self.name} {short(mae)} {self.unit}".rstrip()
         self.bar.set_postfix_str(error)
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if self.bar.disable and trainer.global_rank == 0 and (epoch % max(1, epochs // 10) == 0 or epoch == epochs):

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.dataset import BoundedBatches, Example
+from ..data.dataset import BoundedBatches, CrystalDataset, Example
 from ..model import Crystalformer
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, Checkpoints, latest
@@ -41,7 +41,7 @@ def fit(
     devices: int = 1,
     nodes: int = 1,
 ) -> list[dict[str, float]]:
-    """Trains, validating after each epoch, and folds the units into the model (`Regression.finish`).
+    """Trains, validating after each epoch, and gives the model units and elements (`Regression.finish`).
 
     With several devices or nodes, or under torchrun, every process computes its share of each batch: the training is
     the same as on one process, up to rounding.
@@ -65,6 +65,8 @@ def fit(
         FloatingPointError: if the loss is not finite.
         ValueError: for accelerators, devices or nodes that are not there.
     """
+    assert isinstance(train.dataset, CrystalDataset)
+    elements = train.dataset.elements
     history = History()
     path = None
     more: list[Callback] = [SeedEpochs(seed)]
@@ -75,7 +77,7 @@ def fit(
             history.load_state_dict(content["callbacks"]["History"])
             if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
                 task.load_state_dict(content["state_dict"])
-                task.finish()
+                task.finish(elements)
                 return history.rows
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.
     assert isinstance(train.sampler, BoundedBatches)
@@ -104,13 +106,13 @@ def fit(
             enable_model_summary=False,
         )
         trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
-    task.finish()
+    task.finish(elements)
     return history.rows
 
 
 @torch.no_grad()
 def predict(model: Crystalformer, loader: DataLoader[Example]) -> Tensor:
-    """(C,T) the model's predictions for all batches of a loader, in their order, on the CPU.
+    """(C,T) fp64, the model's predictions for all batches of a loader, in their order, on the CPU.
 
     Every process computes all of them, also where a training has several.
     """
@@ -118,7 +120,7 @@ def predict(model: Crystalformer, loader: DataLoader[Example]) -> Tensor:
     device, sampler = next(model.parameters()).device, loader.sampler
     assert isinstance(sampler, BoundedBatches)
     examples = (loader.dataset[sampler.shard(batch, 0, 1)] for batch in sampler.batches)
-    return torch.cat([model(example.crystals.to(device)).cpu() for example in examples])
+    return torch.cat([model(example.crystals.to(device)).cpu().double() for example in examples])
 
 
 @contextlib.contextmanager

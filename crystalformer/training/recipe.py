@@ -17,7 +17,9 @@ class Recipe:
             crystal that has more is a batch of its own. The default leaves the paper's batches whole.
         lr: learning rate of the first step.
         betas: of AdamW.
-        weight_decay: of AdamW, not on biases.
+        weight_decay: of AdamW, on all weights but biases.
+        bias_decay: of AdamW, on biases. In the paper's code they are a group without a decay of its own, which
+            therefore has AdamW's default.
         decay_steps: T, steps after which the learning rate is lr / sqrt(2).
         gradient_norm: longer gradients are shortened to this.
         average_epochs: the model is the mean of the weights over the steps of so many last epochs, in which the
@@ -30,6 +32,7 @@ class Recipe:
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 1e-5
+    bias_decay: float = 1e-2
     decay_steps: int = 4000
     gradient_norm: float = 1.0
     average_epochs: int = 50
@@ -40,7 +43,8 @@ class Recipe:
         checks.check_integer("average_epochs", self.average_epochs, 0)
         for name in ("lr", "gradient_norm"):
             checks.check_number(name, getattr(self, name))
-        checks.check_number("weight_decay", self.weight_decay, closed=True)
+        for name in ("weight_decay", "bias_decay"):
+            checks.check_number(name, getattr(self, name), closed=True)
         for beta in self.betas:
             checks.check_number("betas", beta, high=1.0, closed=True)
 

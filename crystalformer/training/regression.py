@@ -1,7 +1,8 @@
 """What is learnt: standardised targets, by an L1 loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -9,16 +10,32 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from .. import checks
 from ..data import CrystalBatch
 from ..data.dataset import Example
-from ..model import Crystalformer
+from ..model import Crystalformer, in_units
 from .recipe import Recipe
+
+# Of the means over an epoch; Apple's GPUs have no fp64.
+MEANS = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
 def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (T) of targets (C,T); the deviation is 1 where the targets are all equal."""
-    deviation = targets.std(0, correction=0)
-    return targets.mean(0), torch.where(deviation > 0, deviation, 1.0)
+    """Mean and standard deviation (T) of targets (C,T), in fp64; the deviation is 1 where the targets are all equal.
+
+    Raises:
+        ValueError: if there are no targets, or if they or their deviation are not finite.
+    """
+    if targets.dim() != 2 or not len(targets):
+        raise ValueError(f"targets must be (C,T) of at least one crystal, not {tuple(targets.shape)}")
+    checks.check_finite("targets", targets)
+    targets = targets.double()
+    # Equal targets may differ from their mean by a rounding.
+    equal = (targets == targets[0]).all(0)
+    mean = torch.where(equal, targets[0], targets.mean(0))
+    deviation = torch.where(equal, 1.0, targets.std(0, correction=0))
+    checks.check_finite("the deviation of targets", deviation)
+    return mean, deviation
 
 
 class Mean(Metric):
@@ -30,11 +47,11 @@ class Mean(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.get_default_dtype()), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=MEANS), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, counted: Tensor) -> None:
         """Takes values (C) where counted (C) is 1, not where it is 0."""
-        self.total += values @ counted
+        self.total += values.to(MEANS) @ counted
         self.count += counted.sum()
 
     def compute(self) -> Tensor:
@@ -47,15 +64,18 @@ class Regression(lightning.LightningModule):
     Logs train_loss and val_loss, in standard deviations, and train_mae/NAME and val_mae/NAME of each target, in its own
     units: means over all crystals of an epoch, whatever the batches and the number of processes.
 
+    Targets are standardised in fp64 before a batch goes to its device (`on_before_batch_transfer`); the steps take them
+    standardised, in the dtype of the network.
+
     Args:
         model: predicts the standardised targets while it is trained; `finish` makes it predict in units.
-        mean, deviation: (T), of the training targets.
+        mean, deviation: (T) fp64, of the training targets.
         names: of the targets, for the log.
-        lr, betas, weight_decay, decay_steps: see `Recipe`.
-    """
+        lr, betas, weight_decay, decay_steps, bias_decay: see `Recipe`.
 
-    mean: Tensor
-    deviation: Tensor
+    Raises:
+        ValueError: if names, mean and deviation are not as many as the model's targets.
+    """
 
     def __init__(
         self,
@@ -67,6 +87,7 @@ class Regression(lightning.LightningModule):
         betas: tuple[float, float] = Recipe.betas,
         weight_decay: float = Recipe.weight_decay,
         decay_steps: int = Recipe.decay_steps,
+        bias_decay: float = Recipe.bias_decay,
     ) -> None:
         super().__init__()
         number = model.config.num_targets
@@ -74,15 +95,22 @@ class Regression(lightning.LightningModule):
             raise ValueError(f"names, mean and deviation must be of {number} targets, as the model, not {len(names)}")
         self.model, self.names = model, tuple(names)
         self.lr, self.betas, self.weight_decay, self.decay_steps = lr, betas, weight_decay, decay_steps
+        self.bias_decay = bias_decay
         self.rate_held = False
-        self.register_buffer("mean", mean)
-        self.register_buffer("deviation", deviation)
+        # No buffers: on the CPU, where they are needed, and in fp64, whatever the network is cast to.
+        self.mean, self.deviation = mean.double().cpu(), deviation.double().cpu()
+        self.scales = tuple(self.deviation.tolist())
         # Of the loss, then of the targets' errors.
         self.train_means, self.val_means = (nn.ModuleList(Mean() for _ in range(number + 1)) for _ in range(2))
 
     def forward(self, batch: CrystalBatch) -> Tensor:
-        """(C,T), in the units of the targets."""
-        return self.model(batch) * self.deviation + self.mean
+        """(C,T) fp64, in the units of the targets."""
+        return in_units(self.model(batch), self.mean.tolist(), self.scales)
+
+    def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> Example:
+        """The example with its targets standardised."""
+        targets = (batch.targets - self.mean) / self.deviation
+        return batch._replace(targets=targets.to(batch.weight.dtype))
 
     def training_step(self, example: Example, index: int) -> Tensor:
         try:
@@ -97,21 +125,22 @@ class Regression(lightning.LightningModule):
 
     def _step(self, stage: str, means: nn.ModuleList, example: Example) -> Tensor:
         crystals, targets, weight = example
-        errors = (self.model(crystals) - (targets - self.mean) / self.deviation).abs()
+        errors = (self.model(crystals) - targets).abs()
         losses = errors.mean(1)
-        columns = [losses.detach(), *(errors.detach() * self.deviation).T]
+        exact = errors.detach().to(MEANS).T
+        columns = [losses.detach(), *(x * scale for x, scale in zip(exact, self.scales, strict=True))]
         names = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in self.names)]
-        counted = (weight > 0).to(losses.dtype)
+        counted = (weight > 0).to(MEANS)
         for name, mean, column in zip(names, means, columns, strict=True):
             assert isinstance(mean, Mean)
             mean.update(column, counted)
             self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(crystals))
-        return losses @ weight
+        return losses @ weight.to(losses.dtype)  # a trained model that learns anew has outputs in fp64
 
     def configure_optimizers(self) -> Any:
         biases = [x for name, x in self.named_parameters() if name.endswith("bias")]
         weights = [x for name, x in self.named_parameters() if not name.endswith("bias")]
-        groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": self.bias_decay}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         steps = self.decay_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: math.sqrt(steps / (steps + t)))
@@ -121,6 +150,14 @@ class Regression(lightning.LightningModule):
         if not self.rate_held:
             scheduler.step()
 
-    def finish(self) -> Crystalformer:
-        """The model, predicting in the units of the targets from now on, in eval mode."""
-        return self.model.rescale_(self.mean, self.deviation).eval()
+    def finish(self, elements: Iterable[int] = ()) -> Crystalformer:
+        """The model, predicting in the units of the targets from now on, in eval mode.
+
+        Args:
+            elements: atomic numbers in the training crystals, for `config.elements`.
+        """
+        model, before = self.model, self.model.config
+        model.rescale_(self.mean, self.deviation)
+        if before.elements or not before.target_mean:  # else it was trained before, and nobody knows on which
+            model.config = replace(model.config, elements=tuple(sorted({*before.elements, *elements})))
+        return model.eval()

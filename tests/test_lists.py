@@ -1,0 +1,283 @@
+"""Lists know what they were built for and check themselves: no op sums over a list that is not its crystals'."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from crystals import pack, random_crystal
+from problems import MIXED, Problem, problem
+from torch import Tensor
+
+import crystalformer as cf
+
+X = problem(every_pair=True)
+CPU = pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
+
+
+def problem_of(seed: int, sizes: tuple[int, ...] = (1, 3, 2), kind: str = "cubic") -> Problem:
+    return problem(tuple((kind, n) for n in sizes), seed=seed, every_pair=True)
+
+
+# What a list was built for --------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_other_crystals_is_refused(backend):
+    x = problem_of(0)
+    message = r"^images must be built for these positions and lattice: in crystal \d distances have changed by up to "
+    for other in (problem_of(1), problem_of(0, sizes=(3, 1, 2))):  # the same number of atoms and of crystals
+        y = dataclasses.replace(x, images=other.images)
+        for op in (y.attention, y.encoding):
+            with pytest.raises(ValueError, match=message + r".* Å; call build_images again$"):
+                op(backend=backend)
+
+
+def test_a_model_refuses_lists_of_other_crystals(backend):
+    config = cf.CrystalformerConfig(domain="multihead", num_blocks=1, model_dim=16, num_heads=2, ff_dim=16)
+    model = cf.Crystalformer(config, backend).double()
+
+    def batch(*sizes: int) -> cf.CrystalBatch:
+        positions, lattice, ptr = pack([random_crystal("skewed", n, n) for n in sizes])
+        return model.prepare(cf.CrystalBatch(torch.ones(len(positions), dtype=torch.int64), positions, lattice, ptr))
+
+    one, other = batch(3, 1), batch(1, 3)
+    for name in ("images", "wave_vectors"):
+        mixed = dataclasses.replace(one, **{name: getattr(other, name)})
+        message = rf"batch\.{name} must be of the crystals of batch\.ptr, \[0, 3, 4\], not of \[0, 1, 4\]"
+        with pytest.raises(ValueError, match=message):
+            model(mixed)
+
+
+@pytest.mark.parametrize(
+    ("change", "moved"),
+    [
+        (lambda p, cell: (p + 40.0, cell), 0.0),
+        (lambda p, cell: (p @ TURN, cell @ TURN), 0.0),
+        (lambda p, cell: (-p, -cell), 0.0),
+        (lambda p, cell: (p.float(), cell.float()), 1e-5),
+        (lambda p, cell: (1.001 * p, 1.001 * cell), 0.02),
+        (lambda p, cell: (p + spoil(p, 0.01), cell), 0.02),
+    ],
+    ids=["shifted", "turned", "inverted", "rounded", "strained", "moved"],
+)
+def test_what_changes_no_distance_is_no_movement(change: Callable, moved: float):
+    """The bound is not far above what happens, and zero where nothing does."""
+    positions, lattice = change(X.positions, X.lattice)
+    reach = torch.full((3,), 10.0, dtype=torch.float64)
+    found = X.images.geometry.movement(positions, lattice, X.ptr, reach)
+    assert bool((found <= moved + 1e-12).all())
+    assert float(found.max()) >= moved / 4 or moved == 1e-5
+    assert bool((X.images.bearable() > 0.005).all())
+
+
+TURN = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+
+
+def spoil(p: Tensor, by: float) -> Tensor:
+    x = torch.zeros_like(p)
+    x[2, 0] = by
+    return x
+
+
+def test_a_little_movement_is_borne_and_more_is_not(backend):
+    small = 0.4 * float(X.images.bearable()[1])
+    for by in (small, -small):
+        X.attention(*X.inputs[:4], X.positions + spoil(X.positions, by), *X.inputs[5:], backend=backend)
+    for positions, lattice in (
+        (X.positions + spoil(X.positions, 6 * small), X.lattice),
+        (X.positions + X.lattice[1, :1] * (torch.arange(6) == 2)[:, None], X.lattice),  # wrapped into another cell
+        (X.positions, 1.05 * X.lattice),
+    ):
+        with pytest.raises(ValueError, match=r"^images must be built for these positions and lattice"):
+            X.attention(*X.inputs[:4], positions, lattice, X.edge_weight, backend=backend)
+
+
+def test_lists_of_parts_and_copies_know_their_geometry():
+    parts = [cf.build_images(*pack([random_crystal(kind, 0, n)]), decay_min=0.5) for kind, n in MIXED]
+    whole = cf.ImageList.cat(parts)
+    assert whole.geometry is not None
+    torch.testing.assert_close(whole.geometry.positions, torch.cat([x.geometry.positions for x in parts]))
+    assert cf.ImageList.cat([parts[0], dataclasses.replace(parts[1], geometry=None)]).geometry is None
+    unknown = dataclasses.replace(X.images, geometry=None)
+    unknown.check_geometry(X.positions * 2, X.lattice)  # any positions are taken
+    moved = X.positions.clone()
+    images = cf.build_images(moved, X.lattice, X.ptr)
+    moved += 1.0
+    moved[0] += 1.0
+    assert torch.equal(images.geometry.positions, X.positions), "the list keeps a copy"
+
+
+def test_wave_vectors_of_another_lattice_are_refused(backend):
+    waves = cf.build_wave_vectors(X.lattice, X.ptr, 0.5)
+    turned = [x @ TURN for x in (X.positions, X.lattice)]
+    X.reciprocal(*X.inputs[:4], *turned, backend=backend, wave_vectors=waves)
+    X.reciprocal(*X.inputs[:4], X.positions * 1.001, X.lattice * 1.001, backend=backend, wave_vectors=waves)
+    with pytest.raises(ValueError, match=r"^wave_vectors must be built for this lattice: cell 0 has been strained by "):
+        X.reciprocal(*X.inputs[:4], X.positions, X.lattice * 1.03, backend=backend, wave_vectors=waves)
+    joined = cf.WaveVectors.cat([cf.build_wave_vectors(x[None], torch.tensor([0, 2])) for x in X.lattice])
+    assert torch.equal(joined.lattice, X.lattice)
+
+
+# Lists that are none --------------------------------------------------------------------------------------------------
+
+
+def test_a_list_that_was_written_is_packed_again(backend):
+    x = problem(seed=3)
+    x.attention(backend=backend)
+    x.images.shift.zero_()
+    with pytest.raises(ValueError, match=r"^images must be sorted"):
+        x.attention(backend=backend)
+
+
+MADE: list[tuple[str, Any, type[Exception], str]] = [
+    ("col", [0], TypeError, "col must be a torch.Tensor, not list"),
+    ("col", X.images.col.long(), TypeError, "col must be torch.int32, not torch.int64"),
+    ("shift", X.images.shift[1:], ValueError, r"shift must have shape \(M=\d+, 3\), not \(\d+, 3\)"),
+    ("shift", X.images.shift.long(), TypeError, "shift must be torch.int32, as the other arguments, not torch.int64"),
+    (
+        "row_ptr",
+        X.images.row_ptr + 1,
+        ValueError,
+        r"row_ptr must run from 0 to the number of images \d+, not",
+    ),
+    ("row_ptr", X.images.row_ptr.int(), TypeError, "row_ptr must be torch.int64, not torch.int32"),
+    ("row_ptr", X.images.row_ptr[[0, 2, 1, 3, 4, 5, 6]], ValueError, "row_ptr must never fall, but it is"),
+    ("ptr", torch.tensor([0, 7]), ValueError, "ptr must run from 0 to the number of atoms 6, not from 0 to 7"),
+    ("cutoff", X.images.cutoff[:1], ValueError, r"cutoff must have shape \(C=3\), not \(1,\)"),
+    ("ptr", X.ptr.to("meta"), ValueError, "ptr must be on cpu, as the other arguments, not on meta"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), MADE, ids=[f"{m[0]}-{i}" for i, m in enumerate(MADE)])
+def test_a_list_checks_itself_when_made(name: str, value: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(X.images, **{name: value})
+
+
+def edited(edit: Callable[[cf.ImageList], Any]) -> cf.ImageList:
+    images = X.images
+    images = dataclasses.replace(images, col=images.col.clone(), shift=images.shift.clone())
+    changed = edit(images)
+    return changed if isinstance(changed, cf.ImageList) else images
+
+
+def without_selves(images: cf.ImageList) -> cf.ImageList:
+    row = torch.repeat_interleave(images.row_ptr.diff())
+    kept = (row != images.col) | images.shift.any(1)
+    row_ptr = torch.nn.functional.pad(torch.bincount(row[kept], minlength=6).cumsum(0), (1, 0))
+    return dataclasses.replace(images, row_ptr=row_ptr, col=images.col[kept], shift=images.shift[kept])
+
+
+# The backends look in another order, so what is wrong in two ways may be called either.
+USED: dict[str, tuple[Callable[[cf.ImageList], Any], str]] = {
+    "far col": (lambda x: x.col.__setitem__(3, 1 << 30), ""),
+    "negative col": (lambda x: x.col.__setitem__(3, -5), ""),
+    "col of another crystal": (lambda x: x.col.__setitem__(-1, 0), ""),
+    "unsorted col": (lambda x: x.col.copy_(x.col.flip(0)), ""),
+    "twice": (lambda x: x.shift[6].copy_(x.shift[5]), r"be sorted by \(col, shift\) in each row, no image twice"),
+    "unsorted shift": (lambda x: x.shift.copy_(-x.shift), r"be sorted by \(col, shift\) in each row, no image twice"),
+    "not symmetric": (lambda x: x.shift[0].sub_(1), "be symmetric"),
+    "extreme": (lambda x: x.shift[0].fill_(-(1 << 31)), "be symmetric"),
+    "no selves": (without_selves, "hold each atom itself"),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_list_checks_itself_when_used(backend, name: str):
+    edit, message = USED[name]
+    x = dataclasses.replace(X, images=edited(edit))
+    for op in (x.attention, x.encoding):
+        with pytest.raises(ValueError, match=f"^images must {message}.*, but they are not$"):
+            op(backend=backend)
+
+
+def test_row_ptr_of_the_wrong_length_is_refused():
+    with pytest.raises(ValueError, match=r"^ptr must run from 0 to the number of atoms 7"):
+        dataclasses.replace(X.images, row_ptr=torch.cat([X.images.row_ptr, X.images.row_ptr[-1:]]))
+
+
+WAVES = cf.build_wave_vectors(X.lattice, X.ptr, 0.5)
+BAD_WAVES: list[tuple[str, Any, str]] = [
+    ("g_ptr", WAVES.g_ptr * -1, "g_ptr must run from 0 to the number of vectors"),
+    ("g_ptr", WAVES.g_ptr[[0, 2, 1, 3]], "g_ptr must never fall"),
+    ("g_ptr", WAVES.g_ptr[:-1], "g_ptr must run from 0 to"),
+    ("g", WAVES.g[:-1], "g_ptr must run from 0 to"),
+    ("g", WAVES.g.flip(0), "g must begin with the zero vector in each crystal"),
+    ("max_atoms", 2, "max_atoms must be 3, that of the largest crystal, not 2"),
+    ("max_vectors", 1, r"max_vectors must be \d+, that of the largest crystal, not 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_WAVES)
+def test_wave_vectors_check_themselves_when_made(name: str, value: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(WAVES, **{name: value})
+
+
+# Ops called directly --------------------------------------------------------------------------------------------------
+
+
+def call(x: Problem, lists: tuple[Tensor, ...], settings: tuple | None = None, op: str = "attention") -> Any:
+    run = getattr(torch.ops.crystalformer, f"cpu_{op}")
+    if op == "encoding":
+        inputs = (x.decay, x.edge_weight, x.positions, x.lattice)
+        return run(*inputs, *lists, x.images.num_pairs, *(settings or x.settings))
+    return run(*x.op_inputs, *lists, *(settings or x.settings))
+
+
+@CPU
+def test_a_layout_serves_what_it_was_made_for_alone():
+    lists = X.lists("cpu")
+    call(X, lists)
+    layout, single, other = lists[-1], X.to(torch.float32), problem_of(1)
+    moved = dataclasses.replace(X, positions=X.positions + spoil(X.positions, 1e-9))
+    wider = ((X.basis.r_max, 2 * X.basis.width), *X.settings[1:])
+    made = r"^layout must be made by cpu_layout for "
+    for problem_, layout_, settings, message in [
+        (X, layout[:8], None, "layout must be what cpu_layout makes of the image list, not 8 elements"),
+        (X, layout.float(), None, "layout must be what cpu_layout makes"),
+        (X, layout[:-64], None, r"layout must have \d+ bytes, not \d+"),
+        (X, torch.zeros_like(layout), None, made + "these kernels, but it was made by something else"),
+        (single, layout, None, made + "this dtype, but it was made for another"),
+        (X, X.lists("cpu", by_pair=True)[-1], None, made + "this op, but it was made for another"),
+        (X, other.lists("cpu")[-1], None, made + "this image list, but it was made for another"),
+        (moved, layout, None, made + "these positions and lattices, but it was made for others"),
+        (X, layout, wider, made + "this basis and tol, but it was made for others"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call(problem_, (*lists[:-1], layout_), settings)
+    with pytest.raises(ValueError, match=made + "this op, but it was made for another"):
+        call(X, lists, op="encoding")
+
+
+@CPU
+def test_ops_check_the_shapes_they_trust():
+    lists = X.lists("cpu")
+    for name, value in [
+        ("q", X.q[:3]),
+        ("k", X.k[:, :, :1]),
+        ("v", X.v[:1]),
+        ("decay", X.decay[:, :1]),
+        ("edge_weight", X.edge_weight[:1]),
+        ("positions", X.positions[:2]),
+        ("lattice", X.lattice[:1]),
+    ]:
+        with pytest.raises(ValueError, match=rf"^{name} must have shape \["):
+            call(dataclasses.replace(X, **{name: value}), lists)
+    ptr, row_ptr, col, shift, layout = lists
+    for bad in ((ptr[:-1], row_ptr, col, shift), (ptr, row_ptr[:-1], col, shift), (ptr, row_ptr, col, shift[:-1])):
+        with pytest.raises(ValueError, match="must"):
+            call(X, (*bad, layout))
+        with pytest.raises(ValueError, match="must"):
+            torch.ops.crystalformer.cpu_layout(X.positions, X.lattice, *bad, 5, X.settings[0], 0.0, False, False)
+    waves = X.wave_vectors()
+    for place, value, message in [
+        (0, X.ptr * -1, "ptr must run from 0 to 6"),
+        (1, waves[1] * -1, r"g_ptr must run from 0 to \d+"),
+        (2, waves[2][:-1], r"g_ptr must run from 0 to \d+"),
+        (2, torch.full_like(waves[2], -(1 << 31)), "g must hold integers within 16777216, not -2147483648"),
+    ]:
+        bad = [*waves[:place], value, *waves[place + 1 :]]
+        with pytest.raises(ValueError, match=message):
+            torch.ops.crystalformer.cpu_reciprocal(*X.inputs[:6], *bad)
