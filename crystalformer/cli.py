@@ -149,7 +149,7 @@ def predict(arguments: list[str]) -> int:
 
             samples, problems = read_samples(path, id_column=options.id_column)
         for problem in problems:
-            print(f"{PROG}: {problem}", file=sys.stderr)
+            print(f"{PROG}: {one_line(problem)}", file=sys.stderr)
         bad += len(problems)
         ids += [(str(path), id) for id in samples.ids]
         structures += samples.structures
