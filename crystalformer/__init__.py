@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+# First: torch takes seconds to come, and Ctrl-C may come before it.
+from . import process  # noqa: F401  # isort: skip
+
 from . import convert
 from .backends import available_backends
 from .basis import RadialBasis

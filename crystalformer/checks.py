@@ -12,6 +12,7 @@ from .lattice import volume
 _check_values_on_gpu = False
 # Volume of a cell over the product of its edges, below which it is singular.
 FLATTEST = 1e-6
+MOST_WORKERS = 1024
 
 
 class debug_checks:
@@ -46,8 +47,7 @@ def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tens
         dims: names or numbers of the dimensions, "N H D" or "C 3 3".
         known: sizes of the names seen so far; names met here for the first time are added.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+    check_dense(name, x)
     names = dims.split()
     sizes = [int(d) if d.isdigit() else known.get(d) for d in names]
     if x.dim() != len(names) or any(s is not None and s != n for s, n in zip(sizes, x.shape, strict=False)):
@@ -66,6 +66,21 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, as the other arguments, not on {x.device}")
 
 
+def check_dense(name: str, x: Any) -> None:
+    """Checks that x is a tensor with a number in memory for each of its places."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"of layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, not {kind}")
+    if torch.compiler.is_compiling():
+        return
+    # The module that defines such a tensor has been imported where there is one.
+    for module, kind in (("torch.masked", "MaskedTensor"), ("torch.distributed.tensor", "DTensor")):
+        if isinstance(x, getattr(sys.modules.get(module), kind, ())):
+            raise TypeError(f"{name} must be a dense tensor, not a {kind}")
+
+
 def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
     if x.dtype not in allowed:
         raise TypeError(f"{name} must be {' or '.join(map(str, allowed))}, not {x.dtype}")
@@ -78,6 +93,7 @@ def _extremes(x: Tensor) -> tuple[float, float]:
 
 
 def check_finite(name: str, x: Tensor) -> None:
+    check_has_values(name, x)
     # The sum is finite only if every value is; it costs a quarter of a look at each.
     if not values_visible(x) or math.isfinite(x.detach().sum().item()):
         return
@@ -87,7 +103,13 @@ def check_finite(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be finite, but {name}{where} is {x[tuple(where)].item()}")
 
 
+def check_has_values(name: str, x: Tensor) -> None:
+    if x.device.type == "meta" and not torch.compiler.is_compiling():
+        raise ValueError(f"{name} must have values, not be on the device meta")
+
+
 def check_positive(name: str, x: Tensor) -> None:
+    check_has_values(name, x)
     if not values_visible(x) or not x.numel():
         return
     low, high = _extremes(x)
@@ -130,6 +152,11 @@ def _shown(x: Any) -> str:
     return f"an integer of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 128 else repr(x)
 
 
+def check_workers(name: str, x: Any) -> None:
+    """Processes or threads: each takes memory, or a place in the tables of the system, before it does anything."""
+    check_integer(name, x, 0, MOST_WORKERS)
+
+
 def check_geometry(positions: Tensor, lattice: Tensor) -> None:
     check_finite("positions", positions)
     check_lattice(lattice)
@@ -137,6 +164,7 @@ def check_geometry(positions: Tensor, lattice: Tensor) -> None:
 
 def check_lattice(lattice: Tensor) -> None:
     """A lattice is singular when its volume is nothing beside the product of its edges."""
+    check_has_values("lattice", lattice)
     if not values_visible(lattice):
         return
     x = lattice.detach().double()

@@ -1,6 +1,6 @@
 """The command line: crystalformer train, predict, evaluate, info, convert, doctor.
 
-Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2.
+Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2, Ctrl-C in one and 130.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from . import __version__ as version
 from .elements import SYMBOLS
 from .metrics import not_learnt, read_metrics
-from .options import add_fields, make_parser, parse, read_yaml, with_underscores
-from .user_errors import PROG, Stop, training_errors, user_errors
+from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
+from .process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
+from .user_errors import Stop, one_line, training_errors, user_errors
 from .words import count, short, some
 
 if TYPE_CHECKING:
@@ -29,27 +30,43 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code is 0, 1 where a part of the work could not be done, or 2 for wrong input."""
+    """Runs a command.
+
+    Returns:
+        The exit code: 0, 1 where a part of the work could not be done, 2 for wrong input, 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
+    with interruptible(), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"{PROG}: {one_line(message)}", file=sys.stderr)
+        try:
+            try:
+                return _command(arguments)
+            finally:
+                finish_output()
+        except BrokenPipeError:  # the reader of stdout has gone, as in `crystalformer predict ... | head`
+            return 1
+        except KeyboardInterrupt:
+            stop = Stop("stopped", INTERRUPTED)
+        except OSError as error:
+            stop = Stop(f"stdout: {error}", 1)
+        except Stop as error:
+            stop = error
+        print(f"{PROG}: {stop}", file=sys.stderr)
+        return stop.code
+
+
+def _command(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_overview())
-        return 0
-    if name == "--version":
+    elif name == "--version":
         print(f"{PROG} {version}")
-        return 0
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"{PROG}: {message}", file=sys.stderr)
-        try:
-            if name not in COMMANDS:
-                raise Stop(f"the command must be one of {', '.join(COMMANDS)}, not {name!r}: see {PROG} --help")
-            return COMMANDS[name](arguments[1:])
-        except Stop as stop:
-            print(f"{PROG}: {stop}", file=sys.stderr)
-            return stop.code
-        except BrokenPipeError:  # the reader of stdout has gone, as in `crystalformer predict ... | head`
-            sys.stderr.close()
-            return 1
+    elif name not in COMMANDS:
+        raise Stop(f"the command must be one of {', '.join(COMMANDS)}, not {name!r}: see {PROG} --help")
+    else:
+        return COMMANDS[name](arguments[1:])
+    return 0
 
 
 def _overview() -> str:
@@ -86,7 +103,8 @@ def train(arguments: list[str]) -> int:
     for name in ("--config", "--preset", "--out"):
         ahead.add_argument(name)
     ahead.add_argument("--resume", action="store_true")
-    known, _ = ahead.parse_known_args(with_underscores(arguments))
+    with argument_errors(parser):
+        known, _ = ahead.parse_known_args(with_underscores(arguments))
     preset = known.preset or (read_yaml(known.config).get("preset") if known.config else None)
     if preset in PRESETS:
         parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
@@ -131,7 +149,7 @@ def predict(arguments: list[str]) -> int:
 
             samples, problems = read_samples(path, id_column=options.id_column)
         for problem in problems:
-            print(f"{PROG}: {problem}", file=sys.stderr)
+            print(f"{PROG}: {one_line(problem)}", file=sys.stderr)
         bad += len(problems)
         ids += [(str(path), id) for id in samples.ids]
         structures += samples.structures
@@ -240,7 +258,10 @@ def convert(arguments: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="file of the paper's code, .ckpt or .pt")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, new or empty")
     parser.add_argument(
-        "--params", type=Path | None, default=None, help="its JSON of parameters, for a bare state dict"
+        "--params",
+        type=str | None,
+        default=None,
+        help="its JSON of parameters, or a file of it, for a bare state dict",
     )
     parser.add_argument("--weights", choices=["auto", "swa", "model"], default="auto", help="swa is the weight average")
     options = parse(parser, arguments)
@@ -257,7 +278,10 @@ def convert(arguments: list[str]) -> int:
 
 def doctor(arguments: list[str]) -> int:
     """Shows backends and versions, what is missing and how to get it."""
-    argparse.ArgumentParser(prog=f"{PROG} doctor", description=doctor.__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(prog=f"{PROG} doctor", description=doctor.__doc__)
+    _, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise Stop(f"unrecognized arguments: {' '.join(unknown)}: see {parser.prog} --help")
     import platform
 
     import torch
@@ -343,6 +367,8 @@ def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequenc
 
 def _check_file(out: str | None) -> None:
     """Before the work that fills the file."""
+    if out == "-" and sys.stdout is None:
+        raise Stop("out must be a file: stdout is closed")
     if out not in (None, "-") and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise Stop(f"out must be a file in a folder that is there, not {out}")
 

@@ -1,18 +1,23 @@
 """The options of a command: from the fields of dataclasses, on the command line and in YAML files."""
 
-import argparse
 import dataclasses
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from .user_errors import PROG, Stop, user_errors
+from .process import PROG
+from .user_errors import Stop, user_errors
+from .user_files import read_text
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+
+LONGEST_CONFIG, DEEPEST_CONFIG = 1 << 20, 8
 
 
 def make_parser(name: str, command: Callable[[list[str]], int]) -> "ArgumentParser":
@@ -31,11 +36,19 @@ def make_parser(name: str, command: Callable[[list[str]], int]) -> "ArgumentPars
 
 def parse(parser: "ArgumentParser", arguments: Sequence[str]) -> "Namespace":
     """The options that arguments and config files give; Stop for what they must not be."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return parser.parse_args([_lists_in_config(parser, x, folder) for x in with_underscores(arguments)])
-        except argparse.ArgumentError as error:
-            raise Stop(f"{error}: see {parser.prog} --help") from error
+    with argument_errors(parser), tempfile.TemporaryDirectory() as folder:
+        return parser.parse_args([_lists_in_config(parser, x, folder) for x in with_underscores(arguments)])
+
+
+@contextmanager
+def argument_errors(parser: "ArgumentParser") -> Iterator[None]:
+    """Parsing depends on arguments alone: whatever they make of argparse and jsonargparse is an error of theirs."""
+    try:
+        yield
+    except Stop:
+        raise
+    except Exception as error:
+        raise Stop(f"{error}: see {parser.prog} --help") from error
 
 
 def with_underscores(arguments: Sequence[str]) -> list[str]:
@@ -91,11 +104,28 @@ def add_fields(parser: "ArgumentParser", kind: Any, prefix: str = "", leave_out:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The options in a config file, none if it cannot be read."""
+    """The options in a config file.
+
+    Raises:
+        Stop: if it cannot be read, or is no dictionary of options.
+    """
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError):
-        return {}  # the parser says what is wrong with it
-    return content if isinstance(content, dict) else {}
+        text = read_text(path)
+        if len(text) > LONGEST_CONFIG:
+            raise ValueError(f"longer than {LONGEST_CONFIG} characters")
+        depth = 0
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):  # a few of them can stand for more than any memory holds
+                raise ValueError("it has an alias (*)")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST_CONFIG:
+                raise ValueError(f"nested deeper than {DEEPEST_CONFIG}")
+        content = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Stop(f"config must be a YAML file of options, not {path}: {error}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise Stop(f"config must be a YAML file of options, not {path}: it has no names of options")
+    return content

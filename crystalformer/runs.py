@@ -29,8 +29,10 @@ from .model import Crystalformer
 from .predictor import MODEL_FOLDER, Predictor
 from .training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
 from .training.checkpoints import CheckpointError
+from .training.machine import check_machine
 from .words import count, short
 
+MOST_SEED = 2**64 - 1  # of torch
 CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
 
 
@@ -178,12 +180,11 @@ def train(
     if first:
         check_folder(out, resume)
     try:
-        checks.check_integer("seed", seed, 0)
-        checks.check_integer("loaders", loaders, 0)
+        checks.check_integer("seed", seed, 0, MOST_SEED)
+        checks.check_workers("loaders", loaders)
+        check_machine(accelerator, devices, nodes)
     except ValueError as error:
         raise DataError(str(error)) from error
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise DataError("accelerator must be cpu or auto, not gpu: torch finds no GPU")
     parts, problems = source.read(names, seed)
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
     settings = _settings(names, units, source, recipe, config, seed, machine)

@@ -4,15 +4,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PROG = "crystalformer"
+from .process import INTERRUPTED, PROG
+
+# Characters of a line: what is wrong stands at its ends, a value of any length in between.
+LONGEST = 2000
 
 
 class Stop(Exception):
     """The end of the program, with one line for stderr and an exit code."""
 
     def __init__(self, message: object, code: int = 2) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(one_line(message))
         self.code = code
+
+
+def one_line(message: object) -> str:
+    """A message as a line that a terminal shows as it is: bounded, without control characters."""
+    text = " ".join(str(message).split())
+    text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 @contextmanager
@@ -26,6 +36,18 @@ def user_errors() -> Iterator[None]:
         raise
     except (ValueError, TypeError, OSError) as error:
         raise Stop(error) from error
+    except RecursionError as error:
+        raise Stop("an argument or a file is nested too deeply") from error
+    except (MemoryError, RuntimeError) as error:
+        _stop_out_of_memory(error)
+        raise
+
+
+def _stop_out_of_memory(error: Exception) -> None:
+    """Raises Stop if that is what is wrong; torch has an error of its own for a GPU's memory only."""
+    words = ("out of memory", "allocate memory", "Storage size calculation overflowed")
+    if isinstance(error, MemoryError) or any(x in str(error) for x in words):
+        raise Stop(f"out of memory: {error}" if str(error) else "out of memory", 1) from error
 
 
 @contextmanager
@@ -37,7 +59,6 @@ def training_errors(out: Path) -> Iterator[None]:
     from .data.samples import DataError
     from .training.checkpoints import CheckpointError
 
-    again = f"go on with: {PROG} train --out {out} --resume"
     try:
         yield
     except (DataError, CheckpointError, MisconfigurationException, FileExistsError) as error:
@@ -47,6 +68,20 @@ def training_errors(out: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise Stop(f"out of GPU memory: train anew with a smaller --max_images_per_batch ({error})", 1) from error
     except OSError as error:
-        raise Stop(f"{error}; the last checkpoint is whole: {again}", 1) from error
+        raise Stop(f"{error}{_again(out)}", 1) from error
+    except (MemoryError, RuntimeError) as error:
+        _stop_out_of_memory(error)
+        raise
+    except KeyboardInterrupt as error:
+        raise Stop(f"stopped{_again(out)}", INTERRUPTED) from error
     except SystemExit as error:  # how lightning ends for SIGTERM, and with code 1 for Ctrl-C
-        raise Stop(f"stopped; {again}", 130 if error.code == 1 else 143) from error
+        raise Stop(f"stopped{_again(out)}", INTERRUPTED if error.code == 1 else 143) from error
+
+
+def _again(out: Path) -> str:
+    """How to go on with the training in this folder, if it has begun."""
+    try:
+        begun = (out / "config.yaml").is_file()
+    except OSError:
+        begun = False
+    return f"; go on with: {PROG} train --out {out} --resume" if begun else ""

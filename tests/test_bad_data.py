@@ -118,7 +118,7 @@ def test_bad_files_of_a_folder(tmp_path: Path) -> None:
     assert list(reasons) == ["mp-1", "mp-3", "old", "cut", "slab"]
     assert reasons["mp-1"] == "several files may be meant: mp-1.cif, mp-1.vasp"
     assert reasons["mp-3"].startswith("no file of that structure, as mp-3.cif or POSCAR-mp-3.vasp, in ")
-    assert "cannot be read: EOFError" in reasons["cut"]
+    assert "cannot be unpacked: EOFError" in reasons["cut"]
     assert reasons["slab"] == "the structure must be periodic in all three directions, not pbc=[False, False, False]"
     assert reasons["old"]
     assert problems[-1].reason == "gap is missing"
@@ -200,5 +200,5 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         read_samples(tmp_path, "gap")
     with pytest.raises(ValueError, match=r"^targets must differ, but 'gap' is there twice"):
         read_samples(tmp_path, ["gap", "gap"])
-    with pytest.raises(ValueError, match=r"^workers must be at least 0, not -1"):
+    with pytest.raises(ValueError, match=r"^workers must be an integer, at least 0 and at most 1024, not -1"):
         read_samples(tmp_path, workers=-1)

@@ -105,7 +105,7 @@ def test_every_pair_and_no_crystals(tmp_path: Path) -> None:
 def test_errors_name_the_structure() -> None:
     with pytest.raises(TypeError, match=r"^structures\[1\] must be a pymatgen Structure or an ase Atoms, not int"):
         build_crystals([prototypes(1)[0], 3], SMALL)
-    with pytest.raises(ValueError, match=r"^workers must be at least 0, not -1"):
+    with pytest.raises(ValueError, match=r"^workers must be an integer, at least 0 and at most 1024, not -1"):
         build_crystals([], SMALL, workers=-1)
 
 

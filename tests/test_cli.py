@@ -315,8 +315,14 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monke
         ((*data, *out, "--target", "energy", "--strict"), "salt-7"),
         ((*data, *out, "--target", "energy", "--accelerator", "gpu"), "torch finds no GPU"),
         ((*data, *out, "--target", "energy", "--pres", "jarvis"), "unrecognized arguments: --pres"),
-        ((*data, *out, "--target", "energy", "--seed", "-1"), "seed must be an integer, at least 0, not -1"),
-        ((*data, *out, "--target", "energy", "--loaders", "-1"), "loaders must be an integer, at least 0, not -1"),
+        (
+            (*data, *out, "--target", "energy", "--seed", "-1"),
+            "seed must be an integer, at least 0 and at most 184467",
+        ),
+        (
+            (*data, *out, "--target", "energy", "--loaders", "-1"),
+            "loaders must be an integer, at least 0 and at most 1024",
+        ),
         ((*data, *out, "--target", "energy", "--cache", folder / "last.cif"), "cache must be a folder"),
         ((*data, "--out", folder / "last.cif/out", "--target", "energy"), "out must be a folder that can be written"),
         (("train", *out, "--resume"), "must be the folder of a training"),

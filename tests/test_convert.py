@@ -1,6 +1,8 @@
 """The paper's checkpoints in all the forms they come in, and what has no counterpart here."""
 
+import argparse
 import json
+import types
 
 import pytest
 import torch
@@ -93,6 +95,33 @@ def test_files_are_read_with_weights_only(tmp_path):
         load_official(tmp_path / "code.pt", tmp_path / "params.json")
 
 
+def test_the_dtype_is_that_of_the_weights():
+    """fp64 loses nothing; fp16 becomes fp32, which holds it as it is."""
+    state = {key: x.double() + 1e-12 for key, x in official_state().items()}
+    model = cf.convert.from_official(state, PARAMS)
+    assert torch.equal(model.embedding.weight, state["input_embeddings.weight"].T)
+    assert {x.dtype for x in model.parameters()} == {torch.float64}
+    state = {key: x.half() for key, x in official_state().items()}
+    model = cf.convert.from_official(state, PARAMS)
+    assert torch.equal(model.embedding.weight, state["input_embeddings.weight"].T.float())
+
+
+def test_parameters_as_people_hold_them(tmp_path):
+    torch.save(official_state(), tmp_path / "raw.pt")
+    expected = cf.convert.from_official(official_state(), PARAMS).config
+    for params in (argparse.Namespace(**PARAMS), types.SimpleNamespace(**PARAMS), types.MappingProxyType(PARAMS)):
+        assert cf.convert.from_official(official_state(), params).config == expected
+        assert config_from_official(params) == expected
+    for params in (PARAMS, json.dumps(PARAMS), argparse.Namespace(**PARAMS)):
+        assert load_official(tmp_path / "raw.pt", params).config == expected
+    for params in ("x", 3, [PARAMS], torch.nn.Identity()):
+        with pytest.raises(TypeError, match=r"^params_dict must be a dictionary, or an object with the parameters as"):
+            cf.convert.from_official(official_state(), params)
+    for text in ("{", '{"a": ' * 9999, tmp_path):
+        with pytest.raises(ValueError, match=r"^params must be JSON of parameters or a file with it, not "):
+            load_official(tmp_path / "raw.pt", text)
+
+
 def test_multihead_keeps_the_value_encoding_of_its_real_half():
     model = cf.convert.from_official(official_state(), PARAMS | {"domain": "multihead"})
     weight = official_state()["encoder.layers.0.self_attn.pe_dist_proj"]
@@ -133,6 +162,17 @@ def test_length_scales():
     [
         ({"pooling": "max"}, r"params_dict\['pooling'\] must be 'avr', not 'max'"),
         ({"exclude_self": True}, r"params_dict\['exclude_self'\] must be False, not True"),
+        ({"pooling": torch.zeros(2)}, r"params_dict\['pooling'\] must be 'avr', not tensor"),
+        ({"head_num": "4"}, r"params_dict\['head_num'\] must be an integer, at least 1, not '4'"),
+        ({"num_layers": None}, r"params_dict\['num_layers'\] must be an integer, at least 1, not None"),
+        ({"scale_real": []}, r"params_dict\['scale_real'\] must be a sequence of numbers, not \(\)"),
+        ({"scale_reci": ["1.4"]}, r"params_dict\['scale_reci'\] must be a number, not str"),
+        ({"embedding_dim": 1.5}, r"params_dict\['embedding_dim'\] must be an integer, at least 1, not 1\.5"),
+        ({"value_pe_dist_max": "-10"}, r"params_dict\['value_pe_dist_max'\] must be a number, not '-10'"),
+        ({"value_pe_dist_max": float("nan")}, r"params_dict\['value_pe_dist_max'\] must be larger than 0"),
+        ({"normalize_gauss": "false"}, r"params_dict\['normalize_gauss'\] must be true or false, not 'false'"),
+        ({"domain": ["real"]}, r"params_dict\['domain'\] must be one of real, reci, "),
+        ({"targets": 3}, r"params_dict\['targets'\] must be a name or a list of names, not 3"),
         ({"domain": "reci-real"}, r"params_dict\['domain'\] must be one of real, reci, .*, not 'reci-real'"),
     ],
 )
@@ -156,3 +196,18 @@ def test_says_what_is_wrong_with_the_state_dict():
     del state["mlp.3.bias"]
     with pytest.raises(ValueError, match=r"state_dict must hold 'mlp\.3\.bias'"):
         cf.convert.from_official(state, PARAMS)
+    for name, value, message in (
+        ("input_embeddings.weight", None, "be a tensor of floating-point numbers, not a NoneType"),
+        (
+            "mlp.0.bias",
+            torch.zeros(16, dtype=torch.int64),
+            r"be a tensor of floating-point numbers, not of torch\.int64",
+        ),
+        ("mlp.0.bias", torch.zeros(3), r"have shape \(16\), as params_dict says, not \(3,\)"),
+        ("mlp.0.bias", torch.full((16,), float("nan")), r"be finite, but state_dict\['mlp\.0\.bias'\]\[0\] is nan"),
+        ("encoder.layers.1.self_attn.gauss_scale", torch.zeros(()), r"have shape \(2\), as params_dict says, not \(\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^state_dict\['{name}'\] must {message}"):
+            cf.convert.from_official(official_state() | {name: value}, PARAMS)
+    with pytest.raises(TypeError, match=r"^state_dict must be a dictionary, not list"):
+        cf.convert.from_official([], PARAMS)

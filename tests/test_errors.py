@@ -1,6 +1,7 @@
 """Bad input to the ops: each error names the argument, what it must be and what it was."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ def spoiled(x: torch.Tensor, value: float) -> torch.Tensor:
 # What is wrong with an argument of all three ops that have it, and what the error says.
 CASES = [
     ("q", X.q.numpy(), TypeError, "q must be a torch.Tensor, not ndarray"),
+    ("q", X.q.to_sparse(), TypeError, "q must be a dense tensor, not of layout torch.sparse_coo"),
+    ("v", X.v.to_sparse(), TypeError, "v must be a dense tensor, not of layout torch.sparse_coo"),
+    ("positions", X.positions.to_sparse(), TypeError, "positions must be a dense tensor, not of layout torch.sparse_c"),
+    ("q", X.q.to("meta"), ValueError, "q must have values, not be on the device meta|k must be on meta"),
     ("q", X.q[0], ValueError, r"q must have shape \(N, H, D\), not \(2, 3\)"),
     ("q", X.q.int(), TypeError, r"q must be torch.float32 or torch.float64\b.*, not torch.int32"),
     ("q", spoiled(X.q, NAN), ValueError, r"q must be finite, but q\[0, 0, 1\] is nan"),
@@ -189,3 +194,25 @@ def test_debug_checks_is_a_switch_and_a_context():
     assert checks.values_visible(meta)
     cf.debug_checks(False)
     assert not checks.values_visible(meta)
+
+
+def test_tensors_that_are_not_a_number_in_each_place():
+    import torch.masked
+
+    dims = (6, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that these are prototypes
+        nested = torch.nested.nested_tensor([X.q[0], X.q[1]])
+        jagged = torch.nested.nested_tensor([X.q[0], X.q[1]], layout=torch.jagged)
+        masked = torch.masked.masked_tensor(X.q, torch.ones(dims, dtype=torch.bool))
+    for q, what in ((nested, "a nested tensor"), (jagged, "a nested tensor"), (masked, "a MaskedTensor")):
+        for op in ("attention", "reciprocal"):
+            with pytest.raises(TypeError, match=f"^q must be a dense tensor, not {what}"):
+                call(op, q=q)
+    for x in (X.lattice.to_sparse(), X.lattice.to("meta")):
+        with pytest.raises((TypeError, ValueError), match=r"^lattice must "):
+            cf.build_wave_vectors(x, X.ptr, 0.5)
+        with pytest.raises((TypeError, ValueError), match=r"^(positions|lattice) must "):
+            cf.build_images(X.positions.to(x.device), x, X.ptr.to(x.device))
+    y = call("attention", q=torch.nn.Parameter(X.q))  # a tensor like any other
+    assert torch.equal(y, call("attention"))

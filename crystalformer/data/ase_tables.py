@@ -1,5 +1,6 @@
 """What ase reads, as rows: its databases, and the frames of (ext)xyz files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ def read_database(path: Path, id_column: str | None) -> Table:
 
 def read_frames(path: Path, text: str, id_column: str | None) -> Table:
     """The frames of an (ext)xyz file, one by one: a bad one does not hide the others."""
-    lines = text.splitlines()
+    lines = re.split(r"\r\n?|\n", text.rstrip())
     atoms: list[Any] = []
     start = 0
     while start < len(lines):
         if not lines[start].strip():
             start += 1
             continue
-        number = int(lines[start]) if lines[start].strip().isdecimal() else None
+        number = int(lines[start]) if re.fullmatch(r"\s*[0-9]{1,9}\s*", lines[start]) else None
         if number is None or start + 2 + number > len(lines):
             what = f"{len(lines) - start - 2} atoms of {number}" if number is not None else one_line(lines[start])[:40]
             atoms.append(f"cannot be read from line {start + 1} on: {what!r} where a frame should be")

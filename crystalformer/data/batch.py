@@ -11,7 +11,7 @@ from .. import checks
 from ..image_list import ImageList
 from ..segments import cat_ptr
 from ..wave_vectors import WaveVectors
-from .structures import NUM_ELEMENTS, Crystal, read_structure
+from .structures import MOST_OCCUPIED, NUM_ELEMENTS, Crystal, read_structure
 
 
 @dataclass(eq=False)
@@ -20,7 +20,7 @@ class CrystalBatch:
 
     Attributes:
         species: (N,) int64 atomic numbers 1 to 98, or (N,98) floating-point occupancies: a disordered site is a
-            mixture of elements.
+            mixture of elements, whose shares are not negative and add up to at most 1.
         positions: (N,3), Cartesian, Å.
         lattice: (C,3,3), rows are the lattice vectors, Å.
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
@@ -44,6 +44,7 @@ class CrystalBatch:
         checks.check_tensor("lattice", self.lattice, "C 3 3", known, like=self.positions)
         if isinstance(self.species, Tensor) and self.species.is_floating_point():
             checks.check_tensor("species", self.species, f"N {NUM_ELEMENTS}", known, like=self.positions)
+            _check_occupancies(self.species)
         else:
             checks.check_tensor("species", self.species, "N", known)
             checks.check_dtype("species", self.species, torch.int64)
@@ -74,8 +75,9 @@ class CrystalBatch:
 
         Raises:
             TypeError: for anything but pymatgen Structures and ase Atoms.
-            ValueError: for no structures, or one that is not periodic, has no atoms, no volume, an unknown element or
-                a coordinate that is not finite. The message says which.
+            ValueError: for no structures, or one that is not periodic, has no atoms, no volume, an unknown element, a
+                coordinate that is not finite or beyond 10,000 Å, or a site whose occupancies are negative or do not
+                add up to something from 0 to 1. The message says which.
         """
         if hasattr(structures, "cart_coords") or hasattr(structures, "get_pbc"):
             raise TypeError("structures must be a list of structures, not a single one: put it into a list")
@@ -149,3 +151,15 @@ class CrystalBatch:
             images=self.images and lists(self.images),
             wave_vectors=self.wave_vectors and lists(self.wave_vectors),
         )
+
+
+def _check_occupancies(species: Tensor) -> None:
+    if not checks.values_visible(species) or not len(species):
+        return
+    checks.check_finite("species", species)
+    total, least = species.detach().sum(1), species.detach().amin(1)
+    bad = ((least < 0) | (total <= 0) | (total > MOST_OCCUPIED)).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        what = f"species[{i}] has {least[i]:g} as the least and adds up to {total[i]:g}"
+        raise ValueError(f"species must be occupancies from 0 that add up to at most 1, not to 0, but {what}")

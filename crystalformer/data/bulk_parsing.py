@@ -1,6 +1,7 @@
 """Structures of many sources: parsed in many processes, kept in a cache."""
 
 import json
+import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from .. import __version__ as version
+from ..process import uninterrupted
 from .parsing import Parsed, Source, parse
 from .store import Item, Store, digest
 
@@ -59,9 +61,11 @@ def _run(sources: Sequence[Source], primitive: bool, workers: int) -> Generator[
             yield parse(source, primitive)
         return
     # Not forked: the threads of torch and BLAS do not survive it.
-    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    executor = ProcessPoolExecutor(min(workers, os.cpu_count() or 1), mp_context=get_context("spawn"))
     try:
-        yield from executor.map(parse, sources, repeat(primitive), chunksize=CHUNK)
+        with uninterrupted():
+            results = executor.map(parse, sources, repeat(primitive), chunksize=CHUNK)
+        yield from results
     finally:
         executor.shutdown(cancel_futures=True)
 

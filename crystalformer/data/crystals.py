@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__ as version
+from .. import checks
 from ..config import CrystalformerConfig
 from ..geometry import Geometry
 from ..image_list import ImageList
@@ -69,8 +70,7 @@ def build_crystals(
         TypeError, ValueError: as `CrystalBatch.from_structures`, `build_images` and `build_wave_vectors`, naming the
             structure.
     """
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, not {workers}")
+    checks.check_workers("workers", workers)
     dtype = dtype or torch.get_default_dtype()
     crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures)]
     if not isinstance(settings, ImageSettings):

@@ -1,13 +1,9 @@
 """Files by their names and first bytes: which kind they are, and their text, unpacked."""
 
-import bz2
-import gzip
-import io
-import lzma
 import re
-import zipfile
 from pathlib import Path
 
+from .. import user_files
 from .parsing import one_line
 from .samples import DataError
 
@@ -30,29 +26,17 @@ STRUCTURE_FORMATS = "CIF, POSCAR, (ext)xyz or pymatgen JSON"
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, unpacked if it is gzip, bzip2, xz or a zip of one file, whatever its name.
+    """The text of a file, unpacked if it is packed, as `user_files.read_text` reads it.
 
     Raises:
         DataError: if it cannot be read.
     """
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
-        elif data.startswith(b"BZh"):
-            data = bz2.decompress(data)
-        elif data.startswith(b"\xfd7zXZ\x00"):
-            data = lzma.decompress(data)
-        elif data.startswith(b"PK\x03\x04"):
-            with zipfile.ZipFile(io.BytesIO(data)) as file:
-                (name,) = (x for x in file.namelist() if not x.endswith("/"))
-                data = file.read(name)
         # Structures may have an author's name in some old encoding.
-        errors = "replace" if kind_of(path) in ("cif", "poscar") else "strict"
-        return data.decode("utf-8-sig", errors)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text in UTF-8: {one_line(error)}") from error
-    except Exception as error:
+        return user_files.read_text(path, "replace" if kind_of(path) in ("cif", "poscar") else "strict")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
+    except ValueError as error:
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
@@ -80,4 +64,4 @@ def sniff(text: str) -> str | None:
     """What the text itself says that is in a file whose name says nothing."""
     if text.lstrip()[:1] in ("{", "["):
         return "json"
-    return "cif" if re.search(r"^\s*data_", text, re.MULTILINE) and "_cell_length_a" in text else None
+    return "cif" if re.search(r"^[ \t\r]*data_", text, re.MULTILINE) and "_cell_length_a" in text else None

@@ -1,10 +1,10 @@
 """JSON as rows: structures, records, and the data frames of pandas, Matbench, MEGNet and JARVIS."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..user_files import parse_json
 from .ase_tables import read_database
 from .files import stem_of, unpacked_name
 from .parsing import Source, one_line
@@ -17,10 +17,10 @@ def read_json(path: Path, text: str, id_column: str | None) -> Table:
     """The rows of a JSON file, whichever of these it is."""
     try:
         if unpacked_name(path.name).lower().endswith(".jsonl"):
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [parse_json(line) for line in text.split("\n") if line.strip()]
         else:
-            found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+            found = parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path}: not a JSON file: {one_line(error)}") from error
     if isinstance(found, dict):
         if "sites" in found or "lattice_mat" in found:

@@ -15,6 +15,9 @@ from .structures import Crystal, read_structure
 
 # Atoms nearer than this, in Å, are one atom that is there twice.
 CLOSEST = 0.01
+# Volume of an atom, in Å³, below which a structure is none: hydrogen at the pressures of planets has more than 1. The
+# number of images grows with the density.
+DENSEST = 0.1
 # How far apart, in Å, the sites of two copies of a primitive cell may be. pymatgen's 0.25 would average away
 # distortions that energies depend on.
 PRIMITIVE_TOLERANCE = 0.01
@@ -72,11 +75,11 @@ def _cif(text: str) -> list[Parsed]:
     if not text.strip():
         raise ValueError("the CIF is empty")
     # Block by block: pymatgen drops blocks that fail, and all but the last of those with one name.
-    blocks = re.split(r"^\s*data_", text, flags=re.MULTILINE | re.IGNORECASE)[1:]
+    blocks = re.split(r"^[ \t\r]*data_", text, flags=re.MULTILINE | re.IGNORECASE)[1:]
     if not blocks:
         raise ValueError("not a CIF: it has no data_ block")
     # Files of publications have blocks without a crystal.
-    blocks = [x for x in blocks if re.search("^\\s*_atom_site_(fract|cartn)_x", x, re.MULTILINE | re.IGNORECASE)]
+    blocks = [x for x in blocks if re.search(r"^[ \t\r]*_atom_site_(fract|cartn)_x", x, re.MULTILINE | re.IGNORECASE)]
     if not blocks:
         raise ValueError("the CIF has no atoms: no block has _atom_site_fract_x")
     result = []
@@ -124,9 +127,12 @@ def read_xyz(frame: str) -> Any:
 
 
 def _checked(parsed: Parsed, primitive: bool) -> Parsed:
-    """Refuses what the model would refuse, and atoms that are there twice."""
+    """Refuses what the model would refuse, atoms that are there twice, and cells too small for what they hold."""
     try:
         crystal = read_structure(parsed.structure, "the structure")
+        volume = abs(float(np.linalg.det(crystal.lattice))) / len(crystal.positions)
+        if volume < DENSEST:
+            raise ValueError(f"the structure must have at least {DENSEST:g} Å³ an atom, not {volume:.3g}")
         _check_distances(crystal)
         if not primitive:
             return parsed

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from .bulk_parsing import parse_all
 from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
@@ -63,8 +64,8 @@ def read_samples(
             files of their own go by the file's name without its ending, with :0, :1, ... where a file has several.
         primitive: reduces each cell to a primitive one whose copies agree to 0.01 Å.
         strict: raises DataError at the first row that cannot be used.
-        workers: processes that parse, which pays from some ten thousand crystals on; 0 parses in this one. A script
-            that uses them needs `if __name__ == "__main__":`.
+        workers: processes that parse, as many as there are cores at most, which pays from some ten thousand crystals
+            on; 0 parses in this one. A script that uses them needs `if __name__ == "__main__":`.
         cache: a folder that keeps parsed structures, found again by the text they were parsed from; that of
             `build_crystals` can serve both. Needs safetensors.
         progress: called with the number of rows done and of all, now and then.
@@ -80,21 +81,20 @@ def read_samples(
     names = tuple(targets)
     if first_repeated(names) is not None:
         raise ValueError(f"targets must differ, but {first_repeated(names)!r} is there twice")
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, not {workers}")
+    checks.check_workers("workers", workers)
     table = read_table(path, names, id_column)
     _check_columns(path, table, names)
 
     problems: list[Problem] = []
 
     def report(id: str, row: Row, reason: str) -> None:
-        problem = Problem(id, row.source, reason)
+        problem = Problem(*map(_writable, (id, row.source, reason)))
         if strict:
             raise DataError(str(problem))
         problems.append(problem)
 
     values = [_values(row.values, names) for row in table.rows]
-    reasons = [row.reason or (x if isinstance(x, str) else "") for row, x in zip(table.rows, values, strict=True)]
+    reasons = [row.reason or _fault(row.id, x) for row, x in zip(table.rows, values, strict=True)]
     good = [row.structure for row, reason in zip(table.rows, reasons, strict=True) if row.structure and not reason]
     first: dict[str, Row] = {}
     structures, numbers, notes = [], [], []
@@ -133,6 +133,18 @@ def _check_columns(path: str | Path, table: Table, names: Sequence[str]) -> None
         raise DataError(f"{path}: has no column {', '.join(map(repr, unknown))}; it has {listed(table.columns)}")
 
 
+def _writable(text: str) -> str:
+    """What no file in UTF-8 can hold, as half of a surrogate pair, by its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _fault(id: str, values: list[float] | str) -> str:
+    """What is wrong with a row's id or targets, "" for nothing."""
+    if _writable(id) != id:
+        return "the id must be text that UTF-8 can hold"
+    return values if isinstance(values, str) else ""
+
+
 def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | str:
     """The targets of a row, or what is wrong with them."""
     values = []
@@ -144,7 +156,7 @@ def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | st
             if isinstance(value, bool) or not isinstance(value, str | Real):
                 raise ValueError
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return f"{name} must be a number, not {str(value)[:60]!r}"
         if number in (float("inf"), -float("inf")):
             return f"{name} must be finite, not {value}"

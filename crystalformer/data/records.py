@@ -1,9 +1,9 @@
 """Records as rows: dictionaries with a structure each, or with the name of its file."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..user_files import parse_json
 from .parsing import Source, one_line
 from .rows import ID_COLUMNS, Row, Table, find_id_column, listed, missing
 from .samples import DataError
@@ -61,7 +61,7 @@ def _source(value: Any, read: Callable[[str], Source] | None) -> Source:
         return read(str(value).strip())
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise DataError(f"the structure is not JSON: {error}") from error
     if isinstance(value, dict):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..user_files import parse_json, read_text
 from .samples import DataError, first_repeated
 
 SETS = ("train", "val", "test")
@@ -61,10 +62,10 @@ def read_split(path: str | Path) -> dict[str, list[str]]:
     path = Path(path)
     try:
         if path.is_dir():
-            found = {x.stem: x.read_text(encoding="utf-8").split("\n") for x in sorted(path.glob("*.txt"))}
+            found = {x.stem: read_text(x).split("\n") for x in sorted(path.glob("*.txt"))}
             found = {name: [id.strip() for id in ids if id.strip()] for name, ids in found.items()}
         else:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:

@@ -33,7 +33,13 @@ class StructureFiles:
                     self.by_id.setdefault(id, []).append(path.name)
 
     def __contains__(self, id: str) -> bool:
-        return id in self.by_id or (self.folder / id).is_file()
+        return id in self.by_id or self._is_file(id)
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return (self.folder / name).is_file()
+        except OSError:  # a cell may hold anything, such as a name that is too long
+            return False
 
     def read(self, id: str) -> Source:
         """Raises DataError if there is no such file or more than one, and for all but one crystal in it."""
@@ -49,7 +55,7 @@ class StructureFiles:
         return rows[0].structure
 
     def _find(self, id: str) -> Path:
-        if id and (self.folder / id).is_file():
+        if id and self._is_file(id):
             return self.folder / id
         names = self.by_id.get(id, [])
         if len(names) == 1:

@@ -8,6 +8,11 @@ import numpy as np
 from ..checks import FLATTEST
 from ..elements import NUM_ELEMENTS
 
+# Shares of a site add up to 1 up to the digits of a file.
+MOST_OCCUPIED = 1.001
+# Å: fp32 has the coordinates of atoms within it to 0.001 Å.
+FARTHEST = 1e4
+
 
 @dataclass(frozen=True)
 class Crystal:
@@ -34,7 +39,12 @@ class Crystal:
 
 
 def read_structure(structure: Any, name: str) -> Crystal:
-    """The crystal that a pymatgen Structure or an ase Atoms holds; `name` names it in errors."""
+    """The crystal that a pymatgen Structure or an ase Atoms holds; `name` names it in errors.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for what is no crystal, or none that fp32 can hold: see `CrystalBatch.from_structures`.
+    """
     if hasattr(structure, "get_pbc") and hasattr(structure, "get_atomic_numbers"):
         mixtures, positions = _ase_mixtures(structure, name), structure.get_positions()
         lattice, periodic = structure.cell.array, structure.get_pbc()
@@ -53,6 +63,12 @@ def read_structure(structure: Any, name: str) -> Crystal:
     for what, x in (("positions", positions), ("lattice", lattice)):
         if not np.isfinite(x).all():
             raise ValueError(f"{name} must have finite {what}, not {x[~np.isfinite(x)][0]}")
+        if np.abs(x).max() > FARTHEST:
+            raise ValueError(f"{name} must have {what} within {FARTHEST:g} Å, not {np.abs(x).max():g}")
+    for site, mixture in enumerate(mixtures):
+        if not (all(x >= 0 for x in mixture.values()) and 0 < sum(mixture.values()) <= MOST_OCCUPIED):
+            shares = list(mixture.values())
+            raise ValueError(f"{name} must have shares from 0 that add up to at most 1, not {shares} in site {site}")
     edges = np.linalg.norm(lattice, axis=1)
     if not abs(np.linalg.det(lattice)) > FLATTEST * edges.prod():
         raise ValueError(f"{name} must have a volume, but its lattice is {lattice.tolist()}")

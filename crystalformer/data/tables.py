@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..user_files import check_regular
 from .ase_tables import read_database
 from .csv_tables import read_csv
 from .files import STRUCTURE_FORMATS, STRUCTURE_KINDS, kind_of, read_text, sniff, stem_of, unpacked_name
@@ -25,12 +26,22 @@ def read_table(path: str | Path, targets: Sequence[str], id_column: str | None) 
     if str(path).startswith("jarvis:"):
         return read_jarvis(str(path), id_column)
     path = Path(path)
-    if path.is_dir():
-        return _folder(path, targets, id_column)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    try:
+        if path.is_dir():
+            return _folder(path, targets, id_column)
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        return _file(path, targets, id_column)
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {one_line(error)}") from error
+
+
+def _file(path: Path, targets: Sequence[str], id_column: str | None) -> Table:
     kind = kind_of(path)
     if kind == "db":
+        check_regular(path)
         return read_database(path, id_column)
     text = read_text(path)
     if kind is None:

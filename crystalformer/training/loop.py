@@ -20,6 +20,7 @@ from ..data.dataset import BoundedBatches, CrystalDataset, Example
 from ..model import Crystalformer
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, Checkpoints, latest
+from .machine import check_machine
 from .recipe import Recipe
 from .regression import Regression
 
@@ -62,6 +63,7 @@ def fit(
     Raises:
         CheckpointError: for checkpoints of another training, or that cannot be read.
         FloatingPointError: if the loss is not finite.
+        ValueError: for accelerators, devices or nodes that are not there.
     """
     assert isinstance(train.dataset, CrystalDataset)
     elements = train.dataset.elements
@@ -80,6 +82,7 @@ def fit(
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.
     assert isinstance(train.sampler, BoundedBatches)
     train.sampler.set_epoch(len(history.rows))
+    check_machine(accelerator, devices, nodes)
     if TorchElasticEnvironment.detect():
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices

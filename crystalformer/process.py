@@ -1,0 +1,102 @@
+"""The program `crystalformer` as a process: Ctrl-C, and streams that are closed or full."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+PROG = "crystalformer"
+INTERRUPTED = 130
+
+
+def leave(*_: Any) -> None:
+    """Ends the process at once, for a Ctrl-C that nothing has to be cleaned up for."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{PROG}: stopped\n".encode())
+    os._exit(INTERRUPTED)
+
+
+def _leave_while_importing() -> None:
+    """Has Ctrl-C end this program, but none that only imports the library: torch alone takes seconds to come."""
+    name = getattr(sys, "argv", [""])[0]
+    if name == "-m":  # what it is called while Python looks for the module to run
+        name = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    if Path(name).stem == PROG and parent_process() is None and _by_default():
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, leave)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """The first Ctrl-C raises KeyboardInterrupt; the second does not wait for what that has begun to clean up."""
+
+    def first(*_: Any) -> None:
+        signal.signal(signal.SIGINT, leave)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if not (_by_default() or before is leave):
+            raise ValueError("the caller has other plans")
+        signal.signal(signal.SIGINT, first)
+    except ValueError:  # also of threads but the main one, which gets the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _by_default() -> bool:
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Processes that are started within know no Ctrl-C, of which a terminal tells all: their parent ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def prepare_streams() -> None:
+    """Streams that the caller has closed lead nowhere, lest a file that is opened takes their place."""
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(free)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, as long as the process
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an id is no reason to lose the work
+
+
+def finish_output() -> None:
+    """Writes what stdout still holds.
+
+    Raises:
+        OSError: if that is impossible; it is not tried again then.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would flush once more when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        raise
+
+
+_leave_while_importing()

@@ -1,0 +1,101 @@
+"""Files that people bring: regular ones only, and no more of them than memory is meant to hold."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+LIMIT = "CRYSTALFORMER_MAX_BYTES"
+MAX_BYTES = 2 << 30
+# Structures as text pack to a tenth, seldom to a fiftieth; zeros, as in a bomb, to a thousandth and less.
+MAX_RATIO, ANY_RATIO_BYTES = 200, 64 << 20
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """What is in a file, unpacked if it is gzip, bzip2, xz or a zip of one file, whatever its name.
+
+    At most MAX_BYTES, and unpacked at most MAX_RATIO times the file's size where that is more than ANY_RATIO_BYTES;
+    the environment's CRYSTALFORMER_MAX_BYTES takes the place of both bounds.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: for more than that, or anything but a regular file: a pipe might never end.
+    """
+    check_regular(path)
+    size, given = os.stat(path).st_size, os.environ.get(LIMIT, "")
+    if given and not (given.isascii() and given.isdecimal()):
+        raise ValueError(f"the environment's {LIMIT} must be a number of bytes, not {given!r}")
+    limit = int(given or MAX_BYTES)
+    if size > limit:
+        raise ValueError(f"its {size:,} bytes are more than the {limit:,} that {LIMIT} allows")
+    data = Path(path).read_bytes()
+    unpack = next((x for magic, x in _UNPACKING.items() if data.startswith(magic)), None)
+    if unpack is None:
+        return data
+    most = limit if given else min(limit, max(ANY_RATIO_BYTES, MAX_RATIO * len(data)))
+    result = bytearray()
+    try:
+        with unpack(io.BytesIO(data)) as stream:
+            while chunk := stream.read(1 << 20):
+                result += chunk
+                if len(result) > most:
+                    raise ValueError(f"its {size:,} bytes unpack to more than {most:,}: {LIMIT} must allow that")
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # each of the formats has errors of its own
+        raise ValueError(f"cannot be unpacked: {type(error).__name__}: {error}") from error
+    return bytes(result)
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises OSError if there is no such file, ValueError for what is none."""
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise ValueError(f"must be a file, not {KINDS.get(kind, 'a socket')}")
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """The text in a file, in UTF-8.
+
+    Raises:
+        OSError, ValueError: as `read_bytes`, and for what is no text.
+    """
+    data = read_bytes(path)
+    if b"\0" in data:
+        raise ValueError("not a text in UTF-8: it has zero bytes")
+    try:
+        return data.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not a text in UTF-8: byte {error.start} cannot be decoded") from error
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, of which every failure is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _only_member(source: io.BytesIO) -> IO[bytes]:
+    file = zipfile.ZipFile(source)
+    names = [x for x in file.namelist() if not x.endswith("/")]
+    if len(names) != 1:
+        raise ValueError(f"a zip must hold one file, not {len(names)}")
+    return file.open(names[0])
+
+
+_UNPACKING: dict[bytes, Callable[[io.BytesIO], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"PK\x03\x04": _only_member,
+}
