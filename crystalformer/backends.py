@@ -37,6 +37,11 @@ def available_backends() -> dict[str, bool | str]:
     }
 
 
+def check_backend(backend: str) -> None:
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
+
+
 def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend of an op that serves tensors on `device`.
 
@@ -47,8 +52,7 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
         RuntimeError: for a backend that is not there or has no such op, with the reason.
         TypeError: for a backend that does not compute in this dtype.
     """
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
+    check_backend(backend)
     available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"

@@ -4,13 +4,11 @@ Whatever is wrong with the arguments or the data ends in one line on stderr and 
 """
 
 import argparse
-import csv
 import dataclasses
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +113,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
     options = parse(parser, arguments)
-    _check_file(options.out)
+    _check_file(options.out, options.model, *options.files)
     predictor = _load(options.model, options.device)
     ids: list[tuple[str, str]] = []
     structures: list[Any] = []
@@ -157,7 +155,7 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.set and options.split is None:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
-    _check_file(options.out)
+    _check_file(options.out, options.model, options.data, options.split)
     predictor = _load(options.model, options.device)
     targets = options.target or list(predictor.names)
     if len(targets) != len(predictor.names):
@@ -297,24 +295,38 @@ def _load(path: Path, device: str) -> "Predictor":
 
 def _metrics(path: Path) -> dict[str, Any]:
     """What metrics.json in the folder of a training says, or nothing."""
-    try:
-        return json.loads((path / "metrics.json").read_text())
-    except (OSError, ValueError):
+    path = path / "metrics.json"
+    if not path.is_file():
         return {}
+    with user_errors():
+        from .storage import read_json
+
+        return read_json(path)
 
 
-def _check_file(out: str | None) -> None:
-    """Before the work that fills the file."""
-    if out not in (None, "-") and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+def _check_file(out: str | None, *read: str | Path | None) -> None:
+    """Before the work that fills the file: it must not be one of those that the work reads, by any name."""
+    if out is None or out == "-":
+        return
+    if Path(out).is_dir() or not Path(out).parent.is_dir():
         raise Stop(f"out must be a file in a folder that is there, not {out}")
+    from .storage import holds
+
+    for path in read:
+        if path is not None and holds(Path(path), Path(out)):
+            raise Stop(f"out must be a file of its own, but {out} is there already, and part of {path}, which is read")
 
 
 def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Tensor") -> None:
     """CSV: id, then a column for each target."""
-    with nullcontext(sys.stdout) if out == "-" else open(out, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", *names])
-        table.writerows([id, *(f"{x:.6g}" for x in row)] for id, row in zip(ids, predictions.tolist(), strict=True))
+    from .storage import csv_text, write
+
+    rows = [[id, *(f"{x:.6g}" for x in row)] for id, row in zip(ids, predictions.tolist(), strict=True)]
+    text = csv_text([["id", *names], *rows])
+    if out == "-":
+        sys.stdout.write(text)
+    else:
+        write(out, text)
 
 
 @contextmanager

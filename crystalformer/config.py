@@ -1,6 +1,7 @@
 """What defines a Crystalformer, apart from its weights."""
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,12 @@ from .truncation import MAX_LOGIT_RANGE
 
 # Of config.json: one more whenever an older version could not read it, or would read it wrongly.
 FORMAT = 1
+# Of blocks, and of layers behind the pooling. A config may come from a damaged file: what it asks for is bounded.
+MAX_LAYERS = 128
+# Trained numbers, some thousand times the paper's: 4 GB in fp32.
+MAX_WEIGHTS = 10**9
+# Å, between which no decay leaves the range of its numbers.
+LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 
 
@@ -64,16 +71,20 @@ class CrystalformerConfig:
         for name in ("num_targets", "model_dim", "num_heads", "num_blocks", "ff_dim"):
             checks.check_integer(name, getattr(self, name), 1)
         checks.check_integer("num_basis", self.num_basis, 0)
+        if self.num_blocks > MAX_LAYERS:
+            raise ValueError(f"num_blocks must be at most {MAX_LAYERS}, not {self.num_blocks}")
         for name in ("readout_dims", "r0", "r0_reciprocal"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
                 raise TypeError(f"{name} must be a sequence of numbers, not {value!r}")
             object.__setattr__(self, name, tuple(value))
+        if len(self.readout_dims) > MAX_LAYERS:
+            raise ValueError(f"readout_dims must be at most {MAX_LAYERS} numbers, not {len(self.readout_dims)}")
         for width in self.readout_dims:
             checks.check_integer("readout_dims", width, 1)
         for name in ("r0", "r0_reciprocal"):
             for length in getattr(self, name):
-                checks.check_number(name, length)
+                checks.check_number(name, length, *LENGTHS)
         if self.r_max is not None:
             checks.check_number("r_max", self.r_max)
         checks.check_number("basis_width", self.basis_width)
@@ -84,18 +95,33 @@ class CrystalformerConfig:
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
-        object.__setattr__(self, "target_names", tuple(self.target_names))
+        names = self.target_names
+        if not isinstance(names, (tuple, list)) or not all(isinstance(x, str) and x for x in names):
+            raise TypeError(f"target_names must be a sequence of names, not {names!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"target_names must differ, not {', '.join(names)}")
+        object.__setattr__(self, "target_names", tuple(names))
         if self.target_names and len(self.target_names) != self.num_targets:
-            names = ", ".join(self.target_names)
-            raise ValueError(f"target_names must be {self.num_targets}, as num_targets, not {names}")
+            raise ValueError(f"target_names must be {self.num_targets}, as num_targets, not {', '.join(names)}")
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:
             raise ValueError(f"num_heads must be even for domain='multihead', not {self.num_heads}")
+        if self.num_layer_weights > MAX_WEIGHTS:
+            raise ValueError(f"config must be of at most {MAX_WEIGHTS:,} weights, not {self.num_layer_weights:,}")
 
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def num_layer_weights(self) -> int:
+        """The numbers that are trained, but for the features of the elements."""
+        width, hidden, basis = self.model_dim, self.ff_dim, self.num_basis
+        block = 4 * width * (width + 1) + width + 2 * width * hidden + hidden + width
+        real = sum(self.num_real_heads(i) for i in range(self.num_blocks)) * self.head_dim * basis
+        readout = itertools.pairwise((width, *self.readout_dims, self.num_targets))
+        return self.num_blocks * block + real + sum((i + 1) * o for i, o in readout)
 
     @property
     def decay_min(self) -> float:
@@ -138,8 +164,11 @@ class CrystalformerConfig:
         """What `to_json` wrote.
 
         Raises:
-            ValueError: for a format or names that this version does not know.
+            TypeError, ValueError: for values that the fields cannot have, and a format or names that this version does
+                not know.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"config must be a dictionary, not {type(values).__name__}")
         values = dict(values)
         written, by = values.pop("format", FORMAT), values.pop("crystalformer", "an older version")
         if written != FORMAT:

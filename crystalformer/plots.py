@@ -1,5 +1,6 @@
 """Plots of a training, as PNG files. Needs the extra [train]."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from . import storage
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#8a8f98"
 
@@ -22,7 +25,7 @@ def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel=f"true {label}", ylabel=f"predicted {label}")
     note = f"{len(x)} crystals\nmean absolute error {abs(y - x).mean():.3g}"
     axes.text(0.04, 0.96, note, transform=axes.transAxes, verticalalignment="top")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> None:
@@ -35,7 +38,7 @@ def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> N
     axes.set(xlabel=f"true {label}", ylabel=f"error of {label}")
     note = f"mean {errors.mean():.3g}, standard deviation {errors.std():.3g}"
     axes.set_title(note, fontsize="medium")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def learning_curve(
@@ -64,7 +67,7 @@ def learning_curve(
     axes.grid(True, which="both", axis="y", color="#e6e8eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:
@@ -72,3 +75,9 @@ def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    storage.write(path, content.getvalue())
