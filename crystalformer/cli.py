@@ -58,7 +58,8 @@ def train(arguments: list[str]) -> int:
     """Trains a model and writes it, its errors, predictions and plots into a folder."""
     with user_errors():
         from .config import CrystalformerConfig
-        from .runs import CONFIG, DataSource, check_folder
+        from .run_folder import CONFIG, check_folder
+        from .runs import DataSource
         from .runs import train as run
         from .training import PRESETS, Recipe
     parser = make_parser("train", train)

@@ -3,9 +3,8 @@
 import dataclasses
 import hashlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from . import checks, report
+from . import checks, report, storage
 from .config import CrystalformerConfig
 from .data import CrystalBatch
 from .data.crystals import build_crystals
@@ -25,10 +24,8 @@ from .data.samples import DataError, Problem, Samples, write_problems
 from .data.splits import SETS, read_split, split, write_split
 from .model import Crystalformer
 from .predictor import MODEL_FOLDER, Predictor
+from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 from .training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
-from .training.checkpoints import CheckpointError
-
-CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -150,18 +147,33 @@ def train(
 
     Raises:
         DataError: for data that cannot be used.
-        FileExistsError: if `out` holds something already, and is not to be resumed.
+        FileExistsError: if `out` holds something already, and is not to be resumed, or while another training runs
+            in it.
         CheckpointError: if the training cannot be resumed.
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
-    recipe = recipe or Recipe()
-    config = dataclasses.replace(model or CrystalformerConfig(), num_targets=len(names) or 1, target_names=names)
     if not names:
         raise DataError("target must name at least one column")
-    first = _rank() == 0
-    if first:
-        check_folder(out, resume)
+    machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
+    with run_folder(out, resume) if _rank() == 0 else nullcontext():
+        recipe = Recipe() if recipe is None else recipe
+        model = CrystalformerConfig() if model is None else model
+        return _train(out, names, source, recipe, model, seed, resume, machine)
+
+
+def _train(
+    out: Path,
+    names: tuple[str, ...],
+    source: DataSource,
+    recipe: Recipe,
+    config: CrystalformerConfig,
+    seed: int,
+    resume: bool,
+    machine: dict[str, Any],
+) -> Predictor:
+    accelerator, loaders, first = machine["accelerator"], machine["loaders"], _rank() == 0
     try:
+        config = dataclasses.replace(config, num_targets=len(names), target_names=names)
         checks.check_integer("seed", seed, 0)
         checks.check_integer("loaders", loaders, 0)
     except ValueError as error:
@@ -169,7 +181,6 @@ def train(
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise DataError("accelerator must be cpu or auto, not gpu: torch finds no GPU")
     parts, problems = source.read(names, seed)
-    machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
     settings = _settings(names, source, recipe, config, seed, machine)
     torch.manual_seed(seed)
     network = Crystalformer(config)
@@ -192,9 +203,8 @@ def train(
     mean, deviation = standardisation(datasets["train"].targets)
     task = Regression(network, mean, deviation, names, recipe.lr, recipe.betas, recipe.weight_decay, recipe.decay_steps)
     if first:
-        out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            (out / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         if problems:
             write_problems(out / PROBLEMS, problems)
             print(f"{len(problems)} rows cannot be used and are left out: {out / PROBLEMS}", file=sys.stderr)
@@ -212,8 +222,8 @@ def train(
         checkpoints=out / CHECKPOINTS,
         identity=identity,
         accelerator=accelerator,
-        devices=devices,
-        nodes=nodes,
+        devices=machine["devices"],
+        nodes=machine["nodes"],
     )
     predictor = Predictor(network)
     if first:
@@ -230,20 +240,6 @@ def train(
 def _rank() -> int:
     """This process's number, before lightning has started the others too."""
     return getattr(rank_zero_only, "rank", 0)
-
-
-def check_folder(out: Path, resume: bool) -> None:
-    """Raises where a training cannot begin, or be resumed, in this folder."""
-    if resume:
-        if not (out / CONFIG).is_file():
-            raise CheckpointError(f"out must be the folder of a training to resume it: no {out / CONFIG}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out must be a new or an empty folder, not {out}; --resume goes on with its training")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise DataError(f"out must be a folder that can be written, not {out}: {error.strerror}") from error
 
 
 def _settings(

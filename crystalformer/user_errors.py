@@ -35,9 +35,14 @@ def training_errors(out: Path) -> Iterator[None]:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from .data.samples import DataError
+    from .run_folder import CONFIG
     from .training.checkpoints import CheckpointError
 
-    again = f"go on with: {PROG} train --out {out} --resume"
+    def again() -> str:
+        if not (out / CONFIG).is_file():
+            return "nothing was kept: no epoch was done"
+        return f"go on with: {PROG} train --out {out} --resume"
+
     try:
         yield
     except (DataError, CheckpointError, MisconfigurationException, FileExistsError) as error:
@@ -47,6 +52,6 @@ def training_errors(out: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise Stop(f"out of GPU memory: train anew with a smaller --max_images_per_batch ({error})", 1) from error
     except OSError as error:
-        raise Stop(f"{error}; the last checkpoint is whole: {again}", 1) from error
+        raise Stop(f"{error}; {again()}", 1) from error
     except SystemExit as error:  # how lightning ends for SIGTERM, and with code 1 for Ctrl-C
-        raise Stop(f"stopped; {again}", 130 if error.code == 1 else 143) from error
+        raise Stop(f"stopped; {again()}", 130 if error.code == 1 else 143) from error

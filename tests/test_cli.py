@@ -359,10 +359,10 @@ def test_models_of_other_versions(run, folder, capsys, tmp_path):
         assert text in line
     assert "weights that fit" in refused(capsys, "info", changed("other", num_basis=4))
     path = changed("torn")
-    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
-    assert "model.safetensors" in refused(capsys, "info", path)
     (path / "config.json").write_text("{")
     assert "config.json" in refused(capsys, "info", path)
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
+    assert "model.safetensors" in refused(capsys, "info", path)
 
 
 def test_convert(capsys, tmp_path):
