@@ -288,10 +288,7 @@ def _load(path: Path, device: str) -> "Predictor":
     with user_errors():
         from .predictor import load
 
-        try:
-            return load(path, device)
-        except (RuntimeError, AssertionError) as error:  # of torch, for a device that is not there
-            raise Stop(f"device: {error}") from error
+        return load(path, device)
 
 
 def _metrics(path: Path) -> dict[str, Any]:

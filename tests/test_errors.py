@@ -1,6 +1,9 @@
 """Bad input to the ops: each error names the argument, what it must be and what it was."""
 
+import asyncio
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -166,4 +169,53 @@ def test_debug_checks_is_a_switch_and_a_context():
     cf.debug_checks(True)
     assert checks.values_visible(meta)
     cf.debug_checks(False)
+    assert not checks.values_visible(meta)
+
+
+def test_debug_checks_of_one_thread_are_not_those_of_another():
+    """Two blocks that overlap in time: one ends while the other is open, which then puts back what it found."""
+    from crystalformer import checks
+
+    meta, step = torch.zeros(1, device="meta"), threading.Barrier(2, timeout=10)
+
+    def first() -> bool:
+        with cf.debug_checks(True):
+            step.wait()  # the second opens its block
+            step.wait()
+        step.wait()  # the second closes its block
+        step.wait()
+        return checks.values_visible(meta)
+
+    def second() -> list[bool]:
+        step.wait()
+        seen = [checks.values_visible(meta)]
+        with cf.debug_checks(True):
+            step.wait()
+            step.wait()
+            seen.append(checks.values_visible(meta))
+        step.wait()
+        return [*seen, checks.values_visible(meta)]
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.submit(first), pool.submit(second)
+        assert one.result() is False
+        assert other.result() == [False, True, False]
+    assert not checks.values_visible(meta)
+
+
+def test_debug_checks_of_one_task_are_not_those_of_another():
+    from crystalformer import checks
+
+    meta = torch.zeros(1, device="meta")
+
+    async def task(enabled: bool) -> bool:
+        cf.debug_checks(enabled)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return checks.values_visible(meta)
+
+    async def both() -> list[bool]:
+        return await asyncio.gather(*(task(x) for x in (True, False, True)))
+
+    assert asyncio.run(both()) == [True, False, True]
     assert not checks.values_visible(meta)
