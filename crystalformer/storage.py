@@ -4,6 +4,7 @@ What is read again carries the SHA-256 of its content: a bit that changed since 
 another number. A file without a checksum, from an older version or from elsewhere, is read as it is.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -55,14 +56,17 @@ def write(path: str | Path, content: bytes | str, keep: Path | None = None) -> N
             if keep is not None:
                 os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # which names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with contextlib.suppress(OSError):  # not every system can open or sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def holds(path: Path, file: Path) -> bool:

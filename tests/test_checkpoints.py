@@ -1,6 +1,7 @@
 """Whatever stops a training, it loses at most the epoch under way, and goes on to the same bits."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -95,6 +96,12 @@ def test_torn_and_foreign_checkpoints(tmp_path, uninterrupted):
         torch.save({"state_dict": {}}, tmp_path / name)
     with pytest.raises(CheckpointError, match="no whole checkpoint of this program"):
         latest(tmp_path, IDENTITY)
+
+    content = torch.load(io.BytesIO(content), weights_only=True)
+    del content["state_dict"]["mean"]
+    torch.save(content, tmp_path / LAST)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt must hold the weights of this model: .*mean"):
+        train(checkpoints=tmp_path, identity=IDENTITY)
 
 
 def test_another_training_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import os
 import stat
 
 import pytest
+import torch
 
 from crystalformer import storage
 from crystalformer.data import read_split, write_split
@@ -34,6 +35,8 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch, nam
             storage.write(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="nowhere/a"):  # not a name of the file that is written first
+        storage.write(tmp_path / "nowhere" / "a", "new")
 
 
 def test_links_and_permissions_stay(tmp_path):
@@ -90,3 +93,21 @@ def test_a_flipped_bit_in_json(tmp_path):
     path.write_text(json.dumps(split | {"val": ["c"], "sha256": json.loads(data)["sha256"]}))
     with pytest.raises(ValueError, match=r"split\.json: damaged: its SHA-256 is \w{12}\.\.\., not .* as written"):
         read_split(path)
+
+
+def test_tensors_of_all_kinds(tmp_path):
+    pytest.importorskip("safetensors", reason="tensors are kept in safetensors files")
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+    kinds = {str(x): torch.arange(6).view(2, 3).to(x) for x in dtypes}
+    kinds |= {"bool": torch.tensor([True, False]), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3)}
+    kinds["strided"] = torch.arange(6.0).view(2, 3).T
+    about = {"ü": [1, {"a": None}], "x": 0.1}
+    storage.write_tensors(tmp_path / "a", kinds, about)
+    tensors, read = storage.read_tensors(tmp_path / "a")
+    assert read == about
+    assert tensors.keys() == kinds.keys()
+    for name, x in kinds.items():
+        assert (tensors[name].dtype, tensors[name].shape) == (x.dtype, x.shape)
+        assert torch.equal(tensors[name], x)
+    storage.write_tensors(tmp_path / "b", dict(reversed(kinds.items())), dict(reversed(about.items())))
+    assert storage.read_tensors(tmp_path / "b")[1] == about
