@@ -23,29 +23,29 @@ DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 
 @dataclass(frozen=True)
 class CrystalformerConfig:
-    """The paper's model by default (Taniai et al., ICLR 2024): 853,505 trained numbers.
+    """The paper's model by default (Taniai et al., ICLR 2024): 853,505 trained numbers. At most 10^9 of them.
 
     Attributes:
         num_targets: how many properties are predicted.
         model_dim: width of the atoms' features.
         num_heads: heads of each attention; model_dim is a multiple of it.
-        num_blocks: attention blocks.
+        num_blocks: attention blocks, at most 128.
         ff_dim: hidden width of the feed-forward layers.
-        readout_dims: hidden widths of the layers behind the pooling.
+        readout_dims: hidden widths of the layers behind the pooling, at most 128 of them.
         dropout: probability, behind both layers of each block.
         domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
             the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
         num_basis: K, functions of the value encoding of real heads; 0 is the paper's simplified model without it.
         r_max: centre of the last of them, Å; None takes 10 r0.
         basis_width: their width, in units of their spacing.
-        r0: length scale of the real decay, Å; block l takes entry l modulo the number of entries.
+        r0: length scale of the real decay, 1e-6 to 1e6 Å; block l takes entry l modulo the number of entries.
         r0_reciprocal: that of the reciprocal decay, likewise.
         decay_bound: b, lower bound of rho(x), so that a >= b / (2 r0²).
         decay_bound_reciprocal: that of reciprocal heads, so that c >= b r0_reciprocal² / 2.
         tol: largest fraction of the attention's weight that the truncation may leave out, and in reciprocal heads the
             largest part of a sum over G.
         logit_range: largest difference of content scores for which that is certified; see `build_images`.
-        target_names: of the properties that are predicted; none if they are not known.
+        target_names: of the properties that are predicted, all different; none if they are not known.
     """
 
     num_targets: int = 1

@@ -58,7 +58,7 @@ def write(path: str | Path, content: bytes | str, keep: Path | None = None) -> N
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # which names the temporary file
+        if isinstance(error, OSError) and error.errno:  # which names the temporary file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     with contextlib.suppress(OSError):  # not every system can open or sync a folder
