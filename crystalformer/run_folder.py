@@ -11,7 +11,9 @@ from .data.samples import DataError
 from .training.checkpoints import CheckpointError
 
 CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
-# Held by the training that runs; the system frees it when that ends, however it does.
+# What is there before the first checkpoint.
+BEGINNING = (CONFIG, PROBLEMS, SPLIT)
+# Held by the training that runs; freed by the system when that ends, however it does. It stays only behind a kill.
 LOCK = ".lock"
 
 
@@ -20,7 +22,7 @@ def check_folder(out: Path, resume: bool) -> None:
     if resume:
         if not (out / CONFIG).is_file():
             raise CheckpointError(f"out must be the folder of a training to resume it: no {out / CONFIG}")
-    elif out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    elif out.exists() and not (out.is_dir() and _is_free({path.name for path in out.iterdir()})):
         raise FileExistsError(f"out must be a new or an empty folder, not {out}; --resume goes on with its training")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     try:
@@ -45,12 +47,13 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
     try:
         with _lock(out):
             check_folder(out, resume)  # again: another may have ended in between
+            if not resume:
+                _clear(out)
             try:
                 yield
             except BaseException:
                 if not resume and not any((out / CHECKPOINTS).glob("*.ckpt")):
-                    for name in (CONFIG, PROBLEMS, SPLIT):
-                        (out / name).unlink(missing_ok=True)
+                    _clear(out)
                     _remove_empty(out / CHECKPOINTS)
                 raise
     finally:
@@ -79,6 +82,16 @@ def _lock(out: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _is_free(names: set[str]) -> bool:
+    """Whether a folder with these files is empty, but for those of a training killed when it had just begun."""
+    return not names or (LOCK in names and names <= {LOCK, *BEGINNING})
+
+
+def _clear(out: Path) -> None:
+    for name in BEGINNING:
+        (out / name).unlink(missing_ok=True)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from crystalformer import cli, runs
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.samples import DataError
-from crystalformer.run_folder import CHECKPOINTS, CONFIG, LOCK, run_folder
+from crystalformer.run_folder import CHECKPOINTS, CONFIG, LOCK, PROBLEMS, run_folder
 from crystalformer.training.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -46,12 +46,13 @@ def test_one_training_at_a_time_and_none_behind_a_kill(tmp_path, arguments, caps
             (out / CONFIG).touch()
             with pytest.raises(FileExistsError, match="but one does"), run_folder(out, resume=True):
                 pytest.fail("two at once")
-            (out / CONFIG).unlink()
+            (out / PROBLEMS).touch()
         finally:
             process.kill()
-    assert [path.name for path in out.iterdir()] == [LOCK]
+    assert {path.name for path in out.iterdir()} == {LOCK, CONFIG, PROBLEMS}
     assert cli.main(arguments) == 0
     assert not (out / LOCK).exists()
+    assert not (out / PROBLEMS).exists()
 
 
 def test_within_a_process_too(tmp_path):
