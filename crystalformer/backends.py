@@ -51,6 +51,11 @@ def describe_backend(device: torch.device, dtype: torch.dtype = torch.float32) -
     return f"{line}: plain PyTorch, many times slower than kernels, because {reason}"
 
 
+def check_backend(backend: str) -> None:
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
+
+
 def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend of an op that serves tensors on `device`.
 
@@ -61,8 +66,7 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
         RuntimeError: for a backend that is not there or has no such op, with the reason.
         TypeError: for a backend that does not compute in this dtype.
     """
-    if backend not in ("auto", *NAMES):
-        raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
+    check_backend(backend)
     available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .lattice import volume
 
-_check_values_on_gpu = False
+_check_values_on_gpu = ContextVar("check_values_on_gpu", default=False)
 # Volume of a cell over the product of its edges, below which it is singular.
 FLATTEST = 1e-6
 MOST_WORKERS = 1024
@@ -18,26 +19,24 @@ MOST_WORKERS = 1024
 class debug_checks:
     """Checks values (NaN, signs, singular cells) of CUDA tensors too, at the price of a GPU synchronisation a check.
 
-    Values of CPU tensors are always checked. `debug_checks(True)` switches the checks on for the process,
-    `with debug_checks(True):` for a block.
+    Values of CPU tensors are always checked. `with debug_checks(True):` switches the checks on for a block,
+    `debug_checks(True)` from there on: for this thread, or this task of asyncio and those that it starts, and no other.
     """
 
     def __init__(self, enabled: bool) -> None:
-        global _check_values_on_gpu
-        self._before = _check_values_on_gpu
-        _check_values_on_gpu = bool(enabled)
+        self._before = _check_values_on_gpu.get()
+        _check_values_on_gpu.set(bool(enabled))
 
     def __enter__(self) -> "debug_checks":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _check_values_on_gpu
-        _check_values_on_gpu = self._before
+        _check_values_on_gpu.set(self._before)
 
 
 def values_visible(x: Tensor) -> bool:
     """Whether the values of x may be looked at: not while compiling, not on a GPU unless asked for."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _check_values_on_gpu)
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _check_values_on_gpu.get())
 
 
 def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tensor | None = None) -> None:

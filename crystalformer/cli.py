@@ -4,13 +4,12 @@ Whatever is wrong with the arguments or the data ends in one line on stderr and 
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +79,8 @@ def train(arguments: list[str]) -> int:
     """Trains a model and writes it, its errors, predictions and plots into a folder."""
     with user_errors():
         from .config import FROM_TRAINING, CrystalformerConfig
-        from .runs import CONFIG, DataSource, check_folder
+        from .run_folder import CONFIG, check_folder
+        from .runs import DataSource
         from .runs import train as run
         from .training import PRESETS, Recipe
     parser = make_parser("train", train)
@@ -138,7 +138,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
     options = parse(parser, arguments)
-    _check_file(options.out)
+    _check_file(options.out, options.model, *options.files)
     predictor = _load(options.model, options.device)
     ids: list[tuple[str, str]] = []
     structures: list[Any] = []
@@ -182,7 +182,7 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.set and options.split is None:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
-    _check_file(options.out)
+    _check_file(options.out, options.model, options.data, options.split)
     predictor = _load(options.model, options.device)
     columns = options.target or list(predictor.names)
     if len(columns) != len(predictor.names):
@@ -335,10 +335,7 @@ def _load(path: Path, device: str) -> "Predictor":
     with user_errors():
         from .predictor import load
 
-        try:
-            return load(path, device)
-        except (RuntimeError, AssertionError) as error:  # of torch, for a device that is not there
-            raise Stop(f"device: {error}") from error
+        return load(path, device)
 
 
 def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequence[Any]) -> "Tensor":
@@ -365,20 +362,30 @@ def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequenc
     return predictions
 
 
-def _check_file(out: str | None) -> None:
-    """Before the work that fills the file."""
+def _check_file(out: str | None, *read: str | Path | None) -> None:
+    """Before the work that fills the file: it must not be one of those that the work reads, by any name."""
     if out == "-" and sys.stdout is None:
         raise Stop("out must be a file: stdout is closed")
-    if out not in (None, "-") and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+    if out is None or out == "-":
+        return
+    if Path(out).is_dir() or not Path(out).parent.is_dir():
         raise Stop(f"out must be a file in a folder that is there, not {out}")
+    from .storage import holds
+
+    for path in read:
+        if path is not None and holds(Path(path), Path(out)):
+            raise Stop(f"out must be a file of its own, but {out} is there already, and part of {path}, which is read")
 
 
 def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Tensor") -> None:
     """CSV: id, then a column for each target."""
-    with nullcontext(sys.stdout) if out == "-" else open(out, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", *names])
-        table.writerows([id, *row] for id, row in zip(ids, predictions.tolist(), strict=True))
+    from .storage import csv_text, write
+
+    text = csv_text([["id", *names], *([id, *row] for id, row in zip(ids, predictions.tolist(), strict=True))])
+    if out == "-":
+        sys.stdout.write(text)
+    else:
+        write(out, text)
 
 
 @contextmanager

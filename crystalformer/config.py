@@ -1,6 +1,7 @@
 """What defines a Crystalformer, apart from its weights."""
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from .truncation import MAX_LOGIT_RANGE
 
 # Of config.json: one more whenever an older version could not read it, or would read it wrongly.
 FORMAT = 1
+# Of blocks, and of layers behind the pooling. A config may come from a damaged file: what it asks for is bounded.
+MAX_LAYERS = 128
+# Trained numbers, some thousand times the paper's: 4 GB in fp32.
+MAX_WEIGHTS = 10**9
+# Å, between which no decay leaves the range of its numbers.
+LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 # Attributes that are no choice: they come from the data of a training, or from the training itself.
 FROM_TRAINING = ("num_targets", "target_names", "target_units", "target_mean", "target_deviation", "elements")
@@ -20,29 +27,29 @@ FROM_TRAINING = ("num_targets", "target_names", "target_units", "target_mean", "
 
 @dataclass(frozen=True)
 class CrystalformerConfig:
-    """The paper's model by default (Taniai et al., ICLR 2024): 853,505 trained numbers.
+    """The paper's model by default (Taniai et al., ICLR 2024): 853,505 trained numbers. At most 10^9 of them.
 
     Attributes:
         num_targets: how many properties are predicted.
         model_dim: width of the atoms' features.
         num_heads: heads of each attention; model_dim is a multiple of it.
-        num_blocks: attention blocks.
+        num_blocks: attention blocks, at most 128.
         ff_dim: hidden width of the feed-forward layers.
-        readout_dims: hidden widths of the layers behind the pooling.
+        readout_dims: hidden widths of the layers behind the pooling, at most 128 of them.
         dropout: probability, behind both layers of each block.
         domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
             the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
         num_basis: K, functions of the value encoding of real heads; 0 is the paper's simplified model without it.
         r_max: centre of the last of them, Å; None takes 10 r0.
         basis_width: their width, in units of their spacing.
-        r0: length scale of the real decay, Å; block l takes entry l modulo the number of entries.
+        r0: length scale of the real decay, 1e-6 to 1e6 Å; block l takes entry l modulo the number of entries.
         r0_reciprocal: that of the reciprocal decay, likewise.
         decay_bound: b, lower bound of rho(x), so that a >= b / (2 r0²).
         decay_bound_reciprocal: that of reciprocal heads, so that c >= b r0_reciprocal² / 2.
         tol: largest fraction of the attention's weight that the truncation may leave out, and in reciprocal heads the
             largest part of a sum over G.
         logit_range: largest difference of content scores for which that is certified; see `build_images`.
-        target_names: of the properties that are predicted; none if they are not known.
+        target_names: of the properties that are predicted, all different; none if they are not known.
         target_units: theirs, "" for one without; none if they are not known.
         target_mean, target_deviation: what makes y·deviation + mean of the network's outputs y, in fp64; none before
             the model is trained, for targets that are standardised.
@@ -76,16 +83,20 @@ class CrystalformerConfig:
         for name in ("num_targets", "model_dim", "num_heads", "num_blocks", "ff_dim"):
             checks.check_integer(name, getattr(self, name), 1)
         checks.check_integer("num_basis", self.num_basis, 0)
+        if self.num_blocks > MAX_LAYERS:
+            raise ValueError(f"num_blocks must be at most {MAX_LAYERS}, not {self.num_blocks}")
         for name in ("readout_dims", "r0", "r0_reciprocal"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
                 raise TypeError(f"{name} must be a sequence of numbers, not {value!r}")
             object.__setattr__(self, name, tuple(value))
+        if len(self.readout_dims) > MAX_LAYERS:
+            raise ValueError(f"readout_dims must be at most {MAX_LAYERS} numbers, not {len(self.readout_dims)}")
         for width in self.readout_dims:
             checks.check_integer("readout_dims", width, 1)
         for name in ("r0", "r0_reciprocal"):
             for length in getattr(self, name):
-                checks.check_number(name, length)
+                checks.check_number(name, length, *LENGTHS)
         if self.r_max is not None:
             checks.check_number("r_max", self.r_max)
         checks.check_number("basis_width", self.basis_width)
@@ -104,6 +115,8 @@ class CrystalformerConfig:
         for text in self.target_names + self.target_units:
             if not isinstance(text, str):
                 raise TypeError(f"target_names and target_units must be strings, not {text!r}")
+        if len(set(self.target_names)) < len(self.target_names) or "" in self.target_names:
+            raise ValueError(f"target_names must be different names, not {', '.join(map(repr, self.target_names))}")
         for name in ("target_names", "target_units", "target_mean", "target_deviation"):
             value = getattr(self, name)
             if value and len(value) != self.num_targets:
@@ -115,17 +128,26 @@ class CrystalformerConfig:
             checks.check_number("target_mean", mean, low=-math.inf)
             checks.check_number("target_deviation", deviation)
         for number in self.elements:
-            checks.check_integer("elements", number, 1)
-            if number > NUM_ELEMENTS:
-                raise ValueError(f"elements must be atomic numbers from 1 to {NUM_ELEMENTS}, not {number}")
+            checks.check_integer("elements", number, 1, NUM_ELEMENTS)
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:
             raise ValueError(f"num_heads must be even for domain='multihead', not {self.num_heads}")
+        if self.num_layer_weights > MAX_WEIGHTS:
+            raise ValueError(f"config must be of at most {MAX_WEIGHTS:,} weights, not {self.num_layer_weights:,}")
 
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def num_layer_weights(self) -> int:
+        """The numbers that are trained, but for the features of the elements."""
+        width, hidden, basis = self.model_dim, self.ff_dim, self.num_basis
+        block = 4 * width * (width + 1) + width + 2 * width * hidden + hidden + width
+        real = sum(self.num_real_heads(i) for i in range(self.num_blocks)) * self.head_dim * basis
+        readout = itertools.pairwise((width, *self.readout_dims, self.num_targets))
+        return self.num_blocks * block + real + sum((i + 1) * o for i, o in readout)
 
     @property
     def decay_min(self) -> float:
@@ -168,8 +190,11 @@ class CrystalformerConfig:
         """What `to_json` wrote.
 
         Raises:
-            ValueError: for a format or names that this version does not know.
+            TypeError, ValueError: for values that the fields cannot have, and a format or names that this version does
+                not know.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"config must be a dictionary, not {type(values).__name__}")
         values = dict(values)
         written, by = values.pop("format", FORMAT), values.pop("crystalformer", "an older version")
         if written != FORMAT:

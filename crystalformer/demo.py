@@ -4,7 +4,6 @@ Needs the extras [data] and [train]. Exits with 1 if a check fails.
 """
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import CrystalBatch, Crystalformer, CrystalformerConfig, RadialBasis, available_backends, periodic_attention
+from . import (
+    CrystalBatch,
+    Crystalformer,
+    CrystalformerConfig,
+    RadialBasis,
+    available_backends,
+    periodic_attention,
+    storage,
+)
 from . import __version__ as version
 from .backends import choose_backend
 from .layers import mean_pool
@@ -196,12 +203,11 @@ def learn_energies(out: Path, epochs: int, seconds: float, seed: int) -> bool:
 
 
 def write_predictions(path: Path, crystals: "Sequence[IonicCrystal]", predictions: Tensor) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "formula", "target", "prediction"])
-        for number, (crystal, prediction) in enumerate(zip(crystals, predictions[:, 0].tolist(), strict=True)):
-            name = f"{crystal.prototype.replace(' ', '-')}-{number:03d}"
-            writer.writerow([name, crystal.formula, crystal.energy, prediction])
+    rows: list[list[object]] = [["id", "formula", "target", "prediction"]]
+    for number, (crystal, prediction) in enumerate(zip(crystals, predictions[:, 0].tolist(), strict=True)):
+        name = f"{crystal.prototype.replace(' ', '-')}-{number:03d}"
+        rows.append([name, crystal.formula, crystal.energy, prediction])
+    storage.write(path, storage.csv_text(rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """metrics.json in the folder of a training: the errors of its model."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from . import storage
 
 METRICS = "metrics.json"
 # What is read again of it; {...} are dictionaries from names to such values.
@@ -39,11 +40,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """
     path = folder / METRICS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = storage.read_json(path)
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, as a training writes it: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must be a dictionary, as a training writes it, not {type(found).__name__}")
     for name, shape in SHAPES.items():

@@ -2,14 +2,18 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from . import storage
 from .arguments import check_precision
+from .backends import check_backend
 from .checks import values_visible
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
@@ -39,7 +43,11 @@ class Crystalformer(nn.Module):
     ) -> None:
         super().__init__()
         check_precision(precision)
-        self.config = config = config or CrystalformerConfig()
+        check_backend(backend)
+        config = CrystalformerConfig() if config is None else config
+        if not isinstance(config, CrystalformerConfig):
+            raise TypeError(f"config must be a CrystalformerConfig, not {type(config).__name__}")
+        self.config = config
         self.embedding = Embedding(NUM_ELEMENTS, config)
         self.blocks = nn.ModuleList(Block(config, block, backend, precision) for block in range(config.num_blocks))
         widths = (config.model_dim, *config.readout_dims)
@@ -142,14 +150,22 @@ class Crystalformer(nn.Module):
         return replace(batch, images=images, wave_vectors=waves)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes config.json and model.safetensors into the folder `path`, made if missing."""
-        from safetensors.torch import save_file
+        """Writes model.safetensors and config.json into the folder `path`, made if missing.
 
-        path = Path(path)
+        model.safetensors is the whole model, the config and a checksum of all of it included; config.json is a copy to
+        read. So a model that is there already is replaced as a whole: whatever stops this, `from_pretrained` gives the
+        one before or the new one.
+
+        Raises:
+            ValueError: for weights that are not finite, which `from_pretrained` would not take.
+            OSError: if a file cannot be written.
+        """
+        path, config = Path(path), self.config.to_json()
+        weights = self.state_dict()
+        _check_finite(path / WEIGHTS_FILE, weights)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_FILE).write_text(self.config.to_json())
-        weights = {name: x.contiguous() for name, x in self.state_dict().items()}
-        save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})  # more keys would come in a random order
+        storage.write_tensors(path / WEIGHTS_FILE, weights, {"config": json.loads(config)})
+        storage.write(path / CONFIG_FILE, config)
 
     @classmethod
     def from_pretrained(
@@ -157,33 +173,33 @@ class Crystalformer(nn.Module):
     ) -> "Crystalformer":
         """The model that `save_pretrained` wrote into the folder `path`, in eval mode.
 
+        The config is that in model.safetensors; a config.json that says something else counts for nothing, with a
+        warning. Where model.safetensors has none, of an older version or from elsewhere, it is that of config.json.
+
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if they do not fit this version or each other, or are broken.
+            ValueError: if they do not fit this version or each other, are damaged, or hold numbers that are not finite.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = Path(path)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (path / name).is_file():
-                raise FileNotFoundError(
-                    f"path must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}: no {path / name}"
-                )
+        weights_file, config_file = Path(path) / WEIGHTS_FILE, Path(path) / CONFIG_FILE
+        _check_file(weights_file)
+        weights, about = storage.read_tensors(weights_file)
+        if about is None:
+            _check_file(config_file)
+            source, values = config_file, storage.read_json(config_file)
+        else:
+            source, values = weights_file, about.get("config")
+            _warn_of_another(config_file, values)
         try:
-            config = CrystalformerConfig.from_dict(json.loads((path / CONFIG_FILE).read_text()))
+            config = CrystalformerConfig.from_dict(values)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-        try:
-            weights = load_file(path / WEIGHTS_FILE)
-        except SafetensorError as error:
-            raise ValueError(f"{path / WEIGHTS_FILE}: {error}") from error
-        model = cls(config, backend, precision)
-        model.to(next(iter(weights.values())).dtype)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"path must hold weights that fit its {CONFIG_FILE}: {path}: {error}") from error
+            raise ValueError(f"{source}: {error}") from error
+        # More weights than the file holds take no memory: such a model is there only to say which are missing.
+        too_large = config.num_layer_weights > sum(x.numel() for x in weights.values())
+        with torch.device("meta") if too_large else nullcontext():
+            model = cls(config, backend, precision)
+        _check_fit(weights_file, weights, model.state_dict())
+        _check_finite(weights_file, weights)
+        model.to(next(iter(weights.values())).dtype).load_state_dict(weights)
         return model.eval()
 
 
@@ -192,6 +208,52 @@ def in_units(y: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Te
     # By numbers, not tensors: these would go to fp32 with the network, or wait for their copy to a GPU.
     columns = zip(y.double().unbind(1), mean, deviation, strict=True)
     return torch.stack([column * factor + offset for column, offset, factor in columns], 1)
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"path must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}: no {file}")
+
+
+def _warn_of_another(config_file: Path, values: object) -> None:
+    """Where config.json is not the config of the weights: edited, damaged, or the writing of a model was stopped."""
+    if not config_file.exists():
+        return
+    try:
+        same = storage.read_json(config_file) == values
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        warnings.warn(
+            f"{config_file} is not the config that {WEIGHTS_FILE} was saved with, which counts: to change it, save a "
+            "model of another config",
+            stacklevel=3,
+        )
+
+
+def _check_fit(file: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuses weights other than those that the config implies."""
+    wrong = f"{file} must hold weights that fit its config"
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise ValueError(f"{wrong}, but has no {_some(missing)}")
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise ValueError(f"{wrong}, which has no {_some(unknown)}")
+    dtype = next(iter(weights.values())).dtype
+    for name, x in weights.items():
+        if x.shape != expected[name].shape:
+            raise ValueError(f"{wrong}, where {name} is of shape {tuple(expected[name].shape)}, not {tuple(x.shape)}")
+        if not x.is_floating_point() or x.dtype != dtype:
+            raise ValueError(f"{wrong}, floating-point numbers of one dtype, but {name} is {x.dtype}, not {dtype}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
+    for name, x in weights.items():
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{file} must hold finite numbers, but {name} does not")
 
 
 def _check_not_compiling(name: str) -> None:

@@ -1,5 +1,6 @@
 """Plots of a training, as PNG files. Needs the extra [train]."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from . import storage
 from .words import count, short
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#8a8f98"
@@ -24,7 +26,7 @@ def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel=f"true {label}", ylabel=f"predicted {label}")
     note = f"{count(len(x), 'crystal')}\nmean absolute error {short(abs(y - x).mean())}"
     axes.text(0.04, 0.96, note, transform=axes.transAxes, verticalalignment="top")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> None:
@@ -37,7 +39,7 @@ def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> N
     axes.set(xlabel=f"true {label}", ylabel=f"error of {label}")
     note = f"mean {short(errors.mean())}, standard deviation {short(errors.std())}"
     axes.set_title(note, fontsize="medium")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def learning_curve(
@@ -66,7 +68,7 @@ def learning_curve(
     axes.grid(True, which="both", axis="y", color="#e6e8eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:
@@ -74,3 +76,9 @@ def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    storage.write(path, content.getvalue())

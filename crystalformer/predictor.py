@@ -17,7 +17,7 @@ from .data.dataset import BoundedBatches, sizes
 from .data.structures import read_structure
 from .elements import NUM_ELEMENTS
 from .layers import mean_pool
-from .model import CONFIG_FILE, Crystalformer
+from .model import WEIGHTS_FILE, Crystalformer
 
 MODEL_FOLDER = "model"
 BATCH_SIZE, MAX_IMAGES = 256, 1 << 22
@@ -126,21 +126,33 @@ def load(path: str | Path, device: str | torch.device = "auto", backend: str = "
 
     Args:
         path: the folder.
-        device: "auto" is the GPU if there is one, else the CPU.
+        device: "auto" is the GPU if there is one, else the CPU; any other as torch names it.
         backend: of the attention, see `periodic_attention`.
 
     Raises:
         FileNotFoundError: if there is no model.
-        ValueError: for a model of another version, or a broken one.
+        ValueError: for a model of another version, or a damaged one, and a device that is not there.
     """
-    path = Path(path)
-    if not (path / CONFIG_FILE).is_file() and (path / MODEL_FOLDER / CONFIG_FILE).is_file():
+    path, device = Path(path), _device(device)
+    if not (path / WEIGHTS_FILE).is_file() and (path / MODEL_FOLDER / WEIGHTS_FILE).is_file():
         path = path / MODEL_FOLDER
-    elif not (path / CONFIG_FILE).is_file() and (path / "checkpoints").is_dir():
+    elif not (path / WEIGHTS_FILE).is_file() and (path / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"path must be the folder of a complete training, but that in {path} was stopped; go on with: "
             f"crystalformer train --out {path} --resume"
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return Predictor(Crystalformer.from_pretrained(path, backend).to(device))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as error:  # torch has many, one for each kind of device that is not there
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"device must be one that torch has here, not {device!r}: {reason}") from error
+    if found.type == "meta":
+        raise ValueError("device must be one that computes, not 'meta'")
+    return found

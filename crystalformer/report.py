@@ -1,6 +1,5 @@
 """What a training leaves to read: errors, predictions, plots and a model card."""
 
-import csv
 import json
 import platform
 import re
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import __version__ as version
-from . import plots
+from . import plots, storage
 from .data.dataset import CrystalDataset
 from .data.samples import Problem, Samples
 from .elements import SYMBOLS
@@ -79,10 +78,8 @@ def write(
         "versions": versions(),
     }
     _write_predictions(out / PREDICTIONS, names, parts, predictions)
-    with (out / HISTORY).open("w", newline="") as file:
-        table = csv.DictWriter(file, list(history[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(history)
+    columns = list(history[0])
+    storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
     shown = "test" if "test" in predictions else "val"
     stems = file_stems(names)
     for column, (name, label) in enumerate(zip(names, predictor.labels, strict=True)):
@@ -92,8 +89,8 @@ def write(
         plots.residuals(out / f"residuals_{stem}.png", targets, predicted, quantity)
         error = f"mean absolute error of {quantity}"
         plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, error, baseline["val"][name])
-    (out / CARD).write_text(_card(metrics, settings, shown, predictor), encoding="utf-8")
-    (out / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    storage.write(out / CARD, _card(metrics, settings, shown, predictor))
+    storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     return metrics
 
 
@@ -146,13 +143,12 @@ def duration(seconds: float) -> str:
 def _write_predictions(
     path: Path, names: Sequence[str], parts: Mapping[str, Samples], predictions: Mapping[str, Tensor]
 ) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", "set", *(column for name in names for column in (name, f"{name}_predicted"))])
-        for part, predicted in predictions.items():
-            samples = parts[part]
-            for id, true, row in zip(samples.ids, samples.targets.tolist(), predicted.tolist(), strict=True):
-                table.writerow([id, part, *(x for pair in zip(true, row, strict=True) for x in pair)])
+    table: list[list[object]] = [["id", "set", *(column for name in names for column in (name, f"{name}_predicted"))]]
+    for part, predicted in predictions.items():
+        samples = parts[part]
+        for id, true, row in zip(samples.ids, samples.targets.tolist(), predicted.tolist(), strict=True):
+            table.append([id, part, *(x for pair in zip(true, row, strict=True) for x in pair)])
+    storage.write(path, storage.csv_text(table))
 
 
 def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, predictor: Predictor) -> str:

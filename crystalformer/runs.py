@@ -3,9 +3,8 @@
 import dataclasses
 import hashlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from . import checks, report
+from . import checks, report, storage
 from .backends import describe_backend
 from .config import FROM_TRAINING, CrystalformerConfig
 from .data import CrystalBatch
@@ -27,13 +26,12 @@ from .data.splits import SETS, read_split, split, write_split
 from .metrics import not_learnt
 from .model import Crystalformer
 from .predictor import MODEL_FOLDER, Predictor
+from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 from .training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
-from .training.checkpoints import CheckpointError
 from .training.machine import check_machine
 from .words import count, short
 
 MOST_SEED = 2**64 - 1  # of torch
-CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -157,36 +155,51 @@ def train(
 
     Raises:
         DataError: for data that cannot be used.
-        FileExistsError: if `out` holds something already, and is not to be resumed.
+        FileExistsError: if `out` holds something already, and is not to be resumed, or while another training runs
+            in it.
         CheckpointError: if the training cannot be resumed.
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
-    recipe = recipe or Recipe()
     if not names:
         raise DataError("target must name at least one column")
     if units and len(units) != len(names):
         raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
-    config = dataclasses.replace(
-        model or CrystalformerConfig(),
-        num_targets=len(names),
-        target_names=names,
-        target_units=units,
-        target_mean=(),
-        target_deviation=(),
-        elements=(),
-    )
-    first = _rank() == 0
-    if first:
-        check_folder(out, resume)
+    machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
+    with run_folder(out, resume) if _rank() == 0 else nullcontext():
+        recipe = Recipe() if recipe is None else recipe
+        model = CrystalformerConfig() if model is None else model
+        return _train(out, names, units, source, recipe, model, seed, resume, machine)
+
+
+def _train(
+    out: Path,
+    names: tuple[str, ...],
+    units: tuple[str, ...],
+    source: DataSource,
+    recipe: Recipe,
+    config: CrystalformerConfig,
+    seed: int,
+    resume: bool,
+    machine: dict[str, Any],
+) -> Predictor:
+    accelerator, loaders, first = machine["accelerator"], machine["loaders"], _rank() == 0
     try:
+        config = dataclasses.replace(
+            config,
+            num_targets=len(names),
+            target_names=names,
+            target_units=units,
+            target_mean=(),
+            target_deviation=(),
+            elements=(),
+        )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
-        check_machine(accelerator, devices, nodes)
+        check_machine(accelerator, machine["devices"], machine["nodes"])
     except ValueError as error:
         raise DataError(str(error)) from error
     parts, problems = source.read(names, seed)
-    machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
     settings = _settings(names, units, source, recipe, config, seed, machine)
     device = _device(accelerator)
     if first:
@@ -219,9 +232,8 @@ def train(
     chosen = {name: getattr(recipe, name) for name in ("lr", "betas", "weight_decay", "bias_decay", "decay_steps")}
     task = Regression(network, mean, deviation, names, **chosen)
     if first:
-        out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            (out / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         if problems:
             write_problems(out / PROBLEMS, problems)
             rows = count(len(problems), "row")
@@ -241,8 +253,8 @@ def train(
         checkpoints=out / CHECKPOINTS,
         identity=identity,
         accelerator=accelerator,
-        devices=devices,
-        nodes=nodes,
+        devices=machine["devices"],
+        nodes=machine["nodes"],
     )
     predictor = Predictor(network)
     if first:
@@ -268,20 +280,6 @@ def _device(accelerator: str) -> torch.device:
 def _rank() -> int:
     """This process's number, before lightning has started the others too."""
     return getattr(rank_zero_only, "rank", 0)
-
-
-def check_folder(out: Path, resume: bool) -> None:
-    """Raises where a training cannot begin, or be resumed, in this folder."""
-    if resume:
-        if not (out / CONFIG).is_file():
-            raise CheckpointError(f"out must be the folder of a training to resume it: no {out / CONFIG}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out must be a new or an empty folder, not {out}; --resume goes on with its training")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise DataError(f"out must be a folder that can be written, not {out}: {error.strerror}") from error
 
 
 def _settings(

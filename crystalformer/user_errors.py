@@ -79,9 +79,11 @@ def training_errors(out: Path) -> Iterator[None]:
 
 
 def _again(out: Path) -> str:
-    """How to go on with the training in this folder, if it has begun."""
+    """How to go on with the training in this folder, if there is something to go on with."""
+    from .run_folder import CONFIG
+
     try:
-        begun = (out / "config.yaml").is_file()
+        begun = (out / CONFIG).is_file()
     except OSError:
         begun = False
-    return f"; go on with: {PROG} train --out {out} --resume" if begun else ""
+    return f"; go on with: {PROG} train --out {out} --resume" if begun else "; nothing was kept: no epoch was done"

@@ -1,18 +1,20 @@
 """Whatever stops a training, it loses at most the epoch under way, and goes on to the same bits."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from small_training import EPOCHS, Stop, train
 
-from crystalformer.training import checkpoints
-from crystalformer.training.checkpoints import LAST, PREVIOUS, CheckpointError, latest, write_atomically
+from crystalformer import storage
+from crystalformer.training.checkpoints import LAST, PREVIOUS, CheckpointError, latest
 
 HERE = Path(__file__).parent
 IDENTITY = {"seed": 5}
@@ -72,7 +74,7 @@ def test_full_disk(tmp_path, uninterrupted, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "fsync", fsync)
+        patch.setattr(storage.os, "fsync", fsync)
         with pytest.raises(OSError, match="No space left"):
             train(checkpoints=tmp_path, identity=IDENTITY)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, PREVIOUS]
@@ -95,6 +97,12 @@ def test_torn_and_foreign_checkpoints(tmp_path, uninterrupted):
     with pytest.raises(CheckpointError, match="no whole checkpoint of this program"):
         latest(tmp_path, IDENTITY)
 
+    content = torch.load(io.BytesIO(content), weights_only=True)
+    del content["state_dict"]["mean"]
+    torch.save(content, tmp_path / LAST)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt must hold the weights of this model: .*mean"):
+        train(checkpoints=tmp_path, identity=IDENTITY)
+
 
 def test_another_training_is_refused(tmp_path):
     train(epochs=1, checkpoints=tmp_path, identity=IDENTITY)
@@ -103,9 +111,30 @@ def test_another_training_is_refused(tmp_path):
     assert latest(tmp_path / "nowhere", IDENTITY) is None
 
 
-def test_write_atomically_keeps_the_one_before(tmp_path):
-    path, before = tmp_path / "a", tmp_path / "b"
-    write_atomically(path, b"1", before)
-    assert not before.exists()
-    write_atomically(path, b"2", before)
-    assert (path.read_bytes(), before.read_bytes()) == (b"2", b"1")
+def test_a_flipped_bit_costs_an_epoch_and_no_weights(tmp_path):
+    """last.ckpt with a bit flipped is what it was, or previous.ckpt takes its place, with a warning."""
+    train(epochs=2, checkpoints=tmp_path, identity=IDENTITY)
+    path = tmp_path / LAST
+    weights, data = latest(tmp_path, IDENTITY)[1]["state_dict"], path.read_bytes()
+    noticed, places = 0, [*range(0, 8 * len(data), len(data) // 5), *range(-8 * 72, 0, 23)]  # the checksum's own, too
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            taken, content = latest(tmp_path, IDENTITY)
+        if taken == path:
+            assert all(torch.equal(x, weights[name]) for name, x in content["state_dict"].items()), place
+        else:
+            assert "last.ckpt is no whole checkpoint" in str(found[-1].message)
+            noticed += 1
+    assert noticed > 0.8 * len(places)
+
+
+def test_a_checkpoint_without_a_checksum_is_gone_on_with(tmp_path, uninterrupted):
+    with pytest.raises(SystemExit):
+        train(callbacks=[Stop(3, signal.SIGTERM)], checkpoints=tmp_path, identity=IDENTITY)
+    path = tmp_path / LAST
+    path.write_bytes(path.read_bytes()[:-72])
+    assert same(train(checkpoints=tmp_path, identity=IDENTITY), uninterrupted)

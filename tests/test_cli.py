@@ -186,12 +186,47 @@ def test_predict(run, folder, capsys, tmp_path):
     assert ids == [f"{folder / 'last.cif'}:last"] * 2
 
 
-def test_a_device_that_torch_was_not_built_for(run, folder, capsys, monkeypatch):
-    def to(self, device):
-        raise AssertionError("Torch not compiled with CUDA enabled")
+def test_a_device_that_is_not_there(run, folder, capsys, monkeypatch):
+    def empty(*_, device):
+        if device.type == "cuda":
+            raise AssertionError("Torch not compiled with CUDA enabled")
 
-    monkeypatch.setattr(crystalformer.Crystalformer, "to", to)
-    assert "CUDA" in refused(capsys, "predict", run, folder / "last.cif", "--device", "cuda")
+    monkeypatch.setattr(torch, "empty", empty)
+    for device, reason in (("cuda", "Torch not compiled with CUDA"), ("abacus", "abacus"), ("meta", "not 'meta'")):
+        assert reason in refused(capsys, "predict", run, folder / "last.cif", "--device", device)
+        with pytest.raises(ValueError, match=rf"^device must be one that .*{reason}"):
+            crystalformer.load(run, device)
+
+
+def test_out_is_none_of_the_files_that_are_read(run, folder, capsys, tmp_path):
+    """Under whatever name, and not when writing fails either; other files are replaced."""
+    crystals = tmp_path / "crystals"
+    crystals.mkdir()
+    source = crystals / "some.cif"
+    source.write_bytes((folder / "last.cif").read_bytes())
+    (tmp_path / "soft.csv").symlink_to(source)
+    os.link(source, tmp_path / "hard.csv")
+    kept = {path: path.read_bytes() for path in (source, run / "predictions.csv", run / "split.json")}
+    for command in (("predict", run, source), ("predict", run, crystals), ("evaluate", run, "--data", source)):
+        for out in (source, tmp_path / "soft.csv", tmp_path / "hard.csv", run / "predictions.csv"):
+            line = refused(capsys, *command, "--out", out)
+            assert f"out must be a file of its own, but {out} is there already, and part of " in line
+    split = ("--split", run / "split.json", "--data", folder / "salts.csv")
+    assert "split.json, which is read" in refused(
+        capsys, "evaluate", run / "model", *split, "--out", run / "split.json"
+    )
+    assert {path: path.read_bytes() for path in kept} == kept
+
+    out = tmp_path / "out.csv"
+    out.write_text("old")
+    assert cli.main(["predict", str(run), str(source), "--out", str(out)]) == 0
+    assert [row["id"] for row in rows(out)] == ["some"]
+    before = out.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert "No space left" in refused(capsys, "predict", run, source, "--out", out)
+    assert out.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"crystals", "soft.csv", "hard.csv", "out.csv"}
 
 
 def test_names_of_targets_that_are_no_names_of_files(folder, capsys, tmp_path):
@@ -350,9 +385,13 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monke
 
 
 def test_models_of_other_versions(run, folder, capsys, tmp_path):
+    from safetensors.torch import load_file, save_file
+
     def changed(name, **values):
         model = crystalformer.Crystalformer.from_pretrained(run / "model")
         model.save_pretrained(tmp_path / name)
+        path = tmp_path / name / "model.safetensors"
+        save_file(load_file(path), path)  # without the config in it, which counts more than config.json
         path = tmp_path / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
         return tmp_path / name
@@ -365,10 +404,10 @@ def test_models_of_other_versions(run, folder, capsys, tmp_path):
         assert text in line
     assert "weights that fit" in refused(capsys, "info", changed("other", num_basis=4))
     path = changed("torn")
-    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
-    assert "model.safetensors" in refused(capsys, "info", path)
     (path / "config.json").write_text("{")
     assert "config.json" in refused(capsys, "info", path)
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
+    assert "model.safetensors" in refused(capsys, "info", path)
 
 
 def test_convert(capsys, tmp_path):

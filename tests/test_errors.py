@@ -1,7 +1,10 @@
 """Bad input to the ops: each error names the argument, what it must be and what it was."""
 
+import asyncio
 import dataclasses
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,3 +219,52 @@ def test_tensors_that_are_not_a_number_in_each_place():
             cf.build_images(X.positions.to(x.device), x, X.ptr.to(x.device))
     y = call("attention", q=torch.nn.Parameter(X.q))  # a tensor like any other
     assert torch.equal(y, call("attention"))
+
+
+def test_debug_checks_of_one_thread_are_not_those_of_another():
+    """Two blocks that overlap in time: one ends while the other is open, which then puts back what it found."""
+    from crystalformer import checks
+
+    meta, step = torch.zeros(1, device="meta"), threading.Barrier(2, timeout=10)
+
+    def first() -> bool:
+        with cf.debug_checks(True):
+            step.wait()  # the second opens its block
+            step.wait()
+        step.wait()  # the second closes its block
+        step.wait()
+        return checks.values_visible(meta)
+
+    def second() -> list[bool]:
+        step.wait()
+        seen = [checks.values_visible(meta)]
+        with cf.debug_checks(True):
+            step.wait()
+            step.wait()
+            seen.append(checks.values_visible(meta))
+        step.wait()
+        return [*seen, checks.values_visible(meta)]
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.submit(first), pool.submit(second)
+        assert one.result() is False
+        assert other.result() == [False, True, False]
+    assert not checks.values_visible(meta)
+
+
+def test_debug_checks_of_one_task_are_not_those_of_another():
+    from crystalformer import checks
+
+    meta = torch.zeros(1, device="meta")
+
+    async def task(enabled: bool) -> bool:
+        cf.debug_checks(enabled)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return checks.values_visible(meta)
+
+    async def both() -> list[bool]:
+        return await asyncio.gather(*(task(x) for x in (True, False, True)))
+
+    assert asyncio.run(both()) == [True, False, True]
+    assert not checks.values_visible(meta)

@@ -13,6 +13,7 @@ from crystalformer.training import (
     AverageLastEpochs,
     CrystalDataset,
     Progress,
+    Recipe,
     Regression,
     fit,
     predict,
@@ -218,6 +219,31 @@ def test_a_trained_model_knows_its_elements(data):
     assert task.finish(elements=(1,)).config.elements == (1, *expected)
     unknown = Crystalformer(SMALL).rescale_(torch.zeros(2), torch.ones(2))  # trained before, by what did not say
     assert Regression(unknown, *standardisation(data.targets), names=NAMES).finish(data.elements).config.elements == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": (0.9,)}, r"betas must be two numbers, not \(0\.9,\)"),
+        ({"betas": 0.9}, r"betas must be two numbers, not 0\.9"),
+        ({"betas": (0.9, 1.0)}, r"betas must be at least 0 and smaller than 1, not 1\.0"),
+        ({"betas": (0.9, True)}, "betas must be a number, not bool"),
+        ({"betas": (0.9, math.nan)}, "betas must be at least 0 and smaller than 1, not nan"),
+        ({"epochs": True}, "epochs must be an integer, at least 1, not True"),
+        ({"batch_size": 2.0}, r"batch_size must be an integer, at least 1, not 2\.0"),
+        ({"max_images_per_batch": 0}, "max_images_per_batch must be an integer, at least 1, not 0"),
+        ({"lr": math.nan}, "lr must be larger than 0 and finite, not nan"),
+        ({"lr": "fast"}, "lr must be a number, not str"),
+        ({"weight_decay": -1e-5}, "weight_decay must be at least 0 and finite, not -1e-05"),
+        ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite, not inf"),
+        ({"decay_steps": None}, "decay_steps must be an integer, at least 1, not None"),
+        ({"gradient_norm": 0}, "gradient_norm must be larger than 0 and finite, not 0"),
+        ({"average_epochs": -1}, "average_epochs must be an integer, at least 0, not -1"),
+    ],
+)
+def test_recipe_says_what_is_wrong(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Recipe(**options)
 
 
 def test_wrong_arguments(data):

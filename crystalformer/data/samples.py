@@ -1,6 +1,5 @@
 """Crystals with their ids and targets, and what could not be read."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import storage
 
 
 class DataError(ValueError):
@@ -78,10 +79,7 @@ class Problem:
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
     """Writes the report of bad rows: CSV with the columns id, source, reason."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(("id", "source", "reason"))
-        table.writerows((x.id, x.source, x.reason) for x in problems)
+    storage.write(path, storage.csv_text([("id", "source", "reason"), *((x.id, x.source, x.reason) for x in problems)]))
 
 
 def first_repeated(ids: Iterable[str]) -> str | None:

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .. import storage
 from ..user_files import parse_json, read_text
 from .samples import DataError, first_repeated
 
@@ -43,10 +43,8 @@ def write_split(path: str | Path, split: Mapping[str, Sequence[str]]) -> None:
         ValueError: for other sets than these, or an id that is there twice.
     """
     _check(split, "split")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({name: list(split.get(name, ())) for name in SETS}, indent=1) + "\n")
-    os.replace(temporary, path)
+    sets = storage.sealed({name: list(split.get(name, ())) for name in SETS})
+    storage.write(path, json.dumps(sets, indent=1) + "\n")
 
 
 def read_split(path: str | Path) -> dict[str, list[str]]:
@@ -70,6 +68,10 @@ def read_split(path: str | Path) -> dict[str, list[str]]:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a JSON file of ids: {error}") from error
+    try:
+        found = storage.unsealed(path, found)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if found == {} and path.is_dir():
         raise DataError(f"{path}: has none of {', '.join(f'{name}.txt' for name in SETS)}")
     if not isinstance(found, dict) or not all(isinstance(x, (list, dict)) for x in found.values()):

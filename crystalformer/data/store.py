@@ -4,15 +4,14 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import uuid
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import storage
 
 log = logging.getLogger("crystalformer.data")
 
@@ -64,51 +63,30 @@ class Store:
                 log.warning("%s cannot be read, so its content is made again: %s", path, error)
             # Whatever a torn or foreign file makes of the parser: it must not stop the work.
             except Exception as error:
-                log.warning("%s is damaged, so its content is made again: %s", path, " ".join(str(error).split()))
+                reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+                log.warning("%s is damaged, so its content is made again: %s", path, reason)
                 with contextlib.suppress(OSError):
                     path.unlink()
         return found
 
     def put(self, keys: Sequence[bytes], items: Sequence[Item]) -> None:
         """Writes one shard. A disk that is full or read-only costs the cache, with a warning, not the work."""
-        from safetensors.torch import save
-
         tensors = {KEYS: torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)}
         for name in items[0]:
             tensors[name] = torch.cat([item[name] for item in items])
             tensors[f"{name}.sizes"] = torch.tensor([len(item[name]) for item in items])
         path = self.folder / f"{self.prefix}{digest(*keys).hex()[:12]}.safetensors"
-        temporary = self.folder / f".{path.name}.{uuid.uuid4().hex}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Not save_file: its files cannot be read by the others of a group.
-            temporary.write_bytes(save(tensors, {"settings": self.settings, "checksum": _checksum(tensors)}))
-            os.replace(temporary, path)
+            storage.write_tensors(path, tensors, {"settings": self.settings})
         except OSError as error:
             log.warning("%s cannot be written, so its content is made again next time: %s", path, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("settings") != self.settings:
-                raise ValueError("it was made with other settings")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-        if metadata.get("checksum") != _checksum(tensors):
-            raise ValueError("its checksum is wrong")
+        tensors, about = storage.read_tensors(path)
+        if about is None or about.get("settings") != self.settings:
+            raise ValueError("it was made with other settings")
         return tensors
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    crc = 0
-    for name in sorted(tensors):
-        x = tensors[name]
-        crc = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), crc)
-        crc = zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"
 
 
 def _items(tensors: Mapping[str, Tensor]) -> list[tuple[bytes, Item]]:

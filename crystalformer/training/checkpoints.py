@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from .. import storage
+
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -20,33 +21,8 @@ class CheckpointError(ValueError):
     """A training cannot be resumed. The message says why in one line."""
 
 
-def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Writes a file so that at any moment, power cuts included, `path` or `keep` is whole.
-
-    Args:
-        keep: where the file goes that `path` is now; None to lose it.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    if keep is not None and path.exists():
-        path.replace(keep)
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class AtomicIO(TorchCheckpointIO):
-    """Lightning's files, written atomically, the one before kept."""
+    """Lightning's files, written atomically and with a checksum, the one before kept."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         # In memory first: torch.save into a file hides a full disk behind errors of its own.
@@ -54,7 +30,11 @@ class AtomicIO(TorchCheckpointIO):
         torch.save(checkpoint, content)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue(), path.with_name(PREVIOUS))
+        storage.write_sealed(path, content.getvalue(), path.with_name(PREVIOUS))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        content = io.BytesIO(storage.read_sealed(path))
+        return torch.load(content, map_location=map_location, weights_only=weights_only)
 
 
 class Checkpoints(Checkpoint):
@@ -86,8 +66,9 @@ def latest(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, A
     errors = []
     for path in (folder / LAST, folder / PREVIOUS):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = AtomicIO().load_checkpoint(path)
             stored = json.loads(content["callbacks"]["Checkpoints"]["identity"])
+            content["callbacks"]["History"]["rows"], content["state_dict"]  # what a resumed training begins with
         except FileNotFoundError:
             continue
         except Exception as error:  # whatever a torn or foreign file brings torch to raise

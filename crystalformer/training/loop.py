@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..data.dataset import BoundedBatches, CrystalDataset, Example
 from ..model import Crystalformer
 from .callbacks import History, SeedEpochs
-from .checkpoints import AtomicIO, Checkpoints, latest
+from .checkpoints import AtomicIO, CheckpointError, Checkpoints, latest
 from .machine import check_machine
 from .recipe import Recipe
 from .regression import Regression
@@ -75,8 +75,12 @@ def fit(
         if found := latest(checkpoints, identity or {}):
             path, content = found
             history.load_state_dict(content["callbacks"]["History"])
-            if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
+            try:
                 task.load_state_dict(content["state_dict"])
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise CheckpointError(f"{path} must hold the weights of this model: {reason}") from error
+            if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
                 task.finish(elements)
                 return history.rows
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.

@@ -45,8 +45,11 @@ class Recipe:
             checks.check_number(name, getattr(self, name))
         for name in ("weight_decay", "bias_decay"):
             checks.check_number(name, getattr(self, name), closed=True)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas must be two numbers, not {self.betas!r}")
         for beta in self.betas:
             checks.check_number("betas", beta, high=1.0, closed=True)
+        object.__setattr__(self, "betas", tuple(self.betas))
 
     @property
     def averaged(self) -> int:

@@ -1,0 +1,122 @@
+"""The folder of a training belongs to one at a time, and a start that fails leaves it as it was."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crystalformer import cli, runs
+from crystalformer.data.ionic import ionic_crystals
+from crystalformer.data.samples import DataError
+from crystalformer.run_folder import CHECKPOINTS, CONFIG, LOCK, PROBLEMS, run_folder
+from crystalformer.training.checkpoints import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
+SIZES = "model_dim=4 num_heads=2 num_blocks=1 ff_dim=4 readout_dims=2 num_basis=2 r0=0.7 tol=1e-2"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    rows = [f'{i},{x.energy},"{x.structure.to(fmt="cif")}"' for i, x in enumerate(ionic_crystals(8, seed=1))]
+    (tmp_path / "salts.csv").write_text("\n".join(["id,energy,cif", *rows]))
+    options = ["train", "--data", str(tmp_path / "salts.csv"), "--target", "energy", "--epochs=1"]
+    return [*options, "--out", str(tmp_path / "new" / "run"), *(f"--model.{x}" for x in SIZES.split())]
+
+
+def holder(out: Path) -> subprocess.Popen:
+    """Another process that holds the folder as a training does, until it is killed; without the time of the imports."""
+    out.mkdir(parents=True)
+    code = f"import fcntl, time; f = open({str(out / LOCK)!r}, 'ab'); fcntl.flock(f, fcntl.LOCK_EX)"
+    code += "; print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_one_training_at_a_time_and_none_behind_a_kill(tmp_path, arguments, capsys):
+    out = tmp_path / "new" / "run"
+    with holder(out) as process:
+        try:
+            assert cli.main(arguments) == 2
+            line = f"crystalformer: out must be a folder in which no training runs, but one does in {out}\n"
+            assert capsys.readouterr().err == line
+            (out / CONFIG).touch()
+            with pytest.raises(FileExistsError, match="but one does"), run_folder(out, resume=True):
+                pytest.fail("two at once")
+            (out / PROBLEMS).touch()
+        finally:
+            process.kill()
+    assert {path.name for path in out.iterdir()} == {LOCK, CONFIG, PROBLEMS}
+    assert cli.main(arguments) == 0
+    assert not (out / LOCK).exists()
+    assert not (out / PROBLEMS).exists()
+
+
+def test_within_a_process_too(tmp_path):
+    with run_folder(tmp_path / "run", resume=False):
+        with pytest.raises(FileExistsError, match="but one does"), run_folder(tmp_path / "run", resume=False):
+            pytest.fail("two at once")
+        assert (tmp_path / "run" / LOCK).exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("no Trainer of this kind"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("where", ["fit", "write_split"])
+def test_a_start_that_fails_leaves_nothing_and_can_be_corrected(tmp_path, arguments, monkeypatch, where, error, capsys):
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, where, fail)
+        try:
+            assert cli.main(arguments) == 143
+            assert capsys.readouterr().err.endswith("crystalformer: stopped; nothing was kept: no epoch was done\n")
+        except (ValueError, KeyboardInterrupt) as raised:
+            assert raised is error  # noqa: PT017
+        assert [path.name for path in tmp_path.iterdir()] == ["salts.csv"]
+    if where == "fit" and isinstance(error, ValueError):
+        assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize("wrong", [["--nodes", "0"], ["--devices", "0"], ["--lr", "1e30", "--batch-size", "1"]])
+def test_options_that_are_wrong_leave_nothing(tmp_path, arguments, wrong):
+    with contextlib.suppress(Exception):
+        assert cli.main([*arguments, *wrong]) != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["salts.csv"]
+
+
+def test_what_was_there_stays(tmp_path, arguments):
+    """A training that is resumed keeps its files, whatever happens; so does one with a checkpoint."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with pytest.raises(CheckpointError, match=r"no .*config.yaml"), run_folder(out, resume=True):
+        pass
+    (out / CONFIG).write_text("a: 1")
+    with pytest.raises(FileExistsError, match="must be a new or an empty folder"), run_folder(out, resume=False):
+        pass
+    with pytest.raises(DataError, match="no data"), run_folder(out, resume=True):
+        raise DataError("no data")
+    assert [path.name for path in out.iterdir()] == [CONFIG]
+    (out / CONFIG).unlink()
+    with contextlib.suppress(DataError), run_folder(out, resume=False):
+        (out / CHECKPOINTS).mkdir()
+        (out / CHECKPOINTS / "last.ckpt").touch()
+        (out / CONFIG).touch()
+        raise DataError("no data")
+    assert sorted(path.name for path in out.iterdir()) == [CHECKPOINTS, CONFIG]
+
+
+def test_a_file_system_without_locks_warns(tmp_path, monkeypatch):
+    import fcntl
+
+    def unknown(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    warns = pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\): start no second")
+    with warns, run_folder(tmp_path / "run", resume=False):
+        (tmp_path / "run" / "model").mkdir()
+    assert (tmp_path / "run" / "model").is_dir()
