@@ -140,8 +140,8 @@ def test_rescale():
         ({"target_units": ("eV", "K")}, "target_units must be 1, as num_targets, not eV, K"),
         ({"target_mean": (0.0,)}, "target_mean and target_deviation must both be given, or none of them"),
         ({"target_mean": (float("nan"),), "target_deviation": (1.0,)}, "target_mean must be .* not nan"),
-        ({"elements": (0,)}, "elements must be an integer, at least 1, not 0"),
-        ({"elements": (99,)}, "elements must be atomic numbers from 1 to 98, not 99"),
+        ({"elements": (0,)}, "elements must be an integer, at least 1 and at most 98, not 0"),
+        ({"elements": (99,)}, "elements must be an integer, at least 1 and at most 98, not 99"),
     ],
 )
 def test_what_a_training_fills_in_is_checked(values, message):
@@ -213,9 +213,9 @@ def test_images_are_built_once_and_checked():
         ({"num_blocks": 10**7}, "num_blocks must be at most 128, not 10000000"),
         ({"readout_dims": (1,) * 10**4}, "readout_dims must be at most 128 numbers, not 10000"),
         ({"model_dim": 10**6}, r"config must be of at most 1,000,000,000 weights, not 16,\d+,"),
-        ({"target_names": "energy"}, "target_names must be a sequence of names, not 'energy'"),
-        ({"target_names": (1,)}, r"target_names must be a sequence of names, not \(1,\)"),
-        ({"target_names": ("a", "a"), "num_targets": 2}, "target_names must differ, not a, a"),
+        ({"target_names": "energy"}, "target_names must be a sequence, not 'energy'"),
+        ({"target_names": (1,)}, "target_names and target_units must be strings, not 1"),
+        ({"target_names": ("a", "a"), "num_targets": 2}, "target_names must be different names, not 'a', 'a'"),
         ({"target_names": ("a",), "num_targets": 2}, "target_names must be 2, as num_targets, not a"),
         ({"dropout": NAN}, "dropout must be at least 0 and smaller than 1, not nan"),
         ({"tol": True}, "tol must be a number, not bool"),

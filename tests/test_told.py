@@ -51,9 +51,9 @@ def run(data, labels, errors) -> Path:
     out = data.parent / "run"
     save = plots.Figure.savefig
 
-    def noted(figure, path):
+    def noted(figure, *where, **options):
         labels.update(text for axes in figure.axes for text in (axes.get_xlabel(), axes.get_ylabel()))
-        save(figure, path)
+        save(figure, *where, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.setattr(plots.Figure, "savefig", noted)
@@ -191,8 +191,8 @@ def test_the_slow_backend_says_why(run, data, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be JSON, as a training writes it"),
-        ("[" * 100_000, "must be JSON, as a training writes it"),
+        ("{", "no JSON: "),
+        ("[" * 100_000, "no JSON: "),
         ("[1]", "must be a dictionary, as a training writes it, not list"),
         ('{"mae": 3}', "mae must be a number for each target for each set, not 3"),
         ('{"mae": {"val": {"total": "x"}}}', "mae must be a number for each target for each set, not {'val'"),
