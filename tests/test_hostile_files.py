@@ -31,8 +31,8 @@ def zipped(*files: bytes) -> bytes:
     return result.getvalue()
 
 
-# Each 70 MB of zeros in less than 100 kB: beyond what is unpacked whatever the ratio.
-BOMB = bytes(70 << 20)
+# Zeros, which pack to a thousandth and less; the tests unpack only 1 MB whatever the ratio.
+BOMB, ANY = bytes(2 << 20), 1 << 20
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     "gz": lambda x: gzip.compress(x, 6),
     "bz2": bz2.compress,
@@ -42,13 +42,12 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_bombs_are_not_unpacked(kind: str, tmp_path: Path) -> None:
+def test_bombs_are_not_unpacked(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_files, "ANY_RATIO_BYTES", ANY)
     path = tmp_path / f"a.cif.{kind}"
     path.write_bytes(PACKED[kind](BOMB))
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"bytes unpack to more than 67,108,864: CRYSTALFORMER_MAX_BYTES must allow"):
+    with pytest.raises(DataError, match=r"bytes unpack to more than 1,048,576: CRYSTALFORMER_MAX_BYTES must allow"):
         read_samples(path)
-    assert time.monotonic() - start < 5
     path.write_bytes(PACKED[kind](cif(pair()[0]).encode()))
     assert len(read_samples(path)[0]) == 1
 
@@ -76,7 +75,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         for read in (read_samples, read_split) if name != "pipe.db" else (read_samples,):
             with pytest.raises(DataError, match="must be a file, not a pipe"):
                 read(tmp_path / name)
-    with pytest.raises(DataError, match="/dev/zero: .*must be a file, not a device"):
+    with pytest.raises(DataError, match=r"/dev/zero: .*must be a file, not a device"):
         read_samples("/dev/zero")
     (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
     with pytest.raises(DataError, match=r"loop.csv: no such file"):
@@ -84,7 +83,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="File name too long"):
         read_samples(tmp_path / ("x" * 5000))
     with (tmp_path / "huge.csv").open("wb") as file:
-        file.truncate(1 << 45)  # of nothing
+        file.truncate(1 << 32)  # of nothing
     with pytest.raises(DataError, match="bytes are more than the 2,147,483,648 that CRYSTALFORMER_MAX_BYTES allows"):
         read_samples(tmp_path / "huge.csv")
     (tmp_path / "inside").mkdir()
@@ -147,19 +146,19 @@ def test_rows_that_would_stop_the_others(tmp_path: Path) -> None:
             {"id": "half \ud800", "atoms": salt, "gap": 1},
             {"id": "far", "atoms": salt | {"coords": [[1e6, 0, 0]] * 8, "cartesian": True}, "gap": 1},
             {"id": "dense", "atoms": salt | {"lattice_mat": (np.eye(3) * 0.05).tolist()}, "gap": 1},
-            {"id": "nan", "atoms": salt | {"coords": [[float("nan")] * 3] * 8}, "gap": 1},
+            {"id": "nowhere", "atoms": salt | {"coords": [[float("nan")] * 3] * 8}, "gap": 1},
         ],
     )
     samples, problems = read_samples(path, ["gap"])
     assert samples.ids == ("a",)
     reasons = {x.id: x.reason for x in problems}
-    assert list(reasons) == ["big", "half \\ud800", "far", "dense", "nan"]
+    assert list(reasons) == ["big", "half \\ud800", "far", "dense", "nowhere"]
     for id, reason in (
         ("big", "gap must be a number, not '1000"),
         ("half \\ud800", "the id must be text that UTF-8 can hold"),
         ("far", "the structure must have positions within 10000 Å, not 1e+06"),
         ("dense", "the structure must have at least 0.1 Å³ an atom, not "),
-        ("nan", "the structure must have finite positions"),
+        ("nowhere", "the structure must have finite positions"),
     ):
         assert reasons[id].startswith(reason)
     rows = [["id", "cif"], ["a", good], ["deep", DEEP], ["bytes", good.replace("5.64", "inf")]]
@@ -179,7 +178,7 @@ def test_lines_end_where_the_format_says(tmp_path: Path) -> None:
 def test_splits_that_are_none(tmp_path: Path) -> None:
     for content in (DEEP, "\0", "[1]", '{"train": 3}'):
         (tmp_path / "split.json").write_text(content)
-        with pytest.raises(DataError, match="split.json: "):
+        with pytest.raises(DataError, match=r"split.json: "):
             read_split(tmp_path / "split.json")
 
 
