@@ -48,7 +48,7 @@ def describe_backend(device: torch.device, dtype: torch.dtype = torch.float32) -
     reason = available_backends().get({"cuda": "triton"}.get(device.type, device.type), "there are no kernels for it")
     if reason is True:
         reason = f"the kernels for {device.type} do not compute in {dtype}"
-    return f"{line}: plain PyTorch, many times slower than kernels, for {reason}"
+    return f"{line}: plain PyTorch, many times slower than kernels, because {reason}"
 
 
 def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dtype = torch.float32) -> str:

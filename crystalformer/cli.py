@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__ as version
-from .data.structures import SYMBOLS
+from .elements import SYMBOLS
 from .metrics import not_learnt, read_metrics
 from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
 from .process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
@@ -157,7 +157,7 @@ def predict(arguments: list[str]) -> int:
     if len(set(names)) < len(names):
         names = [f"{path}:{id}" for path, id in ids]
     if not structures:
-        raise Stop(f"no crystal can be predicted ({bad} rows cannot be used)", 1)
+        raise Stop(f"no crystal can be predicted ({count(bad, 'row')} cannot be used)", 1)
     predictions = _predictions(predictor, names, structures)
     good = predictions.isfinite().all(1)
     with user_errors():
@@ -201,6 +201,8 @@ def evaluate(arguments: list[str]) -> int:
         baseline = read_metrics(options.model).get("baseline", {})
     predictions = _predictions(predictor, samples.ids, samples.structures)
     good = predictions.isfinite().all(1)
+    if not good.any():
+        raise Stop("none of the predictions is finite", 1)
     ids, predictions, targets = itertools.compress(samples.ids, good.tolist()), predictions[good], samples.targets[good]
     if options.out is not None:
         with user_errors():

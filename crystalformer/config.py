@@ -8,6 +8,7 @@ from typing import Any
 
 from . import __version__ as version
 from . import checks
+from .elements import NUM_ELEMENTS
 from .truncation import MAX_LOGIT_RANGE
 
 # Of config.json: one more whenever an older version could not read it, or would read it wrongly.
@@ -96,7 +97,13 @@ class CrystalformerConfig:
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
         for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)):
+                raise TypeError(f"{name} must be a sequence, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for text in self.target_names + self.target_units:
+            if not isinstance(text, str):
+                raise TypeError(f"target_names and target_units must be strings, not {text!r}")
         for name in ("target_names", "target_units", "target_mean", "target_deviation"):
             value = getattr(self, name)
             if value and len(value) != self.num_targets:
@@ -109,6 +116,8 @@ class CrystalformerConfig:
             checks.check_number("target_deviation", deviation)
         for number in self.elements:
             checks.check_integer("elements", number, 1)
+            if number > NUM_ELEMENTS:
+                raise ValueError(f"elements must be atomic numbers from 1 to {NUM_ELEMENTS}, not {number}")
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:

@@ -14,7 +14,8 @@ from torch import Tensor
 from .data import CrystalBatch
 from .data.crystals import build_crystals
 from .data.dataset import BoundedBatches, sizes
-from .data.structures import NUM_ELEMENTS, read_structure
+from .data.structures import read_structure
+from .elements import NUM_ELEMENTS
 from .layers import mean_pool
 from .model import CONFIG_FILE, Crystalformer
 
@@ -43,7 +44,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, structures: Sequence[Any], progress: Callable[[int], object] | None = None) -> Tensor:
-        """(C,T) fp64, the predictions, in the units of the targets, on the CPU.
+        """(C,T) fp64, the predictions, in the units of the targets, on the CPU; NaN where the model has none.
 
         Args:
             structures: pymatgen Structures or ase Atoms, mixed as you like.
@@ -53,11 +54,22 @@ class Predictor:
             TypeError, ValueError: as `CrystalBatch.from_structures`, naming the structure.
         """
         results = []
-        for batch in self._batches(structures):
-            results.append(self.model(batch).cpu().double())
+        for crystals in self._batches(structures):
+            results.append(self._outputs(crystals))
             if progress is not None:
-                progress(len(batch))
+                progress(len(crystals))
         return torch.cat(results)
+
+    def _outputs(self, crystals: Sequence[CrystalBatch]) -> Tensor:
+        """(C,T) fp64. What the attention refuses, as features are not finite, is NaN, and costs the others nothing."""
+        try:
+            return self.model(self._joined(crystals)).cpu().double()
+        except ValueError as error:
+            if "must be finite" not in str(error):
+                raise
+        if len(crystals) == 1:
+            return torch.full((1, len(self.names)), torch.nan, dtype=torch.float64)
+        return torch.cat([self._outputs([crystal]) for crystal in crystals])
 
     def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
         """For each structure its elements, as atomic numbers, that no crystal of the training had.
@@ -80,7 +92,7 @@ class Predictor:
             atoms: give those of the atoms instead, a list of (n, model_dim), one for each crystal.
         """
         crystals: list[Tensor] = []
-        for batch in self._batches(structures):
+        for batch in map(self._joined, self._batches(structures)):
             features = self.model.encode(batch)
             if atoms:
                 crystals += features.cpu().split(batch.ptr.diff().tolist())
@@ -88,16 +100,20 @@ class Predictor:
                 crystals += mean_pool(features, batch.ptr).cpu()
         return crystals if atoms else torch.stack(crystals)
 
-    def _batches(self, structures: Sequence[Any]) -> Iterator[CrystalBatch]:
-        """The crystals in order, on the model's device."""
+    def _joined(self, crystals: Sequence[CrystalBatch]) -> CrystalBatch:
+        """One batch, on the model's device."""
+        return CrystalBatch.cat(crystals).to(next(self.model.parameters()).device)
+
+    def _batches(self, structures: Sequence[Any]) -> Iterator[list[CrystalBatch]]:
+        """The crystals in order, as many at once as memory is for."""
         if not len(structures):
             raise ValueError("structures must hold at least one structure, not none")
-        weight = next(self.model.parameters())
+        dtype = next(self.model.parameters()).dtype
         for start in range(0, len(structures), STRUCTURES_AT_ONCE):
             chunk = structures[start : start + STRUCTURES_AT_ONCE]
-            crystals = build_crystals(chunk, self.model, dtype=weight.dtype)
+            crystals = build_crystals(chunk, self.model, dtype=dtype)
             for batch in BoundedBatches(sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
-                yield CrystalBatch.cat([crystals[i] for i in batch]).to(weight.device)
+                yield [crystals[i] for i in batch]
 
 
 def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:

@@ -133,11 +133,16 @@ def row_images(positions: Tensor, lattice: Tensor, images: ImageList, rows: Segm
     return RowImages(i, crystal_of[i], j, shift, r, r.square().sum(-1), partner, j - first[:, None])
 
 
-def attention_scores(q: Tensor, k: Tensor, decay: Tensor, x: RowImages, rows: Segments) -> Tensor:
-    """s_e = q_i·k_j / sqrt(D) - a_i d_e², (n,H,m), minus infinity in the padding.  Equation (2)."""
+def attention_scores(q: Tensor, k: Tensor, decay: Tensor, x: RowImages, rows: Segments) -> tuple[Tensor, Tensor]:
+    """s_e = q_i·k_j / sqrt(D) - a_i d_e² - t_i, (n,H,m), minus infinity in the padding, and t_i (n,H).  Equation (2).
+
+    t_i is the row's largest content score: so the distance is not lost where content scores are large.
+    """
     content = torch.einsum("nhd,nphd->nhp", q[x.i], k[x.partner]) / math.sqrt(q.shape[-1])
-    s = x.by_image(content) - decay[x.i][:, :, None] * x.d2[:, None]
-    return s.masked_fill(~rows.real[:, None], -math.inf)
+    content = x.by_image(content)
+    top = content.detach().amax(-1)
+    s = content - top[..., None] - decay[x.i][:, :, None] * x.d2[:, None]
+    return s.masked_fill(~rows.real[:, None], -math.inf), top
 
 
 def attention_rows(
@@ -161,9 +166,9 @@ def attention_rows(
         y (n,H,Dv), lse (n,H), c (n,H,K); K = 0 without a basis.
     """
     x = row_images(positions, lattice, images, rows)
-    s = attention_scores(q, k, decay, x, rows)
-    lse = torch.logsumexp(s, -1)
-    p = torch.exp(s - lse[..., None])
+    s, top = attention_scores(q, k, decay, x, rows)
+    lse = torch.logsumexp(s, -1) + top
+    p = torch.softmax(s, -1)
     y = torch.einsum("nhp,nphd->nhd", x.sum_by_partner(p), v[x.partner])
     if basis is None:
         return y, lse, p[..., :0]
@@ -222,7 +227,7 @@ def encoding_pairs(
     alpha = torch.logsumexp(s, -1)
     if basis is None:
         return alpha, alpha.new_zeros(*alpha.shape, 0)
-    c = torch.exp(s - alpha[..., None]) @ basis(root(d2))
+    c = torch.softmax(s, -1) @ basis(root(d2))
     return alpha, torch.einsum("hdk,nhk->nhd", edge_weight, c)
 
 

@@ -73,10 +73,10 @@ def attention_rows_backward(
     rows: Segments,
 ) -> None:
     """ds_e = p_e (g_i·v_j + u_i·b_e - delta_i) and what follows from it.  Equations (B1) to (B9)."""
-    (g, g_lse), (q, k, v, decay, edge_weight, positions, lattice), (y, lse, c) = grads, inputs, results
+    (g, g_lse), (q, k, v, decay, edge_weight, positions, lattice), (y, _, c) = grads, inputs, results
     dq, dk, dv, d_decay, d_edge_weight, d_positions, d_lattice = totals
     x = row_images(positions, lattice, images, rows)
-    p = torch.exp(attention_scores(q, k, decay, x, rows) - lse[..., None])
+    p = torch.softmax(attention_scores(q, k, decay, x, rows)[0], -1)
     delta = (g * y).sum(-1) - g_lse
     u = torch.einsum("hdk,nhd->nhk", edge_weight, g)
     g_v = x.by_image(torch.einsum("nhd,nphd->nhp", g, v[x.partner]))
@@ -106,7 +106,7 @@ def encoding_pairs_backward(
     pairs: Segments,
 ) -> None:
     """ds_e = p_e (g_alpha + u_ij·(b_e - c_ij)), p_e the share of image e in its own pair.  Equation (B11)."""
-    (g_alpha, g_beta), (decay, edge_weight, positions, lattice), (alpha, _) = grads, inputs, results
+    (g_alpha, g_beta), (decay, edge_weight, positions, lattice), _ = grads, inputs, results
     d_decay, d_edge_weight, d_positions, d_lattice = totals
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
     i, j = (x[pairs.first : pairs.last, None].expand_as(pairs.entry) for x in pair_atoms(images))
@@ -114,7 +114,7 @@ def encoding_pairs_backward(
     r = displacement(positions, lattice, crystal, i, j, shift)
     d2 = r.square().sum(-1)
     a = decay[i[:, 0]]
-    p = torch.exp(-a[:, :, None] * d2[:, None] - alpha[..., None]) * pairs.real[:, None]
+    p = torch.softmax((-a[:, :, None] * d2[:, None]).masked_fill(~pairs.real[:, None], -math.inf), -1)
     u = torch.einsum("hdk,nhd->nhk", edge_weight, g_beta)
     u_b = times_basis(u, d2, basis)
     ds = p * (g_alpha[..., None] + u_b - (p * u_b).sum(-1, keepdim=True))
@@ -133,12 +133,13 @@ def reciprocal_rows_backward(
 
     The terms of alpha that do not depend on j leave the softmax as it is, so they have no gradient.
     """
-    (grad,), (q, k, v, decay_reciprocal, positions, lattice), (y,) = grads, inputs, results
+    (grad,), (q, k, v, decay_reciprocal, positions, lattice) = grads, inputs
     dq, dk, dv, d_decay, d_positions, d_lattice = totals
     t = reciprocal_sums(decay_reciprocal, positions, lattice, x)
     p = reciprocal_weights(q, k, t.total, x)
-    grad, delta = x.pad(grad), x.pad((grad * y).sum(-1))
-    ds = p * (torch.einsum("crhd,cnhd->crhn", grad, v[x.atom]) - delta[..., None])
+    grad = x.pad(grad)
+    gamma = torch.einsum("crhd,cnhd->crhn", grad, v[x.atom])
+    ds = p * (gamma - (p * gamma).sum(-1, keepdim=True))
     atom, row = x.atom.flatten(), x.row.flatten()
     scaled = ds / math.sqrt(q.shape[-1])
     dq.index_add_(0, row, torch.einsum("crhn,cnhd->crhd", scaled, k[x.atom]).flatten(0, 1))

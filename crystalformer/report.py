@@ -16,7 +16,7 @@ from . import __version__ as version
 from . import plots
 from .data.dataset import CrystalDataset
 from .data.samples import Problem, Samples
-from .data.structures import SYMBOLS
+from .elements import SYMBOLS
 from .metrics import METRICS, maes, not_learnt
 from .predictor import Predictor, not_finite
 from .training import predict
@@ -171,7 +171,7 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
         for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
     )
     shareable = {name: value for name, value in settings.items() if name not in PRIVATE}
-    shareable |= {name: Path(settings[name]).name for name in PATHS if settings[name]}
+    shareable |= {name: Path(settings[name]).resolve().name for name in PATHS if settings[name]}
     files = [shareable[name] for name in ("train", "val", "test") if shareable[name]]
     source = shareable["data"] or ", ".join(files)
     crystals = ", ".join(f"{number:,} {part}" for part, number in metrics["crystals"].items())

@@ -212,7 +212,10 @@ def train(
         network.calibrate(first_batch.crystals)
     except ValueError as error:
         raise DataError(f"the first batch of train: {error}") from error
-    mean, deviation = standardisation(datasets["train"].targets)
+    try:
+        mean, deviation = standardisation(datasets["train"].targets)
+    except ValueError as error:
+        raise DataError(f"train: {error}") from error
     chosen = {name: getattr(recipe, name) for name in ("lr", "betas", "weight_decay", "bias_decay", "decay_steps")}
     task = Regression(network, mean, deviation, names, **chosen)
     if first:

@@ -44,6 +44,14 @@ void for_rows(const AttentionRows<T>& rows, int64_t begin, int64_t end, Kernel k
     });
 }
 
+// See the kernel; `width` numbers of an atom.
+template <class T>
+void pass_on_nan(const AttentionInputs<T>& in, const T* x, int width, T* y, const Threads& threads) {
+    threads.for_chunks(in.crystals, 16, [&] {
+        return [&](int64_t first, int64_t last) { kernels<T>().pass_on_nan(x, in.ptr, first, last, width, y); };
+    });
+}
+
 template <class T>
 int64_t scratch_size(const AttentionInputs<T>& in) {
     int64_t slots = 0, images = 0;
@@ -80,6 +88,7 @@ void attention(const AttentionInputs<T>& in, const AttentionOutputs<T>& out, con
                                 .weight = weight.data(),
                                 .scratch = scratch_size(in)};
     for_rows(rows, 0, in.atoms, kernels<T>().attention_rows, threads);
+    pass_on_nan(in, in.v, in.heads * in.value_dim, out.y, threads);
 }
 
 template <class T>
@@ -129,6 +138,9 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
                  kernels<T>().attention_backward_columns, threads);
     }
     for_rows(rows, 0, in.atoms, kernels<T>().attention_backward_finish, threads);
+    pass_on_nan(in, in.k, in.heads * in.dim, result.q, threads);
+    pass_on_nan(in, in.q, in.heads * in.dim, result.k, threads);
+    pass_on_nan(in, grad.y, in.heads * in.value_dim, result.v, threads);
     threads.for_chunks(in.heads, 1, [&] {
         return [&](int64_t first, int64_t last) {
             kernels<T>().sum_outer_products(grad.y, out.c, in.atoms, in.heads, in.value_dim, in.window.num, first, last,

@@ -31,15 +31,39 @@ INLINE void weighted_sum(const int32_t* slots, int64_t count, const int32_t* ato
     }
 }
 
-// The slots (at most n) with an image within reach, in order; returns how many.
+// The slots (at most n) with an image in a shell that is summed, in order; returns how many.
 template <class T>
 INLINE int64_t near_slots(const T* near2, int64_t n, T reach2, int32_t* slots) {
     int64_t count = 0;
     for (int64_t s = 0; s < n; ++s) {
         slots[count] = int32_t(s);
-        count += near2[s] <= Weights<T>::slot_reach2(reach2);
+        count += within(near2[s], reach2);
     }
     return count;
+}
+
+// scores (n,8), in base 2 and relative to the largest, of a row with the atoms of its slots; returns the largest.
+template <class T>
+INLINE Heads<T> content_scores(const AttentionInputs<T>& in, const T* q, const T* k, const int32_t* atom, int64_t n,
+                               int group, T* scores) {
+    const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim)));
+    Heads<T> largest = Heads<T>::all(-__builtin_huge_val());
+    for (int64_t s = 0; s < n; ++s) {
+        const T* from = k + (atom[s] * int64_t(groups_of(in.heads)) + group) * in.dim * HEADS;
+        const Heads<T> score = dot(q, from, in.dim) * scale;
+        score.store(scores + HEADS * s);
+        largest = max(largest, score);
+    }
+    for (int64_t s = 0; s < HEADS * n; s += HEADS) (Heads<T>::load(scores + s) - largest).store(scores + s);
+    return largest;
+}
+
+// The largest exponent of a row's images, of the scores of its slots.
+template <class T>
+INLINE Heads<T> largest_exponent(const T* scores, const T* near2, int64_t n, Heads<T> decay) {
+    Heads<T> norm = Heads<T>::all(-__builtin_huge_val());
+    for (int64_t s = 0; s < n; ++s) norm = max(norm, Heads<T>::load(scores + HEADS * s) - decay * near2[s]);
+    return norm;
 }
 
 // y += W c of some rows. Equation (5).
@@ -57,6 +81,30 @@ INLINE void add_values(const AttentionRows<T>& x, int64_t first, int rows, T* sc
     }
 }
 
+// y (N,width) += 0 x_j for every atom j of the crystal: what is not finite reaches each row, as in a product over all
+// pairs, although pairs without images near enough are never summed.
+template <class T>
+void pass_on_nan(const T* x, const int64_t* ptr, int64_t first, int64_t last, int width, T* y) {
+    using P = Pack<T, TILE>;
+    for (int64_t crystal = first; crystal < last; ++crystal)
+        for (int column = 0; column < width; column += TILE) {
+            const int n = width - column < TILE ? width - column : TILE;
+            T zero[TILE] = {};
+            P sum = P::all(0);
+            for (int64_t j = ptr[crystal]; j < ptr[crystal + 1]; ++j) {
+                const T* from = x + j * width + column;
+                if (n == TILE)
+                    sum += P::load(from) * T(0);
+                else
+                    for (int d = 0; d < n; ++d) zero[d] += from[d] * T(0);
+            }
+            if (n == TILE) sum.store(zero);
+            if (P::load(zero).sum() == 0) continue;
+            for (int64_t i = ptr[crystal]; i < ptr[crystal + 1]; ++i)
+                for (int d = 0; d < n; ++d) y[i * width + column + d] += zero[d];
+        }
+}
+
 // Equations (2) to (5).
 template <class T>
 void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
@@ -67,7 +115,7 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
     T* c = basis + BLOCK * in.window.size;
     T* grouped = c + HEADS * padded;
     T* slots = grouped + HEADS * in.value_dim;
-    const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
+    const T log2_tol = T(__builtin_log2(in.tol));
     for (int64_t i = first; i < last; ++i) {
         const int64_t pair = layout.pair_ptr[i], n = layout.pair_ptr[i + 1] - pair;
         const int32_t* atom = layout.pair_col + pair;
@@ -75,16 +123,11 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
         int32_t* near = reinterpret_cast<int32_t*>(slot_sum + HEADS * n);
         for (int g = 0; g < groups; ++g) {
             const Heads<T> decay = load_heads(in.decay + i * in.heads, in.heads, g, T(PADDING_DECAY)) * T(LOG2_E);
-            const T* q = x.q + (i * groups + g) * in.dim * HEADS;
-            Heads<T> largest = Heads<T>::all(-__builtin_huge_val()), norm = largest;
-            for (int64_t s = 0; s < n; ++s) {
-                const Heads<T> score = dot(q, x.k + (atom[s] * int64_t(groups) + g) * in.dim * HEADS, in.dim) * scale;
-                score.store(slots + HEADS * s);
-                largest = max(largest, score);
-                norm = max(norm, score - decay * layout.pair_near2[pair + s]);
-            }
-            const Weights<T> w = prepare(layout, i, decay, norm, largest, log2_tol);
-            const int64_t count = near_slots(layout.pair_near2 + pair, n, w.reach2, near);
+            const T *q = x.q + (i * groups + g) * in.dim * HEADS, *near2 = layout.pair_near2 + pair;
+            const Heads<T> largest = content_scores(in, q, x.k, atom, n, g, slots);
+            const Heads<T> norm = largest_exponent(slots, near2, n, decay);
+            const Weights<T> w = prepare(layout, i, decay, norm * T(-1), log2_tol);
+            const int64_t count = near_slots(near2, n, w.reach2, near);
             for (int64_t s = 0; s < count; ++s) {
                 T* slot = slots + HEADS * near[s];
                 w.slot_factor(Heads<T>::load(slot)).store(slot);
@@ -100,7 +143,7 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
                 near, count, atom, [&](int64_t s) { return slot_sum + HEADS * s; }, x.v, groups, g, in.value_dim, false,
                 grouped);
             ungroup_heads(grouped, inverse, in.heads, g, in.value_dim, x.out.y + i * in.heads * in.value_dim);
-            store_heads((log2(whole) + norm) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
+            store_heads((log2(whole) + norm + largest) * T(LN_2), in.heads, g, x.out.lse + i * in.heads);
             T scales[HEADS];
             inverse.store(scales);
             for (int h = 0; h < HEADS && HEADS * g + h < in.heads; ++h) {
@@ -113,6 +156,21 @@ void attention_rows(const AttentionRows<T>& x, int64_t first, int64_t last, T* s
         if (in.window.num && (together == x.TOGETHER || i + 1 == last))
             add_values(x, i + 1 - together, int(together), scratch);
     }
+}
+
+// A logarithm of a sum, in base 2, that is larger has lost digits that the weights need: 2^8 u = 2e-5 in fp32.
+constexpr int EXACT_LOGARITHM = 256;
+
+// The largest score, `top`, over the sum of a row, in base 2, for backward: from the logarithm that the forward
+// returned, or, where that is too large, from the sum made once more. factors (n,8) is scratch.
+template <class T>
+INLINE Heads<T> above_sum(const Layout<T>& layout, int64_t row, Heads<T> decay, Heads<T> top, Heads<T> sum,
+                          const T* scores, const T* near2, int64_t n, T log2_tol, T* factors) {
+    if (largest(max(sum, sum * T(-1))) <= EXACT_LOGARITHM) return top - sum;
+    const Heads<T> norm = largest_exponent(scores, near2, n, decay);
+    const Weights<T> w = prepare(layout, row, decay, norm * T(-1), log2_tol);
+    for (int64_t s = 0; s < HEADS * n; s += HEADS) w.slot_factor(Heads<T>::load(scores + s)).store(factors + s);
+    return (norm + log2(sum_weights(layout, w, factors))) * T(-1);
 }
 
 // Equations (B1) to (B8), what belongs to the rows: gradients of q and decay, and the sums over the images of each
@@ -128,7 +186,7 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     T* grouped = u + HEADS * padded;
     T* grad_c = grouped + HEADS * in.dim;  // (H, TOGETHER, columns)
     T* slots = grad_c + int64_t(in.heads) * x.TOGETHER * columns;
-    const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
+    const T scale = T(1 / __builtin_sqrt(double(in.dim))), log2_tol = T(__builtin_log2(in.tol));
     for (int m = 0; m < BLOCK * in.window.size; ++m) basis[m] = 0;  // dot_products reads past the last shell
     for (int m = 0; m < HEADS * padded; ++m) u[m] = 0;
     for (int64_t i = first; i < last; ++i) {
@@ -171,13 +229,11 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
             t.c = nullptr;
             t.slope = slope;
             t.grad_decay = Heads<T>::all(0);
-            Heads<T> largest = Heads<T>::all(-__builtin_huge_val());
-            for (int64_t s = 0; s < n; ++s) {
-                const Heads<T> score = dot(q, x.k + (atom[s] * int64_t(groups) + g) * in.dim * HEADS, in.dim) * scale;
-                score.store(slots + HEADS * s);
-                largest = max(largest, score);
-            }
-            const Weights<T> w = prepare(layout, i, t.decay * T(LOG2_E), norm, largest, log2_tol);
+            const Heads<T> decay = t.decay * T(LOG2_E);
+            const Heads<T> largest = content_scores(in, q, x.k, atom, n, g, slots);
+            const Heads<T> above =
+                above_sum(layout, i, decay, largest, norm, slots, layout.pair_near2 + pair, n, log2_tol, t.slot_p);
+            const Weights<T> w = prepare(layout, i, decay, above, log2_tol, delta * T(0));
             x.reach2[i * groups + g] = w.reach2;
             const int64_t count = near_slots(layout.pair_near2 + pair, n, w.reach2, near);
             for (int64_t k = 0; k < count; ++k) {
@@ -192,8 +248,7 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
             weighted_sum(
                 near, count, atom, [&](int64_t s) { return t.slot_ds + HEADS * s; }, x.k, groups, g, in.dim, false,
                 grouped);
-            ungroup_heads(grouped, Heads<T>::all(scale * T(LN_2)), in.heads, g, in.dim,
-                          x.result.q + i * in.heads * in.dim);
+            ungroup_heads(grouped, Heads<T>::all(scale), in.heads, g, in.dim, x.result.q + i * in.heads * in.dim);
         }
         if (slope) {
             for (int m = 0; m < 9; ++m) x.row_lattice[9 * i + m] = 0;
@@ -218,6 +273,7 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
         x.next_pair[i] = end;
         const int32_t *atom = layout.pair_col + begin, *mirror = layout.pair_mirror + begin;
         const bool add = x.in.ptr[x.crystal[i]] < x.first_row;  // earlier blocks hold rows of this crystal
+        if (add && begin == end) continue;                      // in a large cell, as good as always
         for (int g = 0; g < groups; ++g) {
             const auto at = [&](const T* sums) {
                 return [=](int64_t s) { return sums + (g * x.block_pairs + mirror[s] - x.first_pair) * HEADS; };
@@ -227,8 +283,7 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
                 __builtin_prefetch(at(x.pair_ds)(s));  // mirror images lie in rows far apart
                 __builtin_prefetch(at(x.pair_p)(s));
                 near[count] = int32_t(s);
-                count +=
-                    layout.pair_near2[begin + s] <= Weights<T>::slot_reach2(x.reach2[atom[s] * int64_t(groups) + g]);
+                count += within(layout.pair_near2[mirror[s]], x.reach2[atom[s] * int64_t(groups) + g]);
             }
             const int64_t row = (i * groups + g) * HEADS;
             weighted_sum(near, count, atom, at(x.pair_ds), x.q, groups, g, in.dim, add, x.grad_k + row * in.dim);

@@ -7,6 +7,7 @@
 #include "encoding.h"
 #include "images.h"
 #include "list_check.h"
+#include "memory.h"
 
 namespace crystalformer {
 
@@ -33,13 +34,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor&
     const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
     const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
     Tensor col, shift;
-    {
+    try {
         const ReleaseGil release;
         const ImageSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
         const int64_t images = output<int64_t>(row_ptr)[positions.size(0)];
         col = at::empty({images}, ptr.options().dtype(at::kInt));
         shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
         search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
+    } catch (const std::bad_alloc&) {
+        throw NoMemory("the images: a smaller max_images refuses them before they are looked for");
     }
     int64_t pairs = 0;
     for (int64_t c = 0; c < request.crystals; ++c) {

@@ -96,7 +96,7 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& decay, const Tensor& positions, const Tensor& lattice,
                                    const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t, int64_t,
-                                   const Tensor& y, bool geometry) {
+                                   const Tensor&, bool geometry) {
     const ReciprocalArguments x{q.contiguous(),
                                 k.contiguous(),
                                 v.contiguous(),
@@ -106,9 +106,8 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
                                 ptr,
                                 g_ptr,
                                 g};
-    const Tensor grad = grad_y.contiguous(), saved = y.contiguous();
+    const Tensor grad = grad_y.contiguous();
     check_shape("grad_y", grad, v.sizes());
-    check_shape("y", saved, v.sizes());
     const SixTensors result{
         like(x.q), like(x.k), like(x.v), like(x.decay), like_if(geometry, x.positions), like_if(geometry, x.lattice)};
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal_backward", [&] {
@@ -121,9 +120,9 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
             geometry ? output<scalar_t>(std::get<5>(result)) : nullptr,
         };
         const auto inputs = x.inputs<scalar_t>();
-        const scalar_t *from = pointer<scalar_t>(grad), *was = pointer<scalar_t>(saved);
+        const scalar_t* from = pointer<scalar_t>(grad);
         const ReleaseGil release;
-        reciprocal_backward(from, inputs, was, to, torch_threads());
+        reciprocal_backward(from, inputs, to, torch_threads());
     });
     return result;
 }

@@ -24,7 +24,7 @@ void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scr
             const Heads<T> decay = load_heads(in.decay + i * in.heads, in.heads, g, T(PADDING_DECAY)) * T(LOG2_E);
             for (int64_t pair = layout.pair_ptr[i]; pair < layout.pair_ptr[i + 1]; ++pair) {
                 const Heads<T> norm = decay * -layout.pair_near2[pair];
-                const Weights<T> w = prepare(layout, pair, decay, norm, Heads<T>::all(0), log2_tol);
+                const Weights<T> w = prepare(layout, pair, decay, norm * T(-1), log2_tol);
                 w.slot_factor(Heads<T>::all(0)).store(slot);
                 for (int m = 0; m < HEADS * padded; ++m) c[m] = 0;
                 Heads<T>::all(0).store(slot_sum);
@@ -37,7 +37,7 @@ void encoding_rows(const EncodingRows<T>& x, int64_t first, int64_t last, T* scr
                     add_rows<1>(x.weight_by_basis + head * num * values, num, values,
                                 c + h * padded + in.window.half + 1, 0, 1, beta, 0);
                     T* to = x.out.beta + (pair * in.heads + head) * in.value_dim;
-                    for (int d = 0; d < in.value_dim; ++d) to[d] = slot_sum[h] > 0 ? beta[d] / slot_sum[h] : T(0);
+                    for (int d = 0; d < in.value_dim; ++d) to[d] = slot_sum[h] == 0 ? T(0) : beta[d] / slot_sum[h];
                 }
             }
         }
@@ -93,11 +93,14 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
                                    ? Heads<T>::all(0)
                                    : load_heads(x.result.decay + i * in.heads, in.heads, g, T(0));
                 const Heads<T> norm = load_heads(x.saved.alpha + pair * in.heads, in.heads, g, T(0)) * T(LOG2_E);
-                const Weights<T> w = prepare(layout, pair, t.decay * T(LOG2_E), norm, Heads<T>::all(0), log2_tol);
-                w.slot_factor(Heads<T>::all(0)).store(slot);
-                Heads<T>::all(0).store(slot_p);
-                Heads<T>::all(0).store(slot_ds);
-                for (int m = 0; m < HEADS * padded; ++m) c[m] = 0;
+                const Heads<T> zero = Heads<T>::all(0);
+                const Weights<T> w = prepare(layout, pair, t.decay * T(LOG2_E), norm * T(-1), log2_tol);
+                w.slot_factor(zero).store(slot);
+                zero.store(slot_p);
+                zero.store(slot_ds);
+                T shown[HEADS];  // zero, or NaN that every basis function has to show
+                (norm * T(0)).store(shown);
+                for (int m = 0; m < HEADS * padded; ++m) c[m] = shown[m / padded];
                 transpose_segment(layout, in.window, w, t, basis);
                 store_heads(t.grad_decay, in.heads, g, x.result.decay + i * in.heads);
                 for (int h = 0; h < real; ++h)

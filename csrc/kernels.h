@@ -68,10 +68,10 @@ template <class T>
 struct ReciprocalRows {
     const ReciprocalInputs<T>& in;
     const ReciprocalCrystal<T>* crystals;
-    const int64_t* crystal;                     // (N)
-    const int64_t* first_pair = nullptr;        // (N), of the sums alone: where a row's pairs begin
-    T* y = nullptr;                             // forward only
-    const T *grad = nullptr, *saved = nullptr;  // backward only: of y, and y
+    const int64_t* crystal;               // (N)
+    const int64_t* first_pair = nullptr;  // (N), of the sums alone: where a row's pairs begin
+    T* y = nullptr;                       // forward only
+    const T* grad = nullptr;              // backward only: of y
     ReciprocalGrads<T> result = {};
     // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.
     int64_t first_row = 0, last_row = 0;
@@ -89,6 +89,7 @@ struct Kernels {
     void (*attention_backward_rows)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_columns)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
     void (*attention_backward_finish)(const AttentionRows<T>&, int64_t first, int64_t last, T* scratch);
+    void (*pass_on_nan)(const T* x, const int64_t* ptr, int64_t first, int64_t last, int width, T* y);
     void (*sum_outer_products)(const T* g, const T* c, int64_t atoms, int heads, int values, int num, int64_t first,
                                int64_t last, T* result);
     void (*encoding_rows)(const EncodingRows<T>&, int64_t first, int64_t last, T* scratch);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -44,8 +45,11 @@ void sort_by_distance(std::vector<Image>& images, std::vector<Image>& sorted, st
     const size_t count = images.size();
     double longest = 0;
     for (const Image& x : images) longest = std::max(longest, x.d);
-    const double scale = longest > 0 ? double(count) / (longest * longest * longest) : 0;
-    const auto bucket = [&](const Image& x) { return std::min(count, size_t(x.d * x.d * x.d * scale)); };
+    const double inverse = 1 / longest;
+    const auto bucket = [&](const Image& x) {
+        const double part = x.d * inverse;  // 0/0 or infinite over infinite: all of those in the last bucket
+        return part < 1 ? size_t(part * part * part * double(count)) : count;
+    };
     start.assign(count + 2, 0);
     for (const Image& x : images) ++start[bucket(x) + 1];
     for (size_t b = 0; b <= count; ++b) start[b + 1] += start[b];
@@ -65,6 +69,7 @@ class Builder {
     void segment(int64_t segment, int64_t first, int64_t last, int64_t i, const double* cell, int64_t pair) {
         found_.clear();
         int32_t slot = -1, seen = -1;
+        bool numbers = true;
         if (first == last) layout_.pair_near2[pair] = 0;  // a pair with no images: nothing reads it
         for (int64_t e = first; e < last; ++e) {
             const int32_t j = images_.col[e];
@@ -77,20 +82,28 @@ class Builder {
             if (j != seen) {
                 seen = j;
                 ++slot;
-                layout_.pair_near2[pair + slot] = T(d2);
             }
-            layout_.pair_near2[pair + slot] = std::min(layout_.pair_near2[pair + slot], T(d2));
+            numbers = numbers && !std::isnan(d2);
             found_.push_back({std::sqrt(d2), slot, e});
         }
-        sort_by_distance(found_, sorted_, start_);
-        pack(segment, first);
+        if (numbers) {
+            sort_by_distance(found_, sorted_, start_);
+        } else {  // one NaN makes every sum of the segment NaN, and distances of which some are NaN have no order
+            sorted_ = found_;
+            for (Image& x : sorted_) x.d = std::numeric_limits<double>::quiet_NaN();
+        }
+        pack(segment, first, pair);
     }
 
   private:
-    void pack(int64_t segment, int64_t first) {
+    // Whether an image at distance d is in the shell that begins at `begin`. The shell's distance stands for d in the
+    // direction r/d of a force, so near d = 0 the spread is relative.
+    bool same_shell(double begin, double d) const { return d <= begin + spread_ * std::min(1.0, begin); }
+
+    void pack(int64_t segment, int64_t first, int64_t pair) {
         start_.clear();  // of each shell, the nearest first, and where the last one ends
         for (size_t x = 0; x < sorted_.size(); ++x)
-            if (!x || sorted_[x].d > sorted_[size_t(start_.back())].d + spread_) start_.push_back(int32_t(x));
+            if (!x || !same_shell(sorted_[size_t(start_.back())].d, sorted_[x].d)) start_.push_back(int32_t(x));
         start_.push_back(int32_t(sorted_.size()));
         int64_t shell = first, member = first;
         for (size_t nearer = start_.size() - 1; nearer-- > 0; ++shell) {
@@ -98,8 +111,8 @@ class Builder {
             double d = 0;
             for (size_t x = begin; x < end; ++x) d += sorted_[x].d;
             d /= double(end - begin);
-            const double t = d / window_.spacing;
-            const int bin = std::min(window_.bins, int(t / window_.step));
+            const double t = d / window_.spacing, place = t / window_.step;
+            const int bin = place < window_.bins ? int(place) : window_.bins;
             layout_.d2[shell] = T(d * d);
             layout_.offset[shell] = T(t - bin * window_.step);
             layout_.bin[shell] = bin;
@@ -112,6 +125,7 @@ class Builder {
                     continue;
                 }
                 layout_.slot[member] = sorted_[x].slot;
+                layout_.pair_near2[pair + sorted_[x].slot] = layout_.d2[shell];  // nearer shells come later
                 layout_.shell[member] = int32_t(shell - first);
                 layout_.count[member] = T(1);
                 if (layout_.entry) layout_.entry[member] = sorted_[x].entry;

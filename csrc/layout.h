@@ -45,7 +45,7 @@ struct Layout {
     int64_t* pair_ptr;     // (N+1) the pairs of each atom
     int32_t* pair_col;     // (pairs) the other atom
     int32_t* pair_mirror;  // (pairs) the place of (j, i)
-    T* pair_near2;         // (pairs) squared distance of the nearest image
+    T* pair_near2;         // (pairs) d2 of the nearest shell with an image of the pair
     int64_t* entry_ptr;    // (segments+1)
     int64_t* shell_end;    // (segments)
     T* d2;                 // (shells) squared distance

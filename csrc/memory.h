@@ -4,13 +4,27 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <string>
 
 namespace crystalformer {
+
+// In Python it is a MemoryError.
+class NoMemory : public std::bad_alloc {
+  public:
+    explicit NoMemory(const std::string& what) : what_("the CPU kernels have not enough memory for " + what) {}
+    const char* what() const noexcept override { return what_.c_str(); }
+
+  private:
+    std::string what_;
+};
 
 template <class T>
 class Buffer {
   public:
-    explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), ALIGNMENT))) {}
+    explicit Buffer(int64_t size) try : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), ALIGNMENT))) {
+    } catch (const std::bad_alloc&) {
+        throw NoMemory(std::to_string(size_t(size) * sizeof(T)) + " bytes");
+    }
     T* data() { return data_.get(); }
     const T* data() const { return data_.get(); }
 

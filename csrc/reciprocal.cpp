@@ -100,7 +100,7 @@ class Crystals {
                 for (int k = 0; k < 3; ++k) along += x.g[3 * m + k] * x.basis[3 * k + a];
                 sum += along * along;
             }
-            if (by_vector || std::abs(sum - begun) > SAME * sum) {
+            if (by_vector || !(std::abs(sum - begun) <= SAME * sum)) {
                 begun = sum;
                 length2[x.shells++] = T(sum);
             }
@@ -198,7 +198,7 @@ void reciprocal(const ReciprocalInputs<T>& in, T* y, const Threads& threads) {
 }
 
 template <class T>
-void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* y, const ReciprocalGrads<T>& result,
+void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const ReciprocalGrads<T>& result,
                          const Threads& threads) {
     const Crystals<T> crystals(in, true, result.positions, threads);
     std::fill(result.k, result.k + in.atoms * in.heads * in.dim, T(0));
@@ -208,7 +208,6 @@ void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* 
         .crystals = crystals.all.data(),
         .crystal = crystals.crystal.data(),
         .grad = grad,
-        .saved = y,
         .result = result,
         .scratch = crystals.scratch,
     };
@@ -247,12 +246,12 @@ void reciprocal_sum_backward(const T* grad, const ReciprocalInputs<T>& in, const
                        kernels<T>().reciprocal_sum_backward_columns, threads);
 }
 
-#define INSTANTIATE(T)                                                                                           \
-    template void reciprocal(const ReciprocalInputs<T>&, T*, const Threads&);                                    \
-    template void reciprocal_backward(const T*, const ReciprocalInputs<T>&, const T*, const ReciprocalGrads<T>&, \
-                                      const Threads&);                                                           \
-    template void reciprocal_sum(const ReciprocalInputs<T>&, T*, const Threads&);                                \
-    template void reciprocal_sum_backward(const T*, const ReciprocalInputs<T>&, const ReciprocalGrads<T>&,       \
+#define INSTANTIATE(T)                                                                                     \
+    template void reciprocal(const ReciprocalInputs<T>&, T*, const Threads&);                              \
+    template void reciprocal_backward(const T*, const ReciprocalInputs<T>&, const ReciprocalGrads<T>&,     \
+                                      const Threads&);                                                     \
+    template void reciprocal_sum(const ReciprocalInputs<T>&, T*, const Threads&);                          \
+    template void reciprocal_sum_backward(const T*, const ReciprocalInputs<T>&, const ReciprocalGrads<T>&, \
                                           const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -26,7 +26,7 @@ template <class T>
 void reciprocal(const ReciprocalInputs<T>& in, T* y, const Threads& threads);
 
 template <class T>
-void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const T* y, const ReciprocalGrads<T>& result,
+void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const ReciprocalGrads<T>& result,
                          const Threads& threads);
 
 // The sums S alone, total (P,H), of decay, positions and lattice; q, k, v are null and have no dimensions.

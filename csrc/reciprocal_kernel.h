@@ -17,7 +17,7 @@ using Atoms = Pack<T, 8>;
 template <class T>
 INLINE void multiples(const double* cosine, const double* sine, int most, T* result) {
     double c[8], s[8];
-    for (int a = 0; a < 8; ++a) c[a] = 1, s[a] = 0;
+    for (int a = 0; a < 8; ++a) c[a] = 1 + 0 * cosine[a], s[a] = 0;  // NaN shows in G = 0, too
     for (int m = 0; m <= most; ++m) {
         for (int a = 0; a < 8; ++a) {
             result[16 * m + a] = T(c[a]);
@@ -157,8 +157,8 @@ INLINE void softmax_columns(const ReciprocalInputs<T>& in, const ReciprocalCryst
         weight.store(p + j);
         whole += weight;
     }
-    const T inverse = T(1) / whole.sum();
-    for (int64_t j = 0; j < x.columns(); j += 8) (Atoms<T>::load(p + j) * inverse).store(p + j);
+    const T total = whole.sum();  // divided by, so that one atom alone has exactly all of it
+    for (int64_t j = 0; j < x.columns(); j += 8) (Atoms<T>::load(p + j) / total).store(p + j);
 }
 
 // Equation (13).
@@ -311,7 +311,7 @@ void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t
                       const T* grad = x.grad + head * in.value_dim;
                       softmax_columns(in, crystal, i, h, sum, p);
                       dot_columns(grad, crystal.v, crystal.tiles, in.heads, h, in.value_dim, gamma);
-                      const T delta = dot_flat(grad, x.saved + head * in.value_dim, in.value_dim);
+                      const T delta = dot_flat(p, gamma, columns);  // grad·y, so that gamma - delta cancels exactly
                       for (int64_t j = 0; j < columns; ++j) {
                           const T d = p[j] * (gamma[j] - delta);
                           ds[j] = d * scale;

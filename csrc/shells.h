@@ -24,7 +24,15 @@ constexpr T LOWEST = sizeof(T) == 4 ? -45 : -400;
 template <class T>
 constexpr T FACTORS_SAFE = sizeof(T) == 4 ? 24 : 200;
 
-// How the weights of one segment are made of its scores, and which shells matter.
+// Whether a shell is summed, and with it the slots whose nearest shell it is: the one comparison that decides both. A
+// NaN on either side is summed, so that it shows.
+template <class T>
+INLINE bool within(T d2, T reach2) {
+    return !(d2 > reach2);
+}
+
+// How the weights of one segment are made of its scores, and which shells matter. Scores are in base 2 and relative to
+// the segment's largest one, so that their differences are exact however large they are.
 template <class T>
 struct Weights {
     Heads<T> decay;                    // in base 2
@@ -32,10 +40,7 @@ struct Weights {
     bool wide;
     int64_t begin;       // the segment's first shell
     int64_t first, end;  // those that matter: its last, far shells come first
-    T reach2;            // the largest squared distance that matters, of shells and nearest images of slots
-
-    // The largest distance of a slot's nearest image: a shell's distance is a mean, hence a little more.
-    static T slot_reach2(T reach2) { return reach2 * T(1.0001); }
+    T reach2;            // the largest squared distance that matters
 
     // The factor of a slot, or its exponent when wide.
     INLINE Heads<T> slot_factor(Heads<T> score) const {
@@ -43,26 +48,25 @@ struct Weights {
     }
 };
 
-// For scores of at most `largest`, in base 2. The shells left out hold less than the fraction `tol` of the weight,
-// since each image beyond d has less than 2^(largest - a d^2 - norm) of it.
+// `above`: the largest score over the norm. The shells left out hold less than the fraction `tol` of the weight, since
+// each image beyond d has less than 2^(above - a d^2) of it. `shown`: zero, or NaN where every shell has to show it.
 template <class T>
-INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, Heads<T> decay, Heads<T> norm, Heads<T> largest,
-                          T log2_tol) {
+INLINE Weights<T> prepare(const Layout<T>& layout, int64_t segment, Heads<T> decay, Heads<T> above, T log2_tol,
+                          Heads<T> shown = Heads<T>::all(0)) {
     Weights<T> w;
     w.decay = decay;
     w.begin = layout.entry_ptr[segment];
     w.end = layout.shell_end[segment];
-    const Heads<T> above = largest - norm;
-    w.wide = above.largest() > FACTORS_SAFE<T>;
-    w.shell_shift = w.wide ? Heads<T>::all(0) : above * T(0.5);
-    w.slot_shift = w.wide ? norm * T(-1) : above * T(0.5) - largest;
+    w.wide = !(largest(above) <= FACTORS_SAFE<T>);
+    w.slot_shift = w.wide ? above : above * T(0.5);
+    w.shell_shift = w.wide ? Heads<T>::all(0) : w.slot_shift;
     const int64_t images = layout.entry_ptr[segment + 1] - w.begin;
     const T log2_images = T(64 - __builtin_clzll(uint64_t(images) | 1));
-    w.reach2 = ((above + (log2_images - log2_tol)) / decay).largest();
+    w.reach2 = largest((above + (log2_images - log2_tol)) / decay + shown);
     int64_t low = w.begin, high = w.end;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
-        if (layout.d2[middle] <= w.reach2)
+        if (within(layout.d2[middle], w.reach2))
             high = middle;
         else
             low = middle + 1;
@@ -139,6 +143,20 @@ void sum_shells(const Layout<T>& layout, const Window& window, const Weights<T>&
         for (int e = 0; e < block.shells; ++e) basis_window(window, layout.offset[s + e], basis + e * window.size);
         add_products(window, block.shells, block.total, basis, c + block.bin * window.step);
     }
+}
+
+// The sum of p over all images.
+template <class T, bool WIDE>
+Heads<T> sum_members(const Layout<T>& layout, const Weights<T>& w, const T* slots) {
+    Heads<T> sum = Heads<T>::all(0);
+    Block<T> block;
+    for (int64_t s = w.first; s < w.end; s += block.shells) {
+        block.take(layout, w, s);
+        for (int64_t m = block.member; m < block.member_end; ++m)
+            sum +=
+                block.template weight<WIDE>(layout, m, layout.shell[m] - (s - w.begin), slots + HEADS * layout.slot[m]);
+    }
+    return sum;
 }
 
 // What the transposed sums read and write.
@@ -233,6 +251,11 @@ template <class T>
 INLINE void sum_segment(const Layout<T>& layout, const Window& window, const Weights<T>& w, const T* slots, T* slot_sum,
                         T* c, T* basis) {
     (w.wide ? sum_shells<T, true> : sum_shells<T, false>)(layout, window, w, slots, slot_sum, c, basis);
+}
+
+template <class T>
+INLINE Heads<T> sum_weights(const Layout<T>& layout, const Weights<T>& w, const T* slots) {
+    return (w.wide ? sum_members<T, true> : sum_members<T, false>)(layout, w, slots);
 }
 
 template <class T>

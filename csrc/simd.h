@@ -65,11 +65,6 @@ struct Pack {
         total = lanes[0];
         return total;
     }
-    INLINE T largest() const {
-        T m = part[0][0];
-        for (int i = 0; i < N; ++i) m = part[i / LANES][i % LANES] > m ? part[i / LANES][i % LANES] : m;
-        return m;
-    }
 };
 
 #define PACK_OPERATOR(op)                                                               \
@@ -93,9 +88,13 @@ PACK_OPERATOR(*)
 PACK_OPERATOR(/)
 #undef PACK_OPERATOR
 
+// NaN where one of the two is.
 template <class T, int N>
 INLINE Pack<T, N> max(Pack<T, N> a, Pack<T, N> b) {
-    for (int i = 0; i < Pack<T, N>::PARTS; ++i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+    for (int i = 0; i < Pack<T, N>::PARTS; ++i) {
+        const auto larger = a.part[i] > b.part[i] ? a.part[i] : b.part[i];  // b where one is NaN
+        a.part[i] = a.part[i] == a.part[i] ? larger : a.part[i];
+    }
     return a;
 }
 
@@ -105,17 +104,30 @@ INLINE auto lanes(Vector x, std::integer_sequence<int, lane...>) {
     return __builtin_shufflevector(x, x, (from + lane)...);
 }
 
+// One half: which = 0 or 1.
+template <int which, class T, int N>
+INLINE Pack<T, N / 2> half(Pack<T, N> x) {
+    Pack<T, N / 2> r;
+    if constexpr (Pack<T, N>::PARTS > 1)
+        for (int i = 0; i < r.PARTS; ++i) r.part[i] = x.part[i + which * r.PARTS];
+    else
+        r.part[0] = lanes<which * N / 2>(x.part[0], std::make_integer_sequence<int, N / 2>());
+    return r;
+}
+
 // The sum of the two halves.
 template <class T, int N>
 INLINE Pack<T, N / 2> fold(Pack<T, N> x) {
-    Pack<T, N / 2> r;
-    if constexpr (Pack<T, N>::PARTS > 1) {
-        for (int i = 0; i < r.PARTS; ++i) r.part[i] = x.part[i] + x.part[i + r.PARTS];
-    } else {
-        using Lanes = std::make_integer_sequence<int, N / 2>;
-        r.part[0] = lanes<0>(x.part[0], Lanes()) + lanes<N / 2>(x.part[0], Lanes());
-    }
-    return r;
+    return half<0>(x) + half<1>(x);
+}
+
+// The largest number; NaN if one of them is.
+template <class T, int N>
+INLINE T largest(Pack<T, N> x) {
+    if constexpr (N == 1)
+        return x.part[0][0];
+    else
+        return largest(max(half<0>(x), half<1>(x)));
 }
 
 // a0 b0 a1 b1 ... of the lower halves of two registers (from = 0) or the upper ones (from = LANES / 2).
@@ -142,7 +154,8 @@ INLINE void transpose(Pack<T, N> (&rows)[N]) {
     }
 }
 
-// 2^x, and exactly 0 for x <= lowest: products of what is left stay clear of denormal numbers, which are slow.
+// 2^x, NaN for NaN, and exactly 0 for x <= lowest: products of what is left stay clear of denormal numbers, which are
+// slow.
 template <class T, int N>
 INLINE Pack<T, N> exp2_above(Pack<T, N> x, T lowest) {
     using P = Pack<T, N>;
@@ -173,7 +186,7 @@ INLINE Pack<T, N> exp2_above(Pack<T, N> x, T lowest) {
         }
         p = p * f + T(1);
         const typename P::Bits scaled = (typename P::Bits)p + ((typename P::Bits)rounded << Float<T>::MANTISSA);
-        x.part[i] = v > lowest ? (typename P::Vector)scaled : typename P::Vector{};
+        x.part[i] = v <= lowest ? typename P::Vector{} : (typename P::Vector)scaled;
     }
     return x;
 }

@@ -16,13 +16,13 @@ struct Threads {
     // Throws if the work is to be given up. To be called now and then, on any thread; it costs a look at a clock.
     std::function<void()> poll = [] {};
 
-    // Calls work(first, last) for chunks of 0..count, in any order on any thread: each item's result must depend on
-    // the item alone. `make` is called once on each thread and returns its `work`. What any of them throws ends them
-    // all, and is thrown on.
+    // Calls work(first, last) for chunks of 0..count, each some times `chunk` long, in any order on any thread: each
+    // item's result must depend on the item alone. `make` is called once on each thread and returns its `work`. What
+    // any of them throws ends them all, and is thrown on.
     template <class Make>
     void for_chunks(int64_t count, int64_t chunk, const Make& make) const {
         const bool alone = number == 1 || count <= chunk;
-        if (alone) chunk *= count / chunk / PIECES + 1;
+        chunk *= count / chunk / MOST_CHUNKS + 1;
         std::atomic<int64_t> next{0};
         const auto work_off = [&] {
             int64_t first = next.fetch_add(chunk);
@@ -48,7 +48,7 @@ struct Threads {
     }
 
   private:
-    static constexpr int64_t PIECES = 256;  // of the work of one thread, which looks up between them
+    static constexpr int64_t MOST_CHUNKS = 1024;  // more would share the work out no better
 };
 
 }  // namespace crystalformer

@@ -141,6 +141,7 @@ def test_presets_and_print_config(capsys, tmp_path):
         config = printed("--preset", preset)
         assert (config["epochs"], config["batch_size"], config["average_epochs"]) == (epochs, batch_size, 50)
         assert (config["lr"], config["betas"], config["weight_decay"]) == (5e-4, [0.9, 0.98], 1e-5)
+        assert config["bias_decay"] == 0.01  # as in the paper's code
     assert printed("--epochs", "7", "--preset=jarvis")["epochs"] == 7
     file = tmp_path / "config.yaml"
     file.write_text("preset: jarvis-mbj\nbatch_size: 3\ntarget: energy\nmodel: {domain: multihead, r0: 0.9}\n")

@@ -108,6 +108,20 @@ def test_scores_that_differ_by_more_than_the_exponent_range(op, dtype, scale):
         assert relative_error(one, ideal) < 2 * relative_error(reference, ideal) + torch.finfo(dtype).eps * 1e4
 
 
+@pytest.mark.parametrize("op", ["attention", "reciprocal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e6, 1e19, 1e30])
+def test_scores_of_any_size(op, dtype, scale):
+    """One atom has all of a row, its images share it by their distances, and the weights add up to one."""
+    x = exact(make(MIXED, (3, 8, 4, 8))).to(dtype)
+    best = gradients(x.to(torch.float64), op, "reference", scale=scale)
+    for backend in ("cpu", "reference"):
+        for one, ideal in zip(gradients(x, op, backend, scale=scale), best, strict=True):
+            bound = 100 * torch.finfo(dtype).eps * float(ideal.abs().max())  # 0 where a score has no gradient
+            torch.testing.assert_close(one.double(), ideal, rtol=0.0, atol=bound)
+            assert op == "reciprocal" or bound > 0
+
+
 @pytest.mark.parametrize("decay", [1e-2, 50.0, 1e6])
 def test_decays_far_from_what_the_list_is_for(decay):
     x = exact(make(MIXED, (3, 4, 4, 8)))

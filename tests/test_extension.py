@@ -70,8 +70,8 @@ def test_the_backend_in_one_line(monkeypatch):
     describe = backends.describe_backend
     threads = backends.count(torch.get_num_threads(), "thread")
     assert describe(torch.device("cpu")) == f"attention by the backend 'cpu' on cpu, {threads}"
-    assert describe(torch.device("cuda")).endswith("slower than kernels, for no CUDA device is there")
-    assert describe(torch.device("mps")).endswith("slower than kernels, for there are no kernels for it")
+    assert describe(torch.device("cuda")).endswith("slower than kernels, because no CUDA device is there")
+    assert describe(torch.device("mps")).endswith("slower than kernels, because there are no kernels for it")
     monkeypatch.setattr(backends, "_TRITON", True)
     monkeypatch.setattr(backends, "_device_type", lambda backend: {"triton": "cuda"}.get(backend, backend))
     assert describe(torch.device("cuda")) == "attention by the backend 'triton' on cuda"

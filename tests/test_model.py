@@ -128,6 +128,23 @@ def test_rescale():
         cf.Crystalformer(dataclasses.replace(SMALL, num_targets=2)).rescale_(mean[:1], deviation[:1])
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target_units": "eV"}, "target_units must be a sequence, not 'eV'"),
+        ({"target_units": (1,)}, "target_names and target_units must be strings, not 1"),
+        ({"target_units": ("eV", "K")}, "target_units must be 1, as num_targets, not eV, K"),
+        ({"target_mean": (0.0,)}, "target_mean and target_deviation must both be given, or none of them"),
+        ({"target_mean": (float("nan"),), "target_deviation": (1.0,)}, "target_mean must be .* not nan"),
+        ({"elements": (0,)}, "elements must be an integer, at least 1, not 0"),
+        ({"elements": (99,)}, "elements must be atomic numbers from 1 to 98, not 99"),
+    ],
+)
+def test_what_a_training_fills_in_is_checked(values, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        dataclasses.replace(SMALL, **values)
+
+
 def test_units_are_kept_to_the_last_digit(tmp_path):
     pytest.importorskip("safetensors", reason="models are kept in safetensors files")
     model, x = cf.Crystalformer(SMALL), batch()

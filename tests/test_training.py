@@ -1,5 +1,6 @@
 """The recipe: schedule, weight decay, standardisation, averaging, progress, and the same bits from the same seed."""
 
+import dataclasses
 import math
 
 import pytest
@@ -200,7 +201,28 @@ def test_progress_prints_lines_where_there_is_no_terminal(data, capsys):
     assert err == ""
 
 
+def test_a_validation_that_is_not_finite_ends_the_training(data):
+    far = CrystalDataset(data.crystals, data.targets + 1e300, Crystalformer(SMALL))
+    with pytest.raises(FloatingPointError, match="the validation loss of epoch 1 is not finite: lower lr"):
+        fit(new_task(data), data.loader(8, 0), far.loader(8), epochs=2)
+
+
+def test_a_trained_model_knows_its_elements(data):
+    task = new_task(data)
+    fit(task, data.loader(8, 0), data.loader(8), epochs=1)
+    expected = sorted({int(z) for crystal in data.crystals for z in crystal.species})
+    assert task.model.config.elements == data.elements == tuple(expected)
+    mixed = dataclasses.replace(data.crystals[0], species=torch.zeros(len(data.crystals[0].species), 98))
+    mixed.species[:, [7, 25]] = 0.5
+    assert CrystalDataset([mixed], data.targets[:1], task.model).elements == (8, 26)
+    assert task.finish(elements=(1,)).config.elements == (1, *expected)
+    unknown = Crystalformer(SMALL).rescale_(torch.zeros(2), torch.ones(2))  # trained before, by what did not say
+    assert Regression(unknown, *standardisation(data.targets), names=NAMES).finish(data.elements).config.elements == ()
+
+
 def test_wrong_arguments(data):
+    with pytest.raises(ValueError, match=r"targets must be finite, but targets\[3, 1\] is nan"):
+        CrystalDataset(data.crystals[:5], torch.tensor([[0.0, 0.0]] * 3 + [[0.0, math.nan]] * 2), Crystalformer(SMALL))
     model = Crystalformer(SMALL)
     with pytest.raises(ValueError, match=r"targets must be \(1, T\), as crystals, not \(2, 1\)"):
         CrystalDataset([ionic_crystals(1)[0].structure], torch.zeros(2, 1), model)

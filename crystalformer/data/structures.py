@@ -6,14 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..checks import FLATTEST
+from ..elements import NUM_ELEMENTS
 
-# Hydrogen to californium, as in the paper's code.
-NUM_ELEMENTS = 98
-_ELEMENTS = """
-    H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb Mo
-    Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl
-    Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf"""
-SYMBOLS = _ELEMENTS.split()
 # Shares of a site add up to 1 up to the digits of a file.
 MOST_OCCUPIED = 1.001
 # Å: fp32 has the coordinates of atoms within it to 0.001 Å.

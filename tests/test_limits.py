@@ -1,0 +1,302 @@
+"""What a list may cost: too many images are refused before they are looked for, 60,000 atoms are no trouble, and Ctrl-C
+ends a build."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from crystals import KINDS, import_or_skip, pack, random_crystal
+from image_lists import image_tuples, of_one
+from torch import Tensor
+
+import crystalformer as cf
+from crystalformer import images as images_module
+from crystalformer.data import ImageSettings, build_crystals
+from crystalformer.data import crystals as crystals_module
+from crystalformer.limits import Extent
+
+HAS_CPU = cf.available_backends()["cpu"] is True
+needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the compiled CPU kernels are not here")
+
+
+@pytest.fixture
+def builder(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The lists of each backend in turn."""
+    monkeypatch.setattr(images_module, "_backend", lambda device: backend)
+    return backend
+
+
+def cube(edge: float, positions: Any = ((0, 0, 0),)) -> tuple[Tensor, Tensor]:
+    return torch.tensor(positions, dtype=torch.float64), edge * torch.eye(3, dtype=torch.float64)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+TOO_MANY = (
+    r"images must number at most max_images=134217728, but there are about {}, most of them within {} Å of the atoms"
+)
+
+
+@pytest.mark.parametrize(
+    ("crystal", "options", "number", "radius"),
+    [
+        (cube(0.01), {}, r"3\.\d+e\+10", r"19\.\d+"),
+        (cube(0.001), {"every_pair": True}, r".*e\+1\d", r".*"),
+        (cube(1.0), {"decay_min": 1e-4}, r"1\.2\d+e\+09", r"66\d\.\d+"),
+        (cube(3.0), {"decay_min": 1e-320}, "inf", "inf"),
+        (cube(3.0), {"cutoff": 1000.0}, r"1\.55\d+e\+08", "1000"),
+        (cube(3.0), {"cutoff": 1e200}, "inf", "inf"),
+        (cube(3.0, np.zeros((50, 3))), {"cutoff": 200.0}, r"3\.1\d+e\+09", "200"),
+    ],
+)
+def test_too_many_images_are_refused_at_once(
+    crystal: tuple[Tensor, Tensor], options: dict[str, Any], number: str, radius: str, builder: str
+) -> None:
+    start = time.process_time()
+    with pytest.raises(
+        ValueError, match="^" + TOO_MANY.format(number, radius) + r" of lattice\[0\]: raise decay_min, tol"
+    ):
+        of_one(crystal, **options)
+    assert time.process_time() - start < 1.0
+
+
+def test_a_batch_names_its_largest_crystal(builder: str) -> None:
+    batch = pack([cube(3.0), cube(0.01), cube(5.0)])
+    with pytest.raises(ValueError, match=r"of the atoms of lattice\[1\]"):
+        cf.build_images(*batch)
+    with pytest.raises(
+        ValueError, match=r"^positions must be less than 2\^31 cells apart, but those of lattice\[1\] are"
+    ):
+        cf.build_images(*pack([cube(3.0), cube(3.0, [[0, 0, 0], [1e30, 0, 0]])]))
+
+
+@pytest.mark.parametrize("options", [{"cutoff": 6.0}, {"decay_min": 0.5}, {"decay_min": 0.5, "every_pair": True}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_max_images_bounds_the_list(kind: str, options: dict[str, Any], builder: str) -> None:
+    crystal = random_crystal(kind, 2, 5)
+    number = of_one(crystal, **options).num_images
+    assert of_one(crystal, **options, max_images=8 * number).num_images == number
+    with pytest.raises(ValueError, match=rf"^images must number at most max_images={number // 4}, but there are"):
+        of_one(crystal, **options, max_images=number // 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_estimate_is_near_the_number(kind: str) -> None:
+    """By less than a factor of two, of more atoms than one."""
+    for seed, radius in ((3, 5.0), (4, 9.0), (5, 14.0)):
+        geometry = pack([random_crystal(kind, seed, 8)])
+        expected = Extent.of(*geometry, torch.ones(1), 1e-6, 4.0, radius, every_pair=False, all_pairs=False)
+        images = cf.build_images(*geometry, cutoff=radius)
+        assert 0.5 < float(expected.images) / images.num_images < 2
+        farthest = int(images.shift.abs().max())
+        assert farthest <= float(expected.cells) < 2 * farthest + 2
+
+
+@needs_cpu
+def test_atoms_at_one_place_are_counted() -> None:
+    """The estimate takes them for spread over the cell."""
+    crowd = cube(100.0, np.zeros((300, 3)))
+    assert of_one(crowd, cutoff=1.0, max_images=90_000).num_images == 90_000
+    with pytest.raises(
+        ValueError, match=r"max_images=80000, but there are more within 1\.0001 Å of the atoms of lattice\[0"
+    ):
+        of_one(crowd, cutoff=1.0, max_images=80_000)
+
+
+@pytest.mark.parametrize("far", [1e7, -1e12])
+def test_shifts_are_exact_or_refused(far: float, builder: str) -> None:
+    near = image_tuples(of_one(cube(4.0, [[0, 0, 0], [1, 2, 0]]), cutoff=5.0))
+    moved = partial(of_one, cube(4.0, [[0, 0, 0], [1 + far, 2, 0]]), cutoff=5.0)
+    if abs(far) > 4 * 2**31:
+        with pytest.raises(
+            ValueError, match=r"^positions must be less than 2\^31 cells apart, but those of lattice\[0\]"
+        ):
+            moved()
+        return
+    cells = round(far / 4)
+    assert image_tuples(moved()) == [(i, j, n + cells * (i - j), *rest) for i, j, n, *rest in near]
+    assert of_one(cube(4.0, [[far**3, 0, 0]]), cutoff=5.0).num_images == 7  # it is where an atom is beside others
+
+
+@pytest.mark.parametrize("max_images", [0, 2**31, 2.5, True])
+def test_max_images_is_an_int32(max_images: Any) -> None:
+    with pytest.raises(ValueError, match=r"^max_images must be an integer, at least 1 and at most 2147483647, not "):
+        of_one(cube(3.0), max_images=max_images)
+    with pytest.raises(ValueError, match=r"^max_vectors must be an integer, at least 1 and at most 2147483647, not "):
+        cf.build_wave_vectors(*pack([cube(3.0)])[1:], max_vectors=max_images)
+
+
+@pytest.mark.parametrize(("edge", "decay_min"), [(3.0, 1e-6), (1e4, 1.21), (1e30, 1.21), (3.0, 1e-300)])
+def test_too_many_wave_vectors_are_refused(edge: float, decay_min: float) -> None:
+    positions, lattice, ptr = pack([cube(3.0), cube(edge)])
+    message = (
+        r"^wave vectors must number at most max_vectors=67108864 in all, .* but lattice\[\d\] has about .* Å\^-1: "
+    )
+    with pytest.raises(ValueError, match=message):
+        cf.build_wave_vectors(lattice, ptr, decay_min)
+    q = torch.ones(2, 1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        cf.reciprocal_attention(q, q, q, decay_min * q[:, 0], positions, lattice, ptr)
+
+
+def test_max_vectors_bounds_the_choice() -> None:
+    lattice, ptr = pack([random_crystal("skewed", 0, 2)])[1:]
+    number = cf.build_wave_vectors(lattice, ptr).num_vectors
+    assert cf.build_wave_vectors(lattice, ptr, max_vectors=8 * number).num_vectors == number
+    with pytest.raises(ValueError, match=rf"at most max_vectors={number}"):
+        cf.build_wave_vectors(lattice, ptr, max_vectors=number)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_that_no_float_holds(digits: int, sign: int) -> None:
+    with pytest.raises(ValueError, match=r"^decay_min must be larger than 0 and finite, not an integer of \d+ bits$"):
+        of_one(cube(3.0), decay_min=sign * 10**digits)
+
+
+# Datasets -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", ["real", "reciprocal"])
+def test_a_dataset_names_the_structure(domain: str) -> None:
+    core = import_or_skip("pymatgen.core", reason="structures are pymatgen's")
+    cells = [core.Structure(core.Lattice.cubic(a), ["Si"], [[0, 0, 0]]) for a in (3.0, 4.0, 0.01, 1e4)]
+    config = cf.CrystalformerConfig(num_blocks=1, model_dim=16, num_heads=2, ff_dim=16, domain=domain)
+    bad = {"real": 2, "reciprocal": 3}[domain]
+    with pytest.raises(ValueError, match=rf"^structures\[{bad}\]: (images|wave vectors) must number at most "):
+        build_crystals(cells, config)
+
+
+def test_what_is_too_much_together_is_built_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = import_or_skip("pymatgen.core", reason="structures are pymatgen's")
+    cells = [core.Structure(core.Lattice.cubic(a), ["Si"], [[0, 0, 0]]) for a in (3.0, 3.1, 3.2)]
+    together = build_crystals(cells, ImageSettings())
+    most = max(x.images.num_images for x in together if x.images is not None)
+    monkeypatch.setattr(crystals_module, "build_images", partial(cf.build_images, max_images=2 * most))
+    for x, y in zip(together, build_crystals(cells, ImageSettings()), strict=True):
+        assert x.images is not None
+        assert y.images is not None
+        assert torch.equal(x.images.shift, y.images.shift)
+
+
+# Large cells ----------------------------------------------------------------------------------------------------------
+
+
+def stretched(kind: str, atoms: int) -> tuple[Tensor, Tensor]:
+    """A crystal of many atoms; a needle or a plate for the kinds of that name, but of a volume that they fill."""
+    positions, lattice = random_crystal("cubic" if kind in ("needle", "plate") else kind, 3, atoms)
+    stretch = torch.tensor({"needle": [0.3, 0.3, 11.0], "plate": [3.0, 3.0, 0.1]}.get(kind, [1.0, 1.0, 1.0]))
+    fractions, lattice = positions @ torch.linalg.inv(lattice), lattice * stretch[:, None]
+    return fractions @ lattice, lattice
+
+
+@needs_cpu
+@pytest.mark.parametrize("options", [{"cutoff": 1.5}, {"decay_min": 6.0, "tol": 1e-3, "logit_range": 0.0}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_cut_into_bins_have_the_same_images(
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crystal = stretched(kind, 300)
+    compiled = of_one(crystal, **options)
+    monkeypatch.setattr(images_module, "_backend", lambda device: "reference")
+    plain = of_one(crystal, **options)
+    assert image_tuples(compiled) == image_tuples(plain)
+    assert compiled.num_images > 300
+
+
+@needs_cpu
+def test_the_atoms_of_a_large_cell_cost_what_they_cost_in_a_small_one() -> None:
+    """Each as good as alone: with the square of their number it would be half a minute."""
+    edge = 60
+    grid = torch.cartesian_prod(*[torch.arange(edge, dtype=torch.float32)] * 3)
+    grid = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
+    batch = pack([(grid, edge * torch.eye(3))])
+    start = time.process_time()
+    images = cf.build_images(*batch, cutoff=1.0)
+    q = torch.ones(len(grid), 1, 1, requires_grad=True)
+    cf.periodic_attention(q, q, q, q[:, 0], *batch[:2], images).sum().backward()
+    assert images.num_images == 7 * len(grid)
+    assert time.process_time() - start < 6.0
+    assert q.grad is not None
+
+
+# Interrupts and memory ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """Ctrl-C after a third of a second, which ends what is here within one second more."""
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    start = time.perf_counter()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        timer.cancel()
+    assert 0.2 < time.perf_counter() - start < 1.3
+
+
+def long_build() -> None:
+    of_one((60 * torch.rand(4000, 3), 60 * torch.eye(3)), decay_min=1.0, every_pair=True)
+
+
+def long_build_of_one_row() -> None:
+    of_one(cube(0.1), cutoff=24.0)
+
+
+def long_attention() -> None:
+    crystal = 20 * torch.rand(1000, 3), 20 * torch.eye(3)
+    q, weight = torch.ones(1000, 160, 16), torch.ones(160, 16, 64)
+    images = of_one(crystal, cutoff=8.0)
+    cf.periodic_attention(q, q, q, q[:, :, 0], *pack([crystal])[:2], images, weight, cf.RadialBasis(width=30.0))
+
+
+@needs_cpu
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("work", [long_build, long_build_of_one_row, long_attention])
+def test_ctrl_c_ends_it_within_a_second(work: Callable[[], None], threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with interrupted():
+            work()
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_cpu
+def test_memory_that_is_not_there_is_an_error_of_python() -> None:
+    """Of whichever thread; the process goes on."""
+    pytest.importorskip("resource", reason="memory is limited with the resource module")
+    program = """
+import resource, torch, crystalformer as cf
+torch.set_num_threads(2)
+positions, lattice, ptr = 50 * torch.rand(4000, 3), 50 * torch.eye(3)[None], torch.tensor([0, 4000])
+cf.build_images(positions, lattice, ptr, cutoff=2.0)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+try:
+    cf.build_images(positions, lattice, ptr, cutoff=20.0)
+except MemoryError as error:
+    print(error)
+print(cf.build_images(positions, lattice, ptr, cutoff=2.0).num_atoms)
+"""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("how much memory is used is read from /proc")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    message = "the CPU kernels have not enough memory for the images: a smaller max_images refuses them before they are"
+    assert done.stdout.startswith(message)
+    assert done.stdout.endswith("\n4000\n")
