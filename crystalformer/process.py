@@ -5,8 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from multiprocessing import parent_process
-from pathlib import Path
 from typing import Any
 
 PROG = "crystalformer"
@@ -25,7 +23,9 @@ def _leave_while_importing() -> None:
     name = getattr(sys, "argv", [""])[0]
     if name == "-m":  # what it is called while Python looks for the module to run
         name = sys.orig_argv[sys.orig_argv.index("-m") + 1]
-    if Path(name).stem == PROG and parent_process() is None and _by_default():
+    # Of what multiprocessing has started the parent takes care; imported here it would take time, without this.
+    parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", lambda: None)()
+    if os.path.splitext(os.path.basename(name))[0] == PROG and parent is None and _by_default():
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, leave)
 

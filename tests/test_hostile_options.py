@@ -1,0 +1,191 @@
+"""Options and surroundings that nobody means: one line, an exit code, no traceback, nothing left behind."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from crystal_files import cif, pair
+from test_cli import SIZES, refused
+
+import crystalformer
+from crystalformer import cli
+from crystalformer.process import uninterrupted
+from crystalformer.training.machine import check_machine
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[str, str]:
+    """The folder of a model that has not been trained, and a CIF."""
+    folder = tmp_path_factory.mktemp("hostile")
+    sizes = {name: float(x) if name in ("r0", "tol") else int(x) for name, x in (x.split("=") for x in SIZES.split())}
+    sizes |= {name: (sizes[name],) for name in ("r0", "readout_dims")}
+    crystalformer.Crystalformer(crystalformer.CrystalformerConfig(**sizes)).save_pretrained(folder / "model")
+    (folder / "a.cif").write_text(cif(pair()[0]))
+    return str(folder / "model"), str(folder / "a.cif")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No cluster, no GPU, two cores."""
+    for name in ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("crystalformer.training.machine._cores", lambda: 2)
+
+
+def test_wrong_options_are_refused_in_one_line(alone, model, capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    configs = {
+        "deep": "a: " + "[" * 5000,
+        "bomb": "a: &a [x, x]\nb: &b [*a, *a]\ntarget: *b\n",
+        "odd": "model: 3\ntarget: {a: b}\n",
+        "list": "[1]",
+        "bytes": "\0",
+        "long": "x" * (1 << 21),
+    }
+    for name, text in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    train = ("train", "--data", model[1], "--target", "energy", "--out", tmp_path / "out")
+    predict = ("predict", *model)
+    for arguments, text in (
+        ((*train, "--devices", "-1"), "devices must be an integer, at least 1, not -1"),
+        ((*train, "--devices", "500"), "devices must be at most 2, the cores of this machine, not 500"),
+        ((*train, "--nodes", "0"), "nodes must be an integer, at least 1, not 0"),
+        ((*train, "--nodes", "2"), "nodes must be 1, not 2, where nothing says how to find the others"),
+        ((*train, "--accelerator", "mps"), "torch finds no GPU of Apple"),
+        ((*train, "--seed", 10**22), "seed must be an integer, at least 0 and at most"),
+        ((*train, "--workers", 10**6), "workers must be an integer, at least 0 and at most 1024, not 1000000"),
+        ((*train, "--loaders", 10**6), "loaders must be an integer, at least 0 and at most 1024, not 1000000"),
+        ((*train, "--config"), "argument --config: expected one argument"),
+        ((*train, "--preset"), "argument --preset: expected one argument"),
+        ((*train, "--resume=yes"), "argument --resume: ignored explicit argument 'yes'"),
+        ((*train, "--config", tmp_path / "deep.yaml"), "deep.yaml: nested deeper than 8"),
+        ((*train, "--config", tmp_path / "bomb.yaml"), "bomb.yaml: it has an alias (*)"),
+        ((*train, "--config", tmp_path / "odd.yaml"), "see crystalformer train --help"),
+        ((*train, "--config", tmp_path / "list.yaml"), "list.yaml: it has no names of options"),
+        ((*train, "--config", tmp_path / "bytes.yaml"), "bytes.yaml: not a text in UTF-8"),
+        ((*train, "--config", tmp_path / "long.yaml"), "long.yaml: longer than"),
+        ((*train, "--config", tmp_path / "pipe"), "pipe: must be a file, not a pipe"),
+        ((*predict, "--config", tmp_path), "must be a file, not a folder"),
+        ((*predict, tmp_path / "pipe"), "must be a file, not a pipe"),
+        ((*predict, "/dev/zero"), "must be a file, not a device"),
+        ((*predict, "\x1b[31m\udcff"), r"\x1b[31m\udcff: no such file or folder"),
+        ((*predict, "--device", "x" * 5000), "device"),
+        (("convert", tmp_path / "pipe", "--out", tmp_path / "out"), "must be a checkpoint"),
+        (("convert", model[1], "--out", tmp_path / "out", "--params", "{"), "params must be JSON"),
+        (("doctor", "now"), "unrecognized arguments: now: see crystalformer doctor --help"),
+        (("\x1b[31m",), r"not '\x1b[31m'"),
+    ):
+        line = refused(capsys, *arguments)
+        assert text in line, arguments
+        assert len(line) < 2100
+        assert line[:-1].isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_machines_that_can_be_found(alone, monkeypatch):
+    with pytest.raises(ValueError, match=r"^nodes must be 1, not 2, where nothing says"):
+        check_machine("cpu", 1, 2)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    check_machine("cpu", 2, 2)
+
+
+def test_a_device_without_values(model, capsys):
+    assert cli.main(["predict", *model, "--device", "meta"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("must have values, not be on the device meta")
+
+
+def test_memory_that_is_not_there(model, capsys, monkeypatch):
+    from crystalformer.predictor import Predictor
+
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+
+        def predict(self, *_, error=error):
+            raise error
+
+        monkeypatch.setattr(Predictor, "predict", predict)
+        assert cli.main(["predict", *model]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith("crystalformer: out of memory")
+
+
+def test_streams_that_are_full_or_gone(model, capsys, monkeypatch):
+    """A full disk, a reader that has left, no stdout at all, and one that cannot hold a name."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["--help"]) == 1
+    assert capsys.readouterr().err == "crystalformer: stdout: [Errno 28] No space left on device\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["--help"]) == 1
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["predict", *model]) == 2
+    assert capsys.readouterr().err == "crystalformer: out must be a file: stdout is closed\n"
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    path = Path(model[1]).with_name("é.cif")
+    path.write_bytes(Path(model[1]).read_bytes())
+    assert cli.main(["predict", model[0], str(path)]) == 0
+    assert narrow.buffer.getvalue().splitlines()[1].startswith(b"\\xe9,")
+
+
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
+
+def test_ctrl_c_wherever_it_comes(model, capsys, monkeypatch):
+    """While files are read, while structures are predicted, and in a training that has no checkpoint yet."""
+    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
+    for place, arguments in (
+        ("crystalformer.data.readers.read_table", ["predict", *model]),
+        ("crystalformer.predictor.build_crystals", ["predict", *model]),
+        ("crystalformer.runs.read_samples", ["train", "--data", model[1], "--target", "x", "--out", model[0] + "-no"]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            assert cli.main(arguments) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "crystalformer: stopped"
+    assert not Path(model[0] + "-no").exists()
+
+
+def test_ctrl_c_while_torch_is_imported():
+    code = """
+import os, signal, sys, time
+sys.argv = ["crystalformer"]
+class Hook:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9)
+sys.meta_path.insert(0, Hook)
+import crystalformer
+"""
+    for program, expected in ((code, (130, "crystalformer: stopped\n")), (code.replace('["cr', '["my-cr'), None)):
+        done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+        if expected is None:  # to those who only import the library Ctrl-C is what it always is
+            assert done.returncode == -signal.SIGINT
+            assert "KeyboardInterrupt" in done.stderr
+        else:
+            assert (done.returncode, done.stderr) == expected
+
+
+def test_processes_that_parse_hear_no_ctrl_c():
+    """Else each of them would print a traceback, for a terminal tells all."""
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with uninterrupted():
+        started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (started.stdout, after.stdout) == ("True\n", "False\n")
