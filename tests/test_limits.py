@@ -290,7 +290,7 @@ cf.build_images(positions, lattice, ptr, cutoff=2.0)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (50 << 20), resource.RLIM_INFINITY))
 try:
-    cf.build_images(positions, lattice, ptr, cutoff=20.0)
+    cf.build_images(positions, lattice, ptr, cutoff=40.0)
 except MemoryError as error:
     print(error)
 print(cf.build_images(positions, lattice, ptr, cutoff=2.0).num_atoms)
