@@ -1,7 +1,6 @@
 #include "near_pairs.h"
 
 #include <algorithm>
-#include <bit>
 
 namespace crystalformer {
 
@@ -55,8 +54,9 @@ void NearPairs::make_bins() {
         ++start_[bin[i] + 2];
     }
     for (int64_t b = 0; b < number; ++b) start_[b + 2] += start_[b + 1];
-    atom_.resize(size_t(atoms_));
-    for (int64_t i = 0; i < atoms_; ++i) atom_[start_[bin[i] + 1]++] = int32_t(i);
+    binned_.resize(size_t(atoms_));
+    for (int64_t i = 0; i < atoms_; ++i)
+        binned_[start_[bin[i] + 1]++] = {{fraction_[0][i], fraction_[1][i], fraction_[2][i]}, int32_t(i)};
 }
 
 int64_t NearPairs::bin_of(int64_t i, int axis) const {
@@ -70,47 +70,43 @@ double NearPairs::most_cells(double radius) const {
     return cells;
 }
 
-bool NearPairs::may_be_near(int64_t i, int64_t j) const {
+bool NearPairs::may_be_near(int64_t i, const Vector& fraction) const {
     bool near = true;
     for (int axis = 0; axis < 3; ++axis) {
-        const double x = fraction_[axis][j] - fraction_[axis][i];
+        const double x = fraction[axis] - fraction_[axis][i];
         near &= std::abs(x - ((x + SHIFTER) - SHIFTER)) * spacing_[axis] <= reach_[axis];
     }
     return near;
 }
 
 void NearPairs::of(int64_t i, NearAtoms& near) const {
-    if (atom_.empty()) {
+    if (binned_.empty()) {
         near.atoms.resize(size_t(atoms_));
         size_t count = 0;
         for (int64_t j = 0; j < atoms_; ++j) {
             near.atoms[count] = int32_t(j);
-            count += may_be_near(i, j);
+            count += may_be_near(i, {fraction_[0][j], fraction_[1][j], fraction_[2][j]});
         }
         near.atoms.resize(count);
         return;
     }
-    // A bit for each atom sorts what the bins hold. To look over all bits takes a microsecond for 300,000 atoms.
-    near.marked.resize(size_t(atoms_ + 63) / 64);
-    int64_t first[3], last[3];
+    near.sorter.resize(atoms_);
+    int64_t bin[3][2 * NEAR_BINS + 1], number[3];
     for (int axis = 0; axis < 3; ++axis) {
-        first[axis] = bins_[axis] > 1 ? bin_of(i, axis) - NEAR_BINS : 0;
-        last[axis] = bins_[axis] > 1 ? first[axis] + 2 * NEAR_BINS : 0;
+        number[axis] = bins_[axis] > 1 ? 2 * NEAR_BINS + 1 : 1;
+        const int64_t first = bins_[axis] > 1 ? bin_of(i, axis) - NEAR_BINS + bins_[axis] : 0;
+        for (int64_t b = 0; b < number[axis]; ++b) bin[axis][b] = (first + b) % bins_[axis];
     }
-    const auto wrapped = [&](int64_t b, int axis) { return (b + bins_[axis]) % bins_[axis]; };
-    for (int64_t x = first[0]; x <= last[0]; ++x)
-        for (int64_t y = first[1]; y <= last[1]; ++y)
-            for (int64_t z = first[2]; z <= last[2]; ++z) {
-                const int64_t bin = (wrapped(x, 0) * bins_[1] + wrapped(y, 1)) * bins_[2] + wrapped(z, 2);
-                for (int32_t a = start_[bin]; a < start_[bin + 1]; ++a) {
-                    const int32_t j = atom_[a];
-                    near.marked[j / 64] |= uint64_t(may_be_near(i, j)) << (j % 64);
+    for (int64_t x = 0; x < number[0]; ++x)
+        for (int64_t y = 0; y < number[1]; ++y)
+            for (int64_t z = 0; z < number[2]; ++z) {
+                const int64_t here = (bin[0][x] * bins_[1] + bin[1][y]) * bins_[2] + bin[2][z];
+                for (int32_t a = start_[here]; a < start_[here + 1]; ++a) {
+                    near.sorter.add_if(may_be_near(i, binned_[a].fraction), binned_[a].atom);
                 }
             }
     near.atoms.clear();
-    for (size_t word = 0; word < near.marked.size(); ++word)
-        for (uint64_t& bits = near.marked[word]; bits; bits &= bits - 1)
-            near.atoms.push_back(int32_t(64 * word) + std::countr_zero(bits));
+    near.sorter.move_to(near.atoms);
 }
 
 }  // namespace crystalformer

@@ -1,6 +1,7 @@
 // Which atoms of a crystal may have images near which.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -8,10 +9,35 @@
 
 namespace crystalformer {
 
+// Numbers that come in any order, and leave in theirs.
+class Sorter {
+  public:
+    // For numbers below `size`; it is empty.
+    void resize(int64_t size) {
+        bits_.resize(size_t(size) / 64 + 1);
+        words_.resize(size_t(size) / 4096 + 1);
+    }
+    void add_if(bool wanted, int32_t x) {
+        bits_[x / 64] |= uint64_t(wanted) << (x % 64);
+        words_[x / 4096] |= uint64_t(wanted) << (x / 64 % 64);
+    }
+    void move_to(std::vector<int32_t>& sorted) {
+        for (size_t group = 0; group < words_.size(); ++group)
+            for (; words_[group]; words_[group] &= words_[group] - 1) {
+                const size_t word = 64 * group + size_t(std::countr_zero(words_[group]));
+                for (; bits_[word]; bits_[word] &= bits_[word] - 1)
+                    sorted.push_back(int32_t(64 * word) + std::countr_zero(bits_[word]));
+            }
+    }
+
+  private:
+    std::vector<uint64_t> bits_, words_;  // of the numbers; of the words of bits_ that are not zero
+};
+
 // The atoms near one, in order; and the memory that it takes to find them.
 struct NearAtoms {
     std::vector<int32_t> atoms;
-    std::vector<uint64_t> marked;  // a bit for each atom of the crystal; none is set between searches
+    Sorter sorter;
 };
 
 // Sorts out pairs of atoms that are too far apart: no image of j is nearer to i than the nearest of the lattice planes
@@ -30,7 +56,12 @@ class NearPairs {
     double most_cells(double radius) const;
 
   private:
-    bool may_be_near(int64_t i, int64_t j) const;
+    struct Binned {
+        Vector fraction;
+        int32_t atom;
+    };
+
+    bool may_be_near(int64_t i, const Vector& fraction) const;
     void make_bins();
     int64_t bin_of(int64_t i, int axis) const;
 
@@ -38,8 +69,9 @@ class NearPairs {
     double spacing_[3], extent_[3];  // of the planes, Å; of the atoms, in cells
     double reach_[3];                // the radius, Å, with what rounding may add
     std::vector<double> fraction_[3];
-    int64_t bins_[3] = {1, 1, 1};        // along each axis
-    std::vector<int32_t> start_, atom_;  // the atoms of each bin, in order; empty where there is one bin
+    int64_t bins_[3] = {1, 1, 1};  // along each axis
+    std::vector<int32_t> start_;   // of each bin
+    std::vector<Binned> binned_;   // bin by bin, in order; none where there is one bin
 };
 
 }  // namespace crystalformer

@@ -85,19 +85,19 @@ def test_a_batch_names_its_largest_crystal(builder: str) -> None:
 def test_max_images_bounds_the_list(kind: str, options: dict[str, Any], builder: str) -> None:
     crystal = random_crystal(kind, 2, 5)
     number = of_one(crystal, **options).num_images
-    assert of_one(crystal, **options, max_images=8 * number).num_images == number
+    assert of_one(crystal, **options, max_images=32 * number).num_images == number
     with pytest.raises(ValueError, match=rf"^images must number at most max_images={number // 4}, but there are"):
         of_one(crystal, **options, max_images=number // 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_is_near_the_number(kind: str) -> None:
-    """By less than a factor of two, of more atoms than one."""
+    """Atoms that happen to be close have more; the first two always are."""
     for seed, radius in ((3, 5.0), (4, 9.0), (5, 14.0)):
         geometry = pack([random_crystal(kind, seed, 8)])
         expected = Extent.of(*geometry, torch.ones(1), 1e-6, 4.0, radius, every_pair=False, all_pairs=False)
         images = cf.build_images(*geometry, cutoff=radius)
-        assert 0.5 < float(expected.images) / images.num_images < 2
+        assert 0.25 < float(expected.images) / images.num_images < 2
         farthest = int(images.shift.abs().max())
         assert farthest <= float(expected.cells) < 2 * farthest + 2
 
@@ -182,7 +182,7 @@ def test_what_is_too_much_together_is_built_apart(monkeypatch: pytest.MonkeyPatc
     cells = [core.Structure(core.Lattice.cubic(a), ["Si"], [[0, 0, 0]]) for a in (3.0, 3.1, 3.2)]
     together = build_crystals(cells, ImageSettings())
     most = max(x.images.num_images for x in together if x.images is not None)
-    monkeypatch.setattr(crystals_module, "build_images", partial(cf.build_images, max_images=2 * most))
+    monkeypatch.setattr(crystals_module, "build_images", partial(cf.build_images, max_images=3 * most))
     for x, y in zip(together, build_crystals(cells, ImageSettings()), strict=True):
         assert x.images is not None
         assert y.images is not None
@@ -215,19 +215,21 @@ def test_cells_cut_into_bins_have_the_same_images(
 
 
 @needs_cpu
-def test_the_atoms_of_a_large_cell_cost_what_they_cost_in_a_small_one() -> None:
-    """Each as good as alone: with the square of their number it would be half a minute."""
-    edge = 60
-    grid = torch.cartesian_prod(*[torch.arange(edge, dtype=torch.float32)] * 3)
-    grid = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
-    batch = pack([(grid, edge * torch.eye(3))])
-    start = time.process_time()
-    images = cf.build_images(*batch, cutoff=1.0)
-    q = torch.ones(len(grid), 1, 1, requires_grad=True)
-    cf.periodic_attention(q, q, q, q[:, 0], *batch[:2], images).sum().backward()
-    assert images.num_images == 7 * len(grid)
-    assert time.process_time() - start < 6.0
-    assert q.grad is not None
+def test_a_large_cell_takes_time_for_its_atoms_not_for_pairs_of_them() -> None:
+    """Eight times the atoms: eight times the time, not 64 times; the list, and attention over it."""
+
+    def seconds(edge: int) -> float:
+        grid = torch.cartesian_prod(*[torch.arange(edge, dtype=torch.float32)] * 3)
+        batch = pack([(grid, edge * torch.eye(3))])
+        start = time.process_time()
+        images = cf.build_images(*batch, cutoff=1.0)
+        q = torch.ones(len(grid), 1, 1, requires_grad=True)
+        cf.periodic_attention(q, q, q, q[:, 0], *batch[:2], images).sum().backward()
+        assert images.num_images == 7 * len(grid)
+        return time.process_time() - start
+
+    seconds(4)
+    assert seconds(40) < 24 * min(seconds(20), seconds(20))
 
 
 # Interrupts and memory ------------------------------------------------------------------------------------------------
@@ -286,9 +288,9 @@ torch.set_num_threads(2)
 positions, lattice, ptr = 50 * torch.rand(4000, 3), 50 * torch.eye(3)[None], torch.tensor([0, 4000])
 cf.build_images(positions, lattice, ptr, cutoff=2.0)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + (50 << 20), resource.RLIM_INFINITY))
 try:
-    cf.build_images(positions, lattice, ptr, cutoff=20.0)
+    cf.build_images(positions, lattice, ptr, cutoff=40.0)
 except MemoryError as error:
     print(error)
 print(cf.build_images(positions, lattice, ptr, cutoff=2.0).num_atoms)
