@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import Tensor, uint8
 
+from .user_files import parse_json, read_text
+
 # The key of the checksum in JSON and in the metadata of tensors, and what it follows at the end of other files.
 SHA256 = "sha256"
 TRAILER = b"\nsha256:"
@@ -122,8 +124,8 @@ def read_json(path: str | Path) -> Any:
         ValueError: if it is not JSON, or its checksum is wrong.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = parse_json(read_text(path))
+    except ValueError as error:
         raise ValueError(f"{path}: no JSON: {error}") from error
     return unsealed(path, values)
 
