@@ -1,7 +1,9 @@
-// Aligned scratch memory, not initialised.
+// Aligned scratch memory, not initialised: tests set CRYSTALFORMER_POISON, and then it starts as NaN, or -1.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -10,7 +12,10 @@ namespace crystalformer {
 template <class T>
 class Buffer {
   public:
-    explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), ALIGNMENT))) {}
+    explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), ALIGNMENT))) {
+        static const bool poison = std::getenv("CRYSTALFORMER_POISON");
+        if (poison) std::memset(data(), -1, size_t(size) * sizeof(T));
+    }
     T* data() { return data_.get(); }
     const T* data() const { return data_.get(); }
 

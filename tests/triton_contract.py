@@ -10,6 +10,7 @@ import pytest
 import torch
 from problems import problem, relative_error
 from test_dual_space import both
+from test_not_finite import OPS, inputs_of, results
 from triton_device import DEVICE, MARKS, on_device
 
 import crystalformer as cf
@@ -383,3 +384,16 @@ def test_reciprocal_passes_nan_on(name, monkeypatch):
     y = x.reciprocal(*inputs, backend="triton", wave_vectors=waves)
     assert y[0].isnan().all()
     assert all(g.isnan().any() for g in torch.autograd.grad(y.sum(), inputs))
+
+
+@pytest.mark.parametrize("name", ["attention", "encoding", "reciprocal", "dual_space"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+def test_one_nan_shows_in_all_that_the_reference_shows_it_in(name):
+    op = OPS[name]
+    x = on_device(problem(kinds=(("cubic", 2),), decay_min=1.0, tol=1e-3, every_pair=True))
+    for spoiled in op.inputs:
+        inputs = inputs_of(op, x)
+        inputs[spoiled].view(-1)[0] = float("nan")
+        found, wanted = (results(op, x, backend, inputs) for backend in ("triton", "reference"))
+        for key, value in wanted.items():
+            assert not (value.isnan() & ~found[key].isnan()).any(), f"{spoiled}: {key}"
