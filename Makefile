@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench bench-results gpu aot-36 clean
+.PHONY: demo test sanitize lint bench bench-results gpu aot-36 clean
 
 demo: $(INSTALLED)  ## the main job on real crystals, in under five minutes
 	$(BIN)/python -m crystalformer.demo --out demo-output
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+SANITIZED := build/sanitized
+sanitize: $(INSTALLED)  ## the C++ kernels' contract on a build of csrc that stops at a wrong address or undefined behaviour
+	CRYSTALFORMER_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	nm -D $(SANITIZED)/lib/crystalformer/_C*.so | grep -q __asan_init
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED))/lib CRYSTALFORMER_FROM=$(SANITIZED) $(BIN)/pytest \
+	tests/test_cpu.py tests/test_shells.py tests/test_not_finite.py tests/test_fuzz.py -k "not instruction_sets"
+	@echo "no wrong address and no undefined behaviour in $(SANITIZED)/lib/crystalformer/_C"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

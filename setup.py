@@ -5,6 +5,7 @@
 `crystalformer.available_backends()` says what is missing.
 """
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -16,10 +17,15 @@ ROOT = Path(__file__).parent
 # No -ffast-math: linked in, it would change the rounding of the whole process.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math"]
+# Without the checks of every address that AddressSanitizer makes anyway: with them the kernels take minutes to compile.
+SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+SANITIZE += ["-fno-sanitize=null,pointer-overflow,object-size,vptr"]
+sanitized = bool(os.environ.get("CRYSTALFORMER_SANITIZE"))  # by `make sanitize`
+FLAGS += SANITIZE if sanitized else []
 # Compiled once more for each of these; csrc/kernels.cpp chooses at run time. Flags, because GCC makes poor code of
 # vectors under `#pragma GCC target`.
 LEVELS = {"csrc/kernels_v3.cpp": ["-march=x86-64-v3"], "csrc/kernels_v4.cpp": ["-march=x86-64-v4"]}
-HAS_LEVELS = platform.machine() == "x86_64"
+HAS_LEVELS = platform.machine() == "x86_64" and not sanitized
 CSRC = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
 SOURCES = sorted({str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")} - set(LEVELS))
 
@@ -41,7 +47,7 @@ def extension() -> dict:
             super().build_extension(ext)
 
     flags = [*FLAGS, "-DCRYSTALFORMER_LEVELS"] if HAS_LEVELS else FLAGS
-    options = {"extra_compile_args": flags, "extra_link_args": ["-fopenmp"], "depends": CSRC}
+    options = {"extra_compile_args": flags, "extra_link_args": ["-fopenmp", *SANITIZE * sanitized], "depends": CSRC}
     module = CppExtension("crystalformer._C", SOURCES, **options)
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

@@ -200,6 +200,10 @@ def reciprocal_attention(
     The clamp is the paper's; the gradient of a clamped pair is zero. No transcendental is computed for a pair of
     atoms, and nothing of the size of the pairs times the vectors is stored. Differentiable as `periodic_attention`.
 
+    In fp32 each sum over G is wrong by at most 2e-5 of its value at r = 0: much for atoms far apart in a large cell. So
+    content scores that differ by Λ move at most 2e-5 (1 + (n-1) exp(Λ)) of an atom's attention in a cell of n atoms;
+    where scores are as large as ±50, use fp64. Section 7 of docs/math.md has the tighter bound.
+
     Args:
         q, k: (N,H,D).  v: (N,H,Dv).
         decay_reciprocal: (N,H), c > 0, Å².
@@ -264,8 +268,9 @@ def dual_space_attention(
 ) -> Tensor:
     """`periodic_attention` of the first heads and `reciprocal_attention` of the rest, in one call.
 
-    The same numbers, sooner: a model's block calls it once. Of H heads, H1 decay in real and H2 = H - H1 in reciprocal
-    space (Taniai et al., ICLR 2024, appendix: dual space attention). Differentiable as the two are.
+    The same numbers, with the same bounds in fp32, sooner: a model's block calls it once. Of H heads, H1 decay in real
+    and H2 = H - H1 in reciprocal space (Taniai et al., ICLR 2024, appendix: dual space attention). Differentiable as
+    the two are.
 
     Args:
         q, k: (N,H,D).  v: (N,H,Dv).

@@ -1,7 +1,9 @@
-// Aligned scratch memory, not initialised.
+// Aligned scratch memory, not initialised: tests set CRYSTALFORMER_POISON, and then it starts as NaN, or -1.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string>
@@ -22,6 +24,8 @@ template <class T>
 class Buffer {
   public:
     explicit Buffer(int64_t size) try : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), ALIGNMENT))) {
+        static const bool poison = std::getenv("CRYSTALFORMER_POISON");
+        if (poison) std::memset(data(), -1, size_t(size) * sizeof(T));
     } catch (const std::bad_alloc&) {
         throw NoMemory(std::to_string(size_t(size) * sizeof(T)) + " bytes");
     }

@@ -100,28 +100,37 @@ INLINE void own_phases(const ReciprocalCrystal<T>& x, int64_t i, T* own) {
 // S of `number` heads from `head` on with all atoms, (8,columns); with `slope` also -dS/dc = sum_G w |G|² cos(G·r).
 template <int number, bool derivative, class T>
 INLINE void sum_vectors(const ReciprocalCrystal<T>& x, const T* own, const T* weight, int head, T* sums, T* slope) {
+    constexpr int64_t TOGETHER = 64;  // shells: a sum over many is one of shorter sums, less rounding
+    for (int64_t m = head * x.columns(); m < (head + number) * x.columns(); ++m) {
+        sums[m] = 0;
+        if constexpr (derivative) slope[m] = 0;
+    }
     for (int64_t tile = 0; tile < x.tiles; ++tile) {
         const T* phase = x.phase + 16 * tile * x.vectors;
         Atoms<T> sum[number], along[derivative ? number : 1];
-        for (int h = 0; h < number; ++h) sum[h] = Atoms<T>::all(0);
-        if constexpr (derivative)
-            for (int h = 0; h < number; ++h) along[h] = Atoms<T>::all(0);
-        for (int64_t s = 0, g = 0; s < x.shells; ++s) {
-            Atoms<T> cosine = Atoms<T>::all(0);
-            for (; g < x.shell_end[s]; ++g) {
-                cosine += Atoms<T>::load(phase + 16 * g) * own[2 * g];
-                cosine += Atoms<T>::load(phase + 16 * g + 8) * own[2 * g + 1];
+        for (int64_t s = 0, g = 0; s < x.shells;) {
+            for (int h = 0; h < number; ++h) sum[h] = Atoms<T>::all(0);
+            if constexpr (derivative)
+                for (int h = 0; h < number; ++h) along[h] = Atoms<T>::all(0);
+            for (const int64_t end = s + TOGETHER < x.shells ? s + TOGETHER : x.shells; s < end; ++s) {
+                Atoms<T> cosine = Atoms<T>::all(0);
+                for (; g < x.shell_end[s]; ++g) {
+                    cosine += Atoms<T>::load(phase + 16 * g) * own[2 * g];
+                    cosine += Atoms<T>::load(phase + 16 * g + 8) * own[2 * g + 1];
+                }
+                const T* w = weight + HEADS * s + head;
+                for (int h = 0; h < number; ++h) sum[h] += cosine * w[h];
+                if constexpr (derivative) {
+                    cosine *= x.length2[s];
+                    for (int h = 0; h < number; ++h) along[h] += cosine * w[h];
+                }
             }
-            const T* w = weight + HEADS * s + head;
-            for (int h = 0; h < number; ++h) sum[h] += cosine * w[h];
-            if constexpr (derivative) {
-                cosine *= x.length2[s];
-                for (int h = 0; h < number; ++h) along[h] += cosine * w[h];
+            for (int h = 0; h < number; ++h) {
+                const int64_t place = (head + h) * x.columns() + 8 * tile;
+                (Atoms<T>::load(sums + place) + sum[h]).store(sums + place);
+                if constexpr (derivative) (Atoms<T>::load(slope + place) + along[h]).store(slope + place);
             }
         }
-        for (int h = 0; h < number; ++h) sum[h].store(sums + (head + h) * x.columns() + 8 * tile);
-        if constexpr (derivative)
-            for (int h = 0; h < number; ++h) along[h].store(slope + (head + h) * x.columns() + 8 * tile);
     }
 }
 

@@ -1,5 +1,8 @@
 """What tests share: the backends, a count of waits, NaN in new memory; one thread, for steady times."""
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,17 @@ from waits import Waits
 import crystalformer as cf
 
 torch.set_num_threads(1)
+os.environ["CRYSTALFORMER_POISON"] = "1"  # scratch memory of the C++ kernels starts as NaN
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-examples", type=int, default=0, help="so many random problems for test_fuzz.py, new ones")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = os.environ.get("CRYSTALFORMER_FROM")  # by `make sanitize`
+    if wanted and Path(wanted).resolve() not in Path(cf.__file__).resolve().parents:
+        raise pytest.UsageError(f"crystalformer must be the one in {wanted}, not {cf.__file__}")
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -43,3 +57,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+
+
+@pytest.fixture
+def poison_cpp() -> Iterator[None]:
+    """The same for tensors that C++ makes: with this mode torch fills every empty one with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

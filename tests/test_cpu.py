@@ -19,6 +19,8 @@ from crystalformer import images as images_module
 if cf.available_backends()["cpu"] is not True:
     pytest.skip(cf.available_backends()["cpu"], allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("poison_cpp")
+
 # heads, dim, value_dim, num_basis: padded groups of eight, several groups, one of everything, no value encoding.
 SIZES = [(8, 16, 16, 64), (3, 5, 7, 11), (13, 9, 17, 33), (1, 1, 1, 1), (2, 4, 3, 0)]
 OPS = ("attention", "encoding", "reciprocal")

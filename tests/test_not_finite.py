@@ -6,10 +6,12 @@ import torch
 from problems import Problem, problem
 from torch import Tensor
 
+import crystalformer as cf
 from crystalformer import ops
 from crystalformer.dual_space import DUAL_SPACE
 
 NAN, INF = float("nan"), float("inf")
+needs_cpu = pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="needs the CPU kernels")
 # The atoms of the needle are too far apart to have images of each other in the list.
 KINDS = (("needle", 3), ("skewed", 3), ("cubic", 1))
 OPS = {op.name: op for op in (ops.ATTENTION, ops.ENCODING, ops.RECIPROCAL, ops.RECIPROCAL_SUM, DUAL_SPACE)}
@@ -32,12 +34,12 @@ def results(op: ops.Op, x: Problem, backend: str, inputs: dict[str, Tensor], spo
     """Outputs and gradients by name, of a list made for the finite geometry, as compiled code has it."""
     lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
     tol, basis = 1e-3, (x.basis.r_max, x.basis.width)
-    layout = torch.empty(0, dtype=torch.uint8)
-    if backend == "cpu":
-        geometry = (inputs["positions"], inputs["lattice"])
-        settings = (x.basis.num, basis, tol, op is ops.ENCODING, False)
-        layout = torch.ops.crystalformer.cpu_layout(*geometry, *lists, *settings)
-    waves, pairs = x.wave_vectors(1.0, 1e-3), x.images.num_pairs
+    waves, pairs, by_pair = x.wave_vectors(1.0, 1e-3), x.images.num_pairs, op is ops.ENCODING
+    layout = x.ptr.new_empty(0, dtype=torch.uint8)
+    if backend != "reference":
+        of_backend = {"cpu": (x.basis.num, basis, tol, by_pair, False), "triton": (pairs, x.basis.num, basis, by_pair)}
+        make = getattr(torch.ops.crystalformer, f"{backend}_layout")
+        layout = make(inputs["positions"], inputs["lattice"], *lists, *of_backend[backend])
     settings = {
         "attention": (*lists, layout, basis, tol, False),
         "encoding": (*lists, layout, pairs, basis, tol, False),
@@ -57,6 +59,7 @@ def results(op: ops.Op, x: Problem, backend: str, inputs: dict[str, Tensor], spo
     return found | {f"d {name}": grad for name, grad in zip(op.inputs, gradients, strict=True)}
 
 
+@needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", OPS)
 def test_one_nan_shows_in_all_that_the_reference_shows_it_in(name, dtype):
@@ -72,6 +75,7 @@ def test_one_nan_shows_in_all_that_the_reference_shows_it_in(name, dtype):
                 assert torch.equal(found[key].isnan(), value.isnan()), f"{spoiled}[{place}]: {key}"
 
 
+@needs_cpu
 @pytest.mark.parametrize("name", OPS)
 def test_one_nan_in_a_gradient_shows_too(name):
     op = OPS[name]
@@ -84,6 +88,7 @@ def test_one_nan_in_a_gradient_shows_too(name):
             assert torch.equal(found[key].isnan(), value.isnan()), f"{op.outputs[k]}: {key}"
 
 
+@needs_cpu
 @pytest.mark.parametrize("value", [INF, -INF])
 @pytest.mark.parametrize("name", OPS)
 def test_what_is_infinite_spoils_no_more_than_in_the_reference(name, value):

@@ -11,6 +11,8 @@ import crystalformer as cf
 if cf.available_backends()["cpu"] is not True:
     pytest.skip(cf.available_backends()["cpu"], allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("poison_cpp")
+
 TOLS = [10.0**-k for k in range(1, 9)]
 
 

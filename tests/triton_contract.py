@@ -10,10 +10,10 @@ import pytest
 import torch
 from problems import problem, relative_error
 from test_dual_space import both
+from test_not_finite import OPS, inputs_of, results
 from triton_device import DEVICE, MARKS, on_device
 
 import crystalformer as cf
-from crystalformer import checks
 
 pytestmark = MARKS
 
@@ -380,18 +380,15 @@ def test_dual_space(dtype, geometry):
         assert relative_error(one, other) < (1e-6 if dtype == torch.float32 else 2**-7)
 
 
-@pytest.mark.parametrize("name", ["positions", "lattice", "decay"])
+@pytest.mark.parametrize("name", ["attention", "encoding", "reciprocal"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
-def test_reciprocal_passes_nan_on(name, monkeypatch):
-    """Values on a GPU are not looked at beforehand: a run that went wrong must show.
-
-    On a GPU a plain maximum drops NaN; in the interpreter it does not.
-    """
-    x = on_device(problem(kinds=(("cubic", 2),), decay_min=2.0))
-    waves = cf.build_wave_vectors(x.lattice, x.ptr, 2.0)
-    getattr(x, name)[0] = float("nan")
-    monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
-    inputs = [t.requires_grad_() for t in x.inputs[:6]]
-    y = x.reciprocal(*inputs, backend="triton", wave_vectors=waves)
-    assert y[0].isnan().all()
-    assert all(g.isnan().any() for g in torch.autograd.grad(y.sum(), inputs))
+def test_one_nan_shows_in_all_that_the_reference_shows_it_in(name):
+    """On a GPU a plain maximum drops NaN; in the interpreter it does not."""
+    op = OPS[name]
+    x = on_device(problem(kinds=(("cubic", 2),), decay_min=2.0, tol=1e-3, every_pair=True))
+    for spoiled in op.inputs:
+        inputs = inputs_of(op, x)
+        inputs[spoiled].view(-1)[0] = float("nan")
+        found, wanted = (results(op, x, backend, inputs) for backend in ("triton", "reference"))
+        for key, value in wanted.items():
+            assert not (value.isnan() & ~found[key].isnan()).any(), f"{spoiled}: {key}"
