@@ -20,6 +20,7 @@ from triton.runtime import JITFunction
 
 from crystalformer import kernels
 from crystalformer.kernels import layout as packing
+from crystalformer.limits import MAX_IMAGES
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
@@ -95,7 +96,7 @@ def launches():
         x = problem(kinds=((kind, size),), decay_min=5.0)
         for cutoff, every_pair in ((None, False), (2.0, False), (None, True)):
             inputs = (x.positions, x.lattice, x.ptr, x.lattice[:, 0, 0])
-            kernels.OPERATORS["images"](*inputs, 1e-6, 4.0, 0.01, cutoff, every_pair)
+            kernels.OPERATORS["images"](*inputs, 1e-6, 4.0, 0.01, cutoff, every_pair, MAX_IMAGES)
     return noted.values()
 
 

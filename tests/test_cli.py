@@ -224,7 +224,8 @@ def test_out_is_none_of_the_files_that_are_read(run, folder, capsys, tmp_path):
     before = out.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert "No space left" in refused(capsys, "predict", run, source, "--out", out)
+        assert cli.main(["predict", str(run), str(source), "--out", str(out)]) in (1, 2)
+        assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     assert out.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"crystals", "soft.csv", "hard.csv", "out.csv"}
 

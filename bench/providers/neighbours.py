@@ -16,6 +16,7 @@ from torch import Tensor
 
 import crystalformer as cf
 from crystalformer.images import CUTOFF_SLACK, _build
+from crystalformer.limits import MAX_IMAGES
 
 from ..cases import Absent, Case, Provider, Results
 from ..problems import CERTIFICATE, Problem
@@ -46,7 +47,7 @@ def _keys_of(found: cf.ImageList) -> Results:
 def _plain(crystals: cf.CrystalBatch) -> cf.ImageList:
     batch = crystals.to(torch.float64)
     decay_min = torch.full_like(batch.lattice[:, 0, 0], CERTIFICATE["decay_min"])
-    settings = (decay_min, CERTIFICATE["tol"], CERTIFICATE["logit_range"], None, False)
+    settings = (decay_min, CERTIFICATE["tol"], CERTIFICATE["logit_range"], None, False, MAX_IMAGES)
     return _build(batch.positions, batch.lattice, batch.ptr, *settings)
 
 
@@ -57,7 +58,7 @@ def _truth(x: Problem, given: bool) -> Results:
     lists = []
     for positions, lattice, ptr, cutoff in _crystals(x):
         any_decay = torch.ones(1, dtype=torch.float64)
-        lists.append(_build(positions.cpu(), lattice.cpu(), ptr.cpu(), any_decay, 1.0, 1.0, cutoff, False))
+        lists.append(_build(positions.cpu(), lattice.cpu(), ptr.cpu(), any_decay, 1.0, 1.0, cutoff, False, MAX_IMAGES))
     return _keys_of(cf.ImageList.cat(lists))
 
 
