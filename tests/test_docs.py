@@ -68,3 +68,13 @@ def test_a_document_names_files_and_commands_that_exist(document):
     assert "python -m bench." not in text
     for command in re.findall(r"python -m bench (\w+)", text):
         assert f'("{command}",' in (ROOT / "bench" / "__main__.py").read_text(), command
+
+
+def test_every_promise_has_a_test_that_is_there():
+    rows = [x for x in (ROOT / "docs" / "promises.md").read_text().splitlines() if x.startswith("| ") and "`" in x]
+    assert len(rows) > 30
+    for row in rows:
+        cited_tests = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", row)
+        assert cited_tests, row
+        for file, name in cited_tests:
+            assert f"def {name or 'test_'}" in (ROOT / "tests" / file).read_text(), row
