@@ -100,7 +100,8 @@ void encoding_backward_rows(const EncodingRows<T>& x, int64_t first, int64_t las
                 zero.store(slot_ds);
                 T shown[HEADS];  // zero, or NaN that every basis function has to show
                 (norm * T(0)).store(shown);
-                for (int m = 0; m < HEADS * padded; ++m) c[m] = shown[m / padded];
+                for (int h = 0; h < HEADS; ++h)
+                    for (int m = 0; m < padded; ++m) c[h * padded + m] = shown[h];
                 transpose_segment(layout, in.window, w, t, basis);
                 store_heads(t.grad_decay, in.heads, g, x.result.decay + i * in.heads);
                 for (int h = 0; h < real; ++h)
