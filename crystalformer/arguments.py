@@ -69,11 +69,17 @@ def check_wave_vectors(waves: WaveVectors, name: str, ptr: Tensor, decay: Tensor
         raise TypeError(f"wave_vectors must be WaveVectors, from build_wave_vectors, not {type(waves).__name__}")
     if waves.device != decay.device:
         raise ValueError(f"wave_vectors must be on {decay.device}, as the other arguments, not on {waves.device}")
-    same = waves.ptr.shape == ptr.shape
-    if not same or (checks.values_visible(ptr) and not torch.equal(waves.ptr, ptr)):
-        raise ValueError(f"wave_vectors must be of the crystals of {name}, {ptr.tolist()}, not of {waves.ptr.tolist()}")
-    waves.check_lattice(lattice)
+    check_crystals("wave_vectors", waves, name, ptr)
+    waves.check_built_for(lattice)
     check_smallest("decay_reciprocal", decay, waves.decay_min, "wave_vectors")
+
+
+def check_crystals(name: str, lists: ImageList | WaveVectors, of: str, ptr: Tensor) -> None:
+    """Refuses lists of other crystals than those of the argument `of`, whose ptr is given, where that can be seen."""
+    if lists.ptr is ptr:
+        return
+    if lists.ptr.shape != ptr.shape or (checks.values_visible(ptr) and not torch.equal(lists.ptr, ptr)):
+        raise ValueError(f"{name} must be of the crystals of {of}, {ptr.tolist()}, not of {lists.ptr.tolist()}")
 
 
 def check_smallest(name: str, decay: Tensor, decay_min: float, built: str) -> None:

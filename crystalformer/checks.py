@@ -176,13 +176,19 @@ def check_lattice(lattice: Tensor) -> None:
 
 def check_ptr(name: str, ptr: Any, num_atoms: int | None = None) -> None:
     """Offsets of the crystals in the packed rows: 0, ..., N, each crystal with at least one atom; N if it is known."""
-    check_segments(name, ptr, num_atoms, "atoms", "C")
-    if values_visible(ptr) and not bool((ptr.diff() > 0).all()):
-        raise ValueError(f"{name} must rise by at least one atom a crystal, but it is {ptr.tolist()}")
+    check_segments(name, ptr, num_atoms, "atoms", "C", 1, "rise by at least one atom a crystal")
 
 
-def check_segments(name: str, ptr: Any, number: int | None, entries: str, segments: str = "N") -> None:
-    """Offsets of segments in a row of entries: 0, ..., the number of entries, never falling."""
+def check_segments(
+    name: str,
+    ptr: Any,
+    number: int | None,
+    entries: str,
+    segments: str = "N",
+    least: int = 0,
+    rule: str = "never fall",
+) -> None:
+    """Offsets of segments in a row of entries: 0, ..., their number, each segment with at least `least` of them."""
     if not isinstance(ptr, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(ptr).__name__}")
     check_dtype(name, ptr, torch.int64)
@@ -193,5 +199,5 @@ def check_segments(name: str, ptr: Any, number: int | None, entries: str, segmen
         number = last if number is None else number
         if first != 0 or last != number:
             raise ValueError(f"{name} must run from 0 to the number of {entries} {number}, not from {first} to {last}")
-        if not bool((ptr.diff() >= 0).all()):
-            raise ValueError(f"{name} must never fall, but it is {ptr.tolist()}")
+        if len(ptr) > 1 and int(ptr.diff().min()) < least:
+            raise ValueError(f"{name} must {rule}, but it is {ptr.tolist()}")

@@ -89,7 +89,8 @@ def periodic_attention(
         decay: (N,H), Å^-2, at least the `decay_min` that images were built for. The paper's 1/(2 sigma_i²).
         positions: (N,3), Cartesian, Å.
         lattice: (C,3,3), rows are the lattice vectors, Å.
-        images: from `build_images`, for these positions and this lattice, or such as its certificate bears.
+        images: from `build_images` for these positions and this lattice, or for ones whose distances differ by no more
+            than `images.bearable`.
         edge_weight: (H,Dv,K), W, or None for the paper's simplified model, without the value encoding.
         basis: b, with `basis.num` = K; needed with edge_weight.
         backend: "auto", "triton", "cpu" or "reference"; see `available_backends`.
@@ -200,9 +201,9 @@ def reciprocal_attention(
     The clamp is the paper's; the gradient of a clamped pair is zero. No transcendental is computed for a pair of
     atoms, and nothing of the size of the pairs times the vectors is stored. Differentiable as `periodic_attention`.
 
-    In fp32 each sum over G is wrong by at most 2e-5 of its value at r = 0: much for atoms far apart in a large cell. So
-    content scores that differ by Λ move at most 2e-5 (1 + (n-1) exp(Λ)) of an atom's attention in a cell of n atoms;
-    where scores are as large as ±50, use fp64. Section 7 of docs/math.md has the tighter bound.
+    In fp32 each sum over G is wrong by at most 2e-5 of its value at r = 0, in cells up to 40 Å: much for atoms far
+    apart there. So content scores that differ by Λ move at most 2e-5 (1 + (n-1) exp(Λ)) of an atom's attention in a
+    cell of n atoms; where scores are as large as ±50, use fp64. Section 7 of docs/math.md has the tighter bound.
 
     Args:
         q, k: (N,H,D).  v: (N,H,Dv).

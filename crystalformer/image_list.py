@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class ImageList(Packed):
     lattice, not through the list.
 
     The certificate holds for the geometry that the list was built for, which is kept in `geometry`. Atoms may move a
-    little: while no distance changes by more than `bearable()`, the list leaves out at most twice `tol`, and ops refuse
+    little: while no distance changes by more than `bearable`, the list leaves out at most twice `tol`, and ops refuse
     positions that have moved further. On a GPU they look only under `debug_checks`.
 
     Attributes:
@@ -140,10 +141,12 @@ class ImageList(Packed):
             geometry=_cat_geometry([x.geometry for x in lists]),
         )
 
+    @property
     def bearable(self) -> Tensor:
         """(C), Å: by how much distances may change before the list has to be built again."""
-        return self._reach_and_bearable()[1]
+        return self._reach_and_bearable[1]
 
+    @cached_property
     def _reach_and_bearable(self) -> tuple[Tensor, Tensor]:
         assert self.geometry is not None
         if self.decay_min is None or self.tol is None or self.logit_range is None:
@@ -159,7 +162,7 @@ class ImageList(Packed):
             slack -= self.logit_range + self.ptr.diff().log()
         return bearable_movement(t, a, slack)
 
-    def check_geometry(self, positions: Tensor, lattice: Tensor) -> None:
+    def check_built_for(self, positions: Tensor, lattice: Tensor) -> None:
         """Refuses positions (N,3) and lattices (C,3,3) that the list was not built for, where they can be seen.
 
         Raises:
@@ -167,7 +170,7 @@ class ImageList(Packed):
         """
         if self.geometry is None or not checks.values_visible(positions) or self.geometry.same(positions, lattice):
             return
-        reach, bearable = self._reach_and_bearable()
+        reach, bearable = self._reach_and_bearable
         moved = self.geometry.movement(positions, lattice, self.ptr, reach)
         far = ~(moved <= bearable)
         if bool(far.any()):

@@ -124,9 +124,16 @@ def build_images(
         images = _build_compiled(backend, positions, lattice, ptr, *settings)
     if cutoff is not None:
         return replace(images, geometry=geometry)
-    waves = None if slow is None else slow_wave_vectors(lattice, ptr, slow, tol)
-    images = replace(images, decay_min=a, tol=tol, logit_range=logit_range, every_pair=every_pair)
-    return replace(images, geometry=geometry, crossover=slow, wave_vectors=waves)
+    return replace(
+        images,
+        decay_min=a,
+        tol=tol,
+        logit_range=logit_range,
+        every_pair=every_pair,
+        crossover=slow,
+        wave_vectors=None if slow is None else slow_wave_vectors(lattice, ptr, slow, tol),
+        geometry=geometry,
+    )
 
 
 def _backend(device: torch.device) -> str:

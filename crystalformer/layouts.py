@@ -72,7 +72,7 @@ def layout(
     made_for, kept = images.layouts.get(key, (None, None))
     if made_for is None or not made_for.still(geometry, images):
         checks.check_geometry(positions, lattice)
-        images.check_geometry(positions, lattice)
+        images.check_built_for(positions, lattice)
         _check_num_pairs(images)
         if backend != "cpu":  # whose packing does it
             check_entries(images)
@@ -92,7 +92,7 @@ def _check_num_pairs(images: ImageList) -> None:
 
 
 class _Made:
-    """What a layout was made for.
+    """What a layout was made for, and whether its values could be looked at then.
 
     Positions and lattices on the CPU are compared by value, because not every change of a tensor leaves a trace in its
     version. On a GPU that would wait for the device, and forbid the capture of a graph: there, and for the list, which
@@ -100,12 +100,12 @@ class _Made:
     """
 
     def __init__(self, geometry: tuple[Tensor, Tensor], images: ImageList) -> None:
-        self.written = _written(images)
+        self.written, self.seen = _written(images), checks.values_visible(geometry[0])
         self.trace = _trace(geometry)
         self.tensors = geometry if self.trace else tuple(x.clone() for x in geometry)
 
     def still(self, geometry: tuple[Tensor, Tensor], images: ImageList) -> bool:
-        if self.written != _written(images):
+        if self.written != _written(images) or (checks.values_visible(geometry[0]) and not self.seen):
             return False
         trace = _trace(geometry)
         return trace == self.trace if trace or self.trace else all(map(torch.equal, geometry, self.tensors))

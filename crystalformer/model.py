@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import storage
-from .arguments import check_precision
+from .arguments import check_crystals, check_precision
 from .backends import check_backend
-from .checks import values_visible
 from .config import CrystalformerConfig
 from .data import NUM_ELEMENTS, CrystalBatch
 from .functional import Precision
@@ -130,8 +129,9 @@ class Crystalformer(nn.Module):
         if not isinstance(batch, CrystalBatch):
             raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
         config, images, waves = self.config, batch.images, batch.wave_vectors
-        _check_crystals("images", images, batch.ptr)
-        _check_crystals("wave_vectors", waves, batch.ptr)
+        for name, lists in (("batch.images", images), ("batch.wave_vectors", waves)):
+            if lists is not None:
+                check_crystals(name, lists, "batch.ptr", batch.ptr)
         if config.needs_images:
             if images is None:
                 _check_not_compiling("images")
@@ -259,16 +259,6 @@ def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:
 def _check_not_compiling(name: str) -> None:
     if torch.compiler.is_compiling():
         raise ValueError(f"batch.{name} must be built before the model is compiled: batch = model.prepare(batch)")
-
-
-def _check_crystals(name: str, lists: ImageList | WaveVectors | None, ptr: Tensor) -> None:
-    """Refuses lists of other crystals, where that can be seen."""
-    if lists is None or lists.ptr is ptr:
-        return
-    if lists.ptr.shape != ptr.shape or (values_visible(ptr) and not torch.equal(lists.ptr, ptr)):
-        raise ValueError(
-            f"batch.{name} must be of the crystals of batch.ptr, {ptr.tolist()}, not of {lists.ptr.tolist()}"
-        )
 
 
 def _check_built(name: str, built: float | None, needed: float, least: bool = False) -> None:

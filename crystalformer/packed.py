@@ -21,6 +21,8 @@ class Packed:
                 mapped[name] = function(x)
             elif isinstance(x, Packed):
                 mapped[name] = x._map(function)
+        if all(x is values[name] for name, x in mapped.items()):
+            return self
         return replace(self, **mapped)  # type: ignore[type-var]
 
     def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -1,7 +1,7 @@
 """The reciprocal lattice vectors that sums in reciprocal space run over, with a certificate of what they leave out."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class WaveVectors(Packed):
         max_atoms, max_vectors: largest number of atoms and of vectors of a crystal, known without asking a GPU.
         decay_min, tol: what it is certified for (see `build_wave_vectors`).
         lattice: (C,3,3) fp64, Å, what it was made for, or None where that is not known: then any lattice is taken.
+        bearable: (C) how much of itself a length of each cell may change before the vectors have to be built again.
+        accepted: another lattice, the last that the vectors were found to serve.
 
     Raises:
         TypeError, ValueError: for tensors that are no wave vectors, naming the attribute.
@@ -42,6 +44,8 @@ class WaveVectors(Packed):
     decay_min: float
     tol: float
     lattice: Tensor | None = None
+    bearable: Tensor | None = None
+    accepted: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         known: dict[str, int] = {}
@@ -64,29 +68,30 @@ class WaveVectors(Packed):
             if getattr(self, name) != largest:
                 raise ValueError(f"{name} must be {largest}, that of the largest crystal, not {getattr(self, name)}")
 
-    def check_lattice(self, lattice: Tensor) -> None:
+    def check_built_for(self, lattice: Tensor, name: str = "wave_vectors", build: str = "build_wave_vectors") -> None:
         """Refuses lattices (C,3,3) that the vectors were not made for, where they can be seen.
+
+        Args:
+            name, build: of the argument that they came with, and what makes it.
 
         Raises:
             ValueError: if cells have been strained too much since.
         """
-        if self.lattice is None or not checks.values_visible(lattice):
+        if self.lattice is None or self.bearable is None or not checks.values_visible(lattice):
             return
         now = lattice.detach().double()
-        if torch.equal(self.lattice, now):
+        if any(torch.equal(x, now) for x in (self.lattice, *self.accepted)):
             return
         checks.check_lattice(lattice)
-        t, _ = triangular(reciprocal(self.lattice))
-        c = torch.full_like(t[:, 0, 0], self.decay_min)
-        outer2 = tail_radius2(t, c, torch.full_like(c, math.log(self.tol * BEYOND)))
-        strained, bearable = strain(self.lattice, now), math.log(2) / (2 * c * outer2)
-        far = ~(strained <= bearable)
+        strained = strain(self.lattice, now)
+        far = ~(strained <= self.bearable)
         if bool(far.any()):
             i = int(far.nonzero()[0])
             raise ValueError(
-                f"wave_vectors must be built for this lattice: cell {i} has been strained by {float(strained[i]):.3g} "
-                f"since, and they serve up to {float(bearable[i]):.3g}; call build_wave_vectors again"
+                f"{name} must be built for this lattice: cell {i} has been strained by {float(strained[i]):.3g} since, "
+                f"and they serve up to {float(self.bearable[i]):.3g}; call {build} again"
             )
+        self.accepted[:] = [now.clone()]
 
     @property
     def num_vectors(self) -> int:
@@ -110,6 +115,7 @@ class WaveVectors(Packed):
         parts = list(parts)
         check_parts(parts, "parts", WaveVectors)
         lattices = [x.lattice for x in parts if x.lattice is not None]
+        bearable = [x.bearable for x in parts if x.bearable is not None]
         return WaveVectors(
             g=torch.cat([x.g for x in parts]),
             g_ptr=cat_ptr([x.g_ptr for x in parts]),
@@ -119,6 +125,7 @@ class WaveVectors(Packed):
             decay_min=max(x.decay_min for x in parts),
             tol=max(x.tol for x in parts),
             lattice=torch.cat(lattices) if len(lattices) == len(parts) else None,
+            bearable=torch.cat(bearable) if len(bearable) == len(parts) else None,
         )
 
 
@@ -200,4 +207,5 @@ def choose_wave_vectors(
         decay_min=float(decay_min.max()) if number else 0.0,
         tol=float(tol.max()) if number else 0.0,
         lattice=lattice.clone(),
+        bearable=math.log(2) / (2 * decay_min * outer2),
     )

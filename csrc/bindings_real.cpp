@@ -99,8 +99,8 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
         int64_t bytes;
         place_layout<scalar_t>(header.sizes, nullptr, &bytes);
         block = at::empty({bytes}, positions.options().dtype(at::kByte));
-        // A shell's spread moves b and log p, by 2 a d times it, by less than tol; where an image matters a d² is less
-        // than 100 or so. Positions are rounded as much as the least spread anyway.
+        // A shell's spread moves b, and log p by 2 a d times it, by less than tol as long as a d times the scale is less
+        // than 32. Positions are rounded as much as the least spread anyway.
         const double scale = num ? std::min(1.0, window.spacing * window.width) : 1.0;
         const double spread = std::max(tol * scale / 64, sizeof(scalar_t) == 4 ? 2e-6 : 4e-15);
         const ReleaseGil release;

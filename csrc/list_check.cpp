@@ -42,10 +42,11 @@ int64_t pair_end(const Images<T>& images, int64_t first, int64_t row_end) {
 // order.
 template <class T>
 bool mirrored(const Images<T>& images, int64_t first, int64_t last, int64_t mirror) {
-    const int32_t *n = images.shift + 3 * first, *opposite = images.shift + 3 * (mirror + last - first - 1);
     int64_t wrong = 0;
-    for (int64_t e = first; e < last; ++e, n += 3, opposite -= 3)
+    for (int64_t e = first; e < last; ++e) {
+        const int32_t *n = images.shift + 3 * e, *opposite = images.shift + 3 * (mirror + last - 1 - e);
         for (int x = 0; x < 3; ++x) wrong |= int64_t(n[x]) + int64_t(opposite[x]);
+    }
     return !wrong;
 }
 

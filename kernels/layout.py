@@ -96,7 +96,7 @@ def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
     spaces = [space for size in sizes for space in (size, _aligned(size) - size)]
     tail = sum(spaces)
     num_records = layout.shape[0] - -(-tail // layout.shape[1])
-    if num_records < 0 or (layout.shape[1] == SHELL and num_records != num_images):
+    if num_records < (num_images if layout.shape[1] == SHELL else 0):
         raise ValueError(f"layout must be made by triton_layout for this list and basis, not have {len(layout)} rows")
     rest = (layout.shape[0] - num_records) * layout.shape[1] - tail
     records, mu, _, first, _, place, _, mirror, _, atom, _, _ = layout.view(-1).split(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from crystals import KINDS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from problems import Problem, problem
 from torch import Tensor
@@ -90,6 +90,9 @@ def cases(draw: st.DrawFn) -> Case:
 def check(case: Case) -> None:
     found, wanted = case.results("cpu", case.x.q.dtype), case.results("reference", torch.float64)
     bounds = case.bounds()
+    outputs = [name for name in wanted if name.startswith("output")]
+    # Zeros would pass where a bound is larger than what it bounds, as it may be at a tol of 0.1: no such problems.
+    assume(any(bounds[""] < 0.5 * float(wanted[name].abs().max()) for name in outputs))
     for name, one in found.items():
         error = float((one.double() - wanted[name]).abs().max())
         assert error <= bounds.get(name, bounds[""]), f"{case.op}, {case.x.q.dtype}: {name} is off by {error}"

@@ -68,7 +68,7 @@ def test_what_changes_no_distance_is_no_movement(change: Callable, moved: float)
     found = X.images.geometry.movement(positions, lattice, X.ptr, reach)
     assert bool((found <= moved + 1e-12).all())
     assert float(found.max()) >= moved / 4 or moved == 1e-5
-    assert bool((X.images.bearable() > 0.005).all())
+    assert bool((X.images.bearable > 0.005).all())
 
 
 TURN = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
@@ -81,7 +81,7 @@ def spoil(p: Tensor, by: float) -> Tensor:
 
 
 def test_a_little_movement_is_borne_and_more_is_not(backend):
-    small = 0.4 * float(X.images.bearable()[1])
+    small = 0.4 * float(X.images.bearable[1])
     for by in (small, -small):
         X.attention(*X.inputs[:4], X.positions + spoil(X.positions, by), *X.inputs[5:], backend=backend)
     for positions, lattice in (
@@ -100,7 +100,7 @@ def test_lists_of_parts_and_copies_know_their_geometry():
     torch.testing.assert_close(whole.geometry.positions, torch.cat([x.geometry.positions for x in parts]))
     assert cf.ImageList.cat([parts[0], dataclasses.replace(parts[1], geometry=None)]).geometry is None
     unknown = dataclasses.replace(X.images, geometry=None)
-    unknown.check_geometry(X.positions * 2, X.lattice)  # any positions are taken
+    unknown.check_built_for(X.positions * 2, X.lattice)  # any positions are taken
     moved = X.positions.clone()
     images = cf.build_images(moved, X.lattice, X.ptr)
     moved += 1.0
