@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
 from .packed import Packed
 from .segments import crystal_of_atom
 
@@ -32,10 +33,19 @@ class Geometry(Packed):
     positions: Tensor
     lattice: Tensor
 
+    def __post_init__(self) -> None:
+        checks.check_tensor("geometry.positions", self.positions, "N 3", {})
+        checks.check_dtype("geometry.positions", self.positions, torch.float64)
+        checks.check_tensor("geometry.lattice", self.lattice, "C 3 3", {}, like=self.positions)
+
     @staticmethod
     def of(positions: Tensor, lattice: Tensor) -> "Geometry":
         """Copies: what the caller does to the tensors later is what the list has to notice."""
         return Geometry(*(x.detach().to(torch.float64, copy=True) for x in (positions, lattice)))
+
+    def rounding(self) -> float:
+        """Å: what coordinates lose in fp32, with room for its way through `movement`."""
+        return 2**-20 * sum(float(x.abs().max()) for x in (self.positions, self.lattice) if x.numel())
 
     def same(self, positions: Tensor, lattice: Tensor) -> bool:
         return torch.equal(self.positions, positions.double()) and torch.equal(self.lattice, lattice.double())
@@ -55,4 +65,6 @@ class Geometry(Packed):
         mean = torch.zeros_like(after[:, 0]).index_add_(0, crystal, moved) / ptr.diff()[:, None]
         moved = ((moved - mean[crystal])[:, None] @ after[crystal])[:, 0].norm(dim=1)
         furthest = torch.zeros_like(reach).scatter_reduce_(0, crystal, moved, "amax")
+        if torch.equal(self.lattice, after):
+            return 2 * furthest
         return strain(self.lattice, after) * reach + 2 * furthest

@@ -82,6 +82,24 @@ class ImageList(Packed):
         checks.check_tensor("cutoff", self.cutoff, "C", {"C": self.num_crystals})
         for name, x in (("row_ptr", self.row_ptr), ("ptr", self.ptr), ("cutoff", self.cutoff)):
             checks.check_device(name, x, like=self.col)
+        if self.decay_min is not None:
+            checks.check_number("decay_min", self.decay_min)
+        if self.tol is not None:
+            checks.check_number("tol", self.tol, high=1.0)
+        if self.logit_range is not None:
+            checks.check_number("logit_range", self.logit_range, closed=True)
+        if self.crossover is not None:
+            checks.check_tensor("crossover", self.crossover, "C", {"C": self.num_crystals})
+        for name, part, kind in (
+            ("wave_vectors", self.wave_vectors, WaveVectors),
+            ("geometry", self.geometry, Geometry),
+        ):
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"{name} must be {kind.__name__}, not {type(part).__name__}")
+        if self.geometry is not None:
+            known = {"N": self.num_atoms, "C": self.num_crystals}
+            checks.check_tensor("geometry.positions", self.geometry.positions, "N 3", known)
+            checks.check_tensor("geometry.lattice", self.geometry.lattice, "C 3 3", known)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"layouts": {}}
@@ -113,7 +131,7 @@ class ImageList(Packed):
     def cat(lists: "list[ImageList]") -> "ImageList":
         """Joins lists of separate crystals into the list of their batch, in order.
 
-        The certificate of the result is the weakest of its parts.
+        The certificate of the result is the weakest of its parts; what it was built for is known if it is of each part.
 
         Raises:
             ValueError: for no lists, lists on several devices, or some built with reciprocal=True and some without.
@@ -142,9 +160,12 @@ class ImageList(Packed):
         )
 
     @property
-    def bearable(self) -> Tensor:
-        """(C), Å: by how much distances may change before the list has to be built again."""
-        return self._reach_and_bearable[1]
+    def bearable(self) -> Tensor | None:
+        """(C), Å: by how much distances may change before the list has to be built again. At least what rounding to
+        fp32 changes; None where it is not known what the list was built for."""
+        if self.geometry is None:
+            return None
+        return self._reach_and_bearable[1].clamp(min=self.geometry.rounding())
 
     @cached_property
     def _reach_and_bearable(self) -> tuple[Tensor, Tensor]:
@@ -168,10 +189,18 @@ class ImageList(Packed):
         Raises:
             ValueError: if atoms have moved too far since.
         """
-        if self.geometry is None or not checks.values_visible(positions) or self.geometry.same(positions, lattice):
+        if self.geometry is None or not checks.values_visible(positions):
             return
-        reach, bearable = self._reach_and_bearable
-        moved = self.geometry.movement(positions, lattice, self.ptr, reach)
+        known = {"N": self.num_atoms, "C": self.num_crystals}
+        checks.check_tensor("positions", positions, "N 3", known)
+        checks.check_tensor("lattice", lattice, "C 3 3", known)
+        if self.geometry.same(positions, lattice):
+            return
+        moved, bearable = (
+            self.geometry.movement(positions, lattice, self.ptr, self._reach_and_bearable[0]),
+            self.bearable,
+        )
+        assert bearable is not None
         far = ~(moved <= bearable)
         if bool(far.any()):
             c = int(far.nonzero()[0])

@@ -57,6 +57,13 @@ class WaveVectors(Packed):
             raise ValueError(f"g_ptr must have shape {tuple(self.ptr.shape)}, as ptr, not {tuple(self.g_ptr.shape)}")
         for name, x in (("g_ptr", self.g_ptr), ("ptr", self.ptr)):
             checks.check_device(name, x, like=self.g)
+        checks.check_number("decay_min", self.decay_min, closed=True)
+        checks.check_between("tol", self.tol, 0, 1)
+        if self.lattice is not None:
+            checks.check_tensor("lattice", self.lattice, "C 3 3", {"C": self.num_crystals})
+            checks.check_dtype("lattice", self.lattice, torch.float64)
+        if self.bearable is not None:
+            checks.check_tensor("bearable", self.bearable, "C", {"C": self.num_crystals})
         if checks.values_visible(self.g) and self.num_crystals:
             self._check_values()
 
@@ -79,6 +86,7 @@ class WaveVectors(Packed):
         """
         if self.lattice is None or self.bearable is None or not checks.values_visible(lattice):
             return
+        checks.check_tensor("lattice", lattice, "C 3 3", {"C": self.num_crystals})
         now = lattice.detach().double()
         if any(torch.equal(x, now) for x in (self.lattice, *self.accepted)):
             return

@@ -1,5 +1,6 @@
 // The operators of real space: the image list, its layout, and the sums over it.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "attention.h"
@@ -13,12 +14,28 @@ namespace crystalformer {
 
 namespace {
 
+// For a search that would never end; compiled code has no other check.
+void check_finite(const char* name, const Tensor& x) {
+    const double* values = pointer<double>(x);
+    TORCH_CHECK_VALUE(std::all_of(values, values + x.numel(), [](double v) { return std::isfinite(v); }), name,
+                      " must be finite");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
                                                                    const Tensor& ptr, const Tensor& decay_min,
                                                                    double tol, double logit_range, double beyond,
                                                                    std::optional<double> cutoff, bool every_pair,
                                                                    int64_t max_images) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
+    TORCH_CHECK_VALUE(positions.dim() == 2, "positions must have two dimensions, not shape ", positions.sizes());
+    const int64_t crystals = segments("ptr", ptr);
+    check_shape("positions", positions, {positions.size(0), 3});
+    check_shape("lattice", lattice, {crystals, 3, 3});
+    check_shape("decay_min", decay_min, {crystals});
+    check_offsets("ptr", pointer<int64_t>(ptr), crystals, positions.size(0));
+    check_finite("positions", p);
+    check_finite("lattice", l);
+    TORCH_CHECK_VALUE(tol > 0 && tol <= 1, "tol must be larger than 0 and at most 1, not ", tol);
     const ImageRequest request{positions.size(0),
                                ptr.size(0) - 1,
                                pointer<double>(p),
@@ -32,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor&
                                every_pair,
                                max_images};
     const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
-    const Tensor radius = at::empty({ptr.size(0) - 1}, positions.options());
+    const Tensor radius = at::empty({crystals}, positions.options());
     Tensor col, shift;
     try {
         const ReleaseGil release;
@@ -99,8 +116,8 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
         int64_t bytes;
         place_layout<scalar_t>(header.sizes, nullptr, &bytes);
         block = at::empty({bytes}, positions.options().dtype(at::kByte));
-        // A shell's spread moves b, and log p by 2 a d times it, by less than tol as long as a d times the scale is less
-        // than 32. Positions are rounded as much as the least spread anyway.
+        // A shell's spread moves b, and log p by 2 a d times it, by less than tol as long as a d times the scale is
+        // less than 32. Positions are rounded as much as the least spread anyway.
         const double scale = num ? std::min(1.0, window.spacing * window.width) : 1.0;
         const double spread = std::max(tol * scale / 64, sizeof(scalar_t) == 4 ? 2e-6 : 4e-15);
         const ReleaseGil release;

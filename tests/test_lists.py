@@ -11,6 +11,7 @@ from problems import MIXED, Problem, problem
 from torch import Tensor
 
 import crystalformer as cf
+from crystalformer import checks
 
 X = problem(every_pair=True)
 CPU = pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
@@ -93,6 +94,38 @@ def test_a_little_movement_is_borne_and_more_is_not(backend):
             X.attention(*X.inputs[:4], positions, lattice, X.edge_weight, backend=backend)
 
 
+def test_rounding_is_borne_whatever_the_certificate():
+    positions, lattice, ptr = pack([random_crystal("cubic", 1, 3)])
+    images = cf.build_images(30 * positions, 30 * lattice, ptr, decay_min=100.0, every_pair=True)
+    assert float(images._reach_and_bearable[1].max()) < 1e-5
+    images.check_built_for((30 * positions).float(), (30 * lattice).float())
+    with pytest.raises(ValueError, match=r"^images must be built for these"):
+        images.check_built_for(30 * positions + spoil(positions, 0.01), 30 * lattice)
+
+
+def test_a_batch_bears_what_each_of_its_crystals_bears():
+    """Slow decays have vectors of their own tolerance for each crystal."""
+    flat, cube = torch.diag(torch.tensor([2.0, 2.0, 30.0]).double()), 3 * torch.eye(3).double()
+    options = {"decay_min": 0.002, "every_pair": True, "reciprocal": True}
+    alone = cf.build_images(torch.zeros(1, 3).double(), flat[None], torch.tensor([0, 1]), **options)
+    both = torch.stack([flat, cube])
+    together = cf.build_images(torch.zeros(2, 3).double(), both, torch.tensor([0, 1, 2]), **options)
+    torch.testing.assert_close(together.wave_vectors.bearable[0], alone.wave_vectors.bearable[0])
+    decay = torch.full((2, 1), 0.002).double()
+    with pytest.raises(ValueError, match=r"^images must be built for this lattice: cell 0 .* call build_images again$"):
+        cf.periodic_encoding(decay, torch.zeros(2, 3).double(), both * 1.012, together)
+
+
+def test_debug_checks_look_at_lists_that_were_packed_before(monkeypatch: pytest.MonkeyPatch):
+    x = problem(seed=4)
+    moved = [*x.inputs[:4], x.positions + spoil(x.positions, 1.0), *x.inputs[5:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "values_visible", lambda _: False)  # as on a GPU
+        x.attention(*moved)
+    with pytest.raises(ValueError, match=r"^images must be built for these"):
+        x.attention(*moved)
+
+
 def test_lists_of_parts_and_copies_know_their_geometry():
     parts = [cf.build_images(*pack([random_crystal(kind, 0, n)]), decay_min=0.5) for kind, n in MIXED]
     whole = cf.ImageList.cat(parts)
@@ -145,6 +178,11 @@ MADE: list[tuple[str, Any, type[Exception], str]] = [
     ("row_ptr", X.images.row_ptr[[0, 2, 1, 3, 4, 5, 6]], ValueError, "row_ptr must never fall, but it is"),
     ("ptr", torch.tensor([0, 7]), ValueError, "ptr must run from 0 to the number of atoms 6, not from 0 to 7"),
     ("cutoff", X.images.cutoff[:1], ValueError, r"cutoff must have shape \(C=3\), not \(1,\)"),
+    ("tol", float("nan"), ValueError, "tol must be larger than 0 and smaller than 1, not nan"),
+    ("decay_min", -1.0, ValueError, r"decay_min must be larger than 0 and finite, not -1\.0"),
+    ("geometry", 3, TypeError, "geometry must be Geometry, not int"),
+    ("geometry", problem_of(0, (1, 1)).images.geometry, ValueError, r"geometry.positions must have shape \(N=6, 3\)"),
+    ("crossover", 5, TypeError, "crossover must be a torch.Tensor, not int"),
     ("ptr", X.ptr.to("meta"), ValueError, "ptr must be on cpu, as the other arguments, not on meta"),
 ]
 
@@ -204,6 +242,8 @@ BAD_WAVES: list[tuple[str, Any, str]] = [
     ("g_ptr", WAVES.g_ptr[:-1], "g_ptr must run from 0 to"),
     ("g", WAVES.g[:-1], "g_ptr must run from 0 to"),
     ("g", WAVES.g.flip(0), "g must begin with the zero vector in each crystal"),
+    ("tol", float("nan"), "tol must be at least 0 and at most 1, not nan"),
+    ("lattice", X.lattice[:1], r"lattice must have shape \(C=3, 3, 3\), not \(1, 3, 3\)"),
     ("max_atoms", 2, "max_atoms must be 3, that of the largest crystal, not 2"),
     ("max_vectors", 1, r"max_vectors must be \d+, that of the largest crystal, not 1"),
 ]
@@ -271,6 +311,20 @@ def test_ops_check_the_shapes_they_trust():
             call(X, (*bad, layout))
         with pytest.raises(ValueError, match="must"):
             torch.ops.crystalformer.cpu_layout(X.positions, X.lattice, *bad, 5, X.settings[0], 0.0, False, False)
+    build = torch.ops.crystalformer.cpu_images
+    good = {"positions": X.positions, "lattice": X.lattice, "ptr": X.ptr, "decay_min": X.lattice[:, 0, 0].abs()}
+    settings = (1e-6, 4.0, 0.01, None, False, 10**6)
+    for name, bad_values in {
+        "positions": (X.positions[:3], X.positions[:, :2], X.positions[0], X.positions * float("nan")),
+        "lattice": (X.lattice[:1], X.lattice[0], X.lattice * float("inf")),
+        "ptr": (X.ptr[:-1], X.ptr * 0, X.ptr.flip(0), X.ptr - 1, X.ptr * 1000, X.ptr[:0]),
+        "decay_min": (good["decay_min"][:1],),
+    }.items():
+        for value in bad_values:
+            with pytest.raises(ValueError, match="must"):
+                build(*(good | {name: value}).values(), *settings)
+    with pytest.raises(ValueError, match="tol must be larger than 0 and at most 1, not 2"):
+        build(*good.values(), 2.0, *settings[1:])
     waves = X.wave_vectors()
     for place, value, message in [
         (0, X.ptr * -1, "ptr must run from 0 to 6"),
