@@ -108,6 +108,8 @@ def test_another_training_is_refused(tmp_path):
     train(epochs=1, checkpoints=tmp_path, identity=IDENTITY)
     with pytest.raises(CheckpointError, match=r"seed must be 5, as when the training in .* began, not 6"):
         train(epochs=1, checkpoints=tmp_path, identity={"seed": 6})
+    with pytest.raises(CheckpointError, match=r"begun by this version to be resumed, .* \(bias_decay\): start anew"):
+        train(epochs=1, checkpoints=tmp_path, identity={"seed": 5, "bias_decay": 0.01})
     assert latest(tmp_path / "nowhere", IDENTITY) is None
 
 

@@ -84,9 +84,14 @@ def latest(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, A
 
 
 def _check_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name in sorted({*stored, *wanted}):
-        if stored.get(name) != wanted.get(name):
+    if differing := sorted(stored.keys() ^ wanted.keys()):
+        raise CheckpointError(
+            f"the training in {path.parent} must have been begun by this version to be resumed, but it does not know "
+            f"the same settings ({', '.join(differing)}): start anew, or go on with the version that began it"
+        )
+    for name in sorted(stored):
+        if stored[name] != wanted[name]:
             raise CheckpointError(
-                f"{name} must be {stored.get(name)!r}, as when the training in {path.parent} began, not "
-                f"{wanted.get(name)!r}: a resumed training cannot change it"
+                f"{name} must be {stored[name]!r}, as when the training in {path.parent} began, not "
+                f"{wanted[name]!r}: a resumed training cannot change it"
             )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from .. import checks
 
+MOST = 1e6  # of a learning rate and a decay: fp32 holds their products with any weight
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -41,10 +43,10 @@ class Recipe:
         for name in ("epochs", "batch_size", "max_images_per_batch", "decay_steps"):
             checks.check_integer(name, getattr(self, name), 1)
         checks.check_integer("average_epochs", self.average_epochs, 0)
-        for name in ("lr", "gradient_norm"):
-            checks.check_number(name, getattr(self, name))
+        checks.check_number("gradient_norm", self.gradient_norm)
+        checks.check_number("lr", self.lr, high=MOST)
         for name in ("weight_decay", "bias_decay"):
-            checks.check_number(name, getattr(self, name), closed=True)
+            checks.check_number(name, getattr(self, name), high=MOST, closed=True)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas must be two numbers, not {self.betas!r}")
         for beta in self.betas:
