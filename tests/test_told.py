@@ -136,6 +136,9 @@ def test_elements_that_the_training_never_saw(run, data, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert [line.split(",")[0] for line in out.splitlines()] == ["id", "known", "strange"]
     assert "crystalformer: no crystal of the training had Xe, predictions are guesses for strange" in err.splitlines()
+    (tmp_path / "strange.cif").rename(tmp_path / "red\x1b[31m.cif")
+    assert cli.main(["predict", str(run), str(tmp_path / "red\x1b[31m.cif")]) == 0
+    assert capsys.readouterr().err.endswith("predictions are guesses for red\\x1b[31m\n")  # nothing for the terminal
     predictor = crystalformer.load(run)
     assert predictor.unseen_elements([known.structure, strange.structure]) == [(), (54,)]
     predictor.model.config = crystalformer.CrystalformerConfig()  # as of a model that was saved without them
