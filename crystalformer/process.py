@@ -63,6 +63,11 @@ def _by_default() -> bool:
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Processes that are started within know no Ctrl-C, of which a terminal tells all: their parent ends them."""

@@ -39,7 +39,7 @@ def alone(monkeypatch):
     for name in ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("crystalformer.training.machine._cores", lambda: 2)
+    monkeypatch.setattr("crystalformer.training.machine.cores", lambda: 2)
 
 
 def test_wrong_options_are_refused_in_one_line(alone, model, capsys, tmp_path):
@@ -207,6 +207,7 @@ def test_which_program_runs(argv, options, expected):
 def test_a_module_of_the_package_keeps_its_ctrl_c(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which jobs in the background do not have
         "atexit.register(lambda: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler))\n"
     )
     environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
