@@ -19,8 +19,8 @@ from .elements import SYMBOLS
 from .metrics import not_learnt, read_metrics
 from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
 from .process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
-from .user_errors import Stop, one_line, training_errors, user_errors
-from .words import count, short, some
+from .user_errors import Stop, training_errors, user_errors
+from .words import count, one_line, short, some
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -159,6 +159,14 @@ def test_predictions_that_are_not_finite(run, data, capsys, monkeypatch):
     good = ~predicted.isnan().any(1)
     torch.testing.assert_close(predicted[good], expected[good])
 
+    def refuse(batch):
+        raise ValueError("decay_min must be finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.model, "forward", refuse)
+        with pytest.raises(ValueError, match="decay_min"):  # no fault of a crystal
+            predictor.predict(samples.structures)
+
     monkeypatch.setattr(cli, "_load", lambda path, device: predictor)
     for arguments, end in (
         (["predict", str(run), str(data)], f"crystalformer: {len(spoiled)} of 30 rows could not be predicted"),

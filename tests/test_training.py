@@ -213,8 +213,9 @@ def test_a_trained_model_knows_its_elements(data):
     fit(task, data.loader(8, 0), data.loader(8), epochs=1)
     expected = sorted({int(z) for crystal in data.crystals for z in crystal.species})
     assert task.model.config.elements == data.elements == tuple(expected)
-    mixed = dataclasses.replace(data.crystals[0], species=torch.zeros(len(data.crystals[0].species), 98))
-    mixed.species[:, [7, 25]] = 0.5
+    species = torch.zeros(len(data.crystals[0].species), 98)
+    species[:, [7, 25]] = 0.5
+    mixed = dataclasses.replace(data.crystals[0], species=species)
     assert CrystalDataset([mixed], data.targets[:1], task.model).elements == (8, 26)
     assert task.finish(elements=(1,)).config.elements == (1, *expected)
     unknown = Crystalformer(SMALL).rescale_(torch.zeros(2), torch.ones(2))  # trained before, by what did not say
