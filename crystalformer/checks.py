@@ -16,6 +16,10 @@ FLATTEST = 1e-6
 MOST_WORKERS = 1024
 
 
+class NotFinite(ValueError):
+    """A tensor holds NaN or infinity."""
+
+
 class debug_checks:
     """Checks values (NaN, signs, singular cells) of CUDA tensors too, at the price of a GPU synchronisation a check.
 
@@ -72,7 +76,7 @@ def check_dense(name: str, x: Any) -> None:
     if x.is_nested or x.layout != torch.strided:
         kind = "a nested tensor" if x.is_nested else f"of layout {x.layout}"
         raise TypeError(f"{name} must be a dense tensor, not {kind}")
-    if torch.compiler.is_compiling():
+    if type(x) is Tensor or torch.compiler.is_compiling():
         return
     # The module that defines such a tensor has been imported where there is one.
     for module, kind in (("torch.masked", "MaskedTensor"), ("torch.distributed.tensor", "DTensor")):
@@ -99,7 +103,7 @@ def check_finite(name: str, x: Tensor) -> None:
     bad = (~torch.isfinite(x)).nonzero()
     if len(bad):
         where = bad[0].tolist()
-        raise ValueError(f"{name} must be finite, but {name}{where} is {x[tuple(where)].item()}")
+        raise NotFinite(f"{name} must be finite, but {name}{where} is {x[tuple(where)].item()}")
 
 
 def check_has_values(name: str, x: Tensor) -> None:

@@ -19,8 +19,8 @@ from .elements import SYMBOLS
 from .metrics import not_learnt, read_metrics
 from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
 from .process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
-from .user_errors import Stop, one_line, training_errors, user_errors
-from .words import count, short, some
+from .user_errors import Stop, training_errors, user_errors
+from .words import count, one_line, short, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
     with interruptible(), warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"{PROG}: {one_line(message)}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: _say(message)
         try:
             try:
                 return _command(arguments)
@@ -48,11 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             stop = Stop("stopped", INTERRUPTED)
         except OSError as error:
+            if error.filename is not None:  # a file's, which is never stdout
+                raise
             stop = Stop(f"stdout: {error}", 1)
         except Stop as error:
             stop = error
-        print(f"{PROG}: {stop}", file=sys.stderr)
+        _say(stop)
         return stop.code
+
+
+def _say(message: object) -> None:
+    print(f"{PROG}: {one_line(message)}", file=sys.stderr)
 
 
 def _command(arguments: list[str]) -> int:
@@ -149,7 +155,7 @@ def predict(arguments: list[str]) -> int:
 
             samples, problems = read_samples(path, id_column=options.id_column)
         for problem in problems:
-            print(f"{PROG}: {one_line(problem)}", file=sys.stderr)
+            _say(problem)
         bad += len(problems)
         ids += [(str(path), id) for id in samples.ids]
         structures += samples.structures
@@ -160,8 +166,7 @@ def predict(arguments: list[str]) -> int:
         raise Stop(f"no crystal can be predicted ({count(bad, 'row')} cannot be used)", 1)
     predictions = _predictions(predictor, names, structures)
     good = predictions.isfinite().all(1)
-    with user_errors():
-        _write(options.out, list(itertools.compress(names, good.tolist())), predictor.names, predictions[good])
+    _write(options.out, list(itertools.compress(names, good.tolist())), predictor.names, predictions[good])
     rows, bad = bad + len(structures), bad + int((~good).sum())
     if bad:
         raise Stop(f"{bad} of {count(rows, 'row')} could not be predicted", 1)
@@ -205,8 +210,7 @@ def evaluate(arguments: list[str]) -> int:
         raise Stop("none of the predictions is finite", 1)
     ids, predictions, targets = itertools.compress(samples.ids, good.tolist()), predictions[good], samples.targets[good]
     if options.out is not None:
-        with user_errors():
-            _write(options.out, list(ids), predictor.names, predictions)
+        _write(options.out, list(ids), predictor.names, predictions)
     left_out = len(problems) + int((~good).sum())
     print(f"{count(len(predictions), 'crystal')}, {count(left_out, 'row')} left out", file=sys.stderr)
     stream = sys.stderr if options.out == "-" else sys.stdout  # stdout is a table or a CSV, not both
@@ -343,22 +347,19 @@ def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequenc
     from .backends import describe_backend
     from .predictor import not_finite
 
-    def say(line: str) -> None:
-        print(f"{PROG}: {line}", file=sys.stderr)
-
     weight = next(predictor.model.parameters())
-    say(describe_backend(weight.device, weight.dtype))
+    _say(describe_backend(weight.device, weight.dtype))
     with user_errors():
         unseen: dict[int, list[str]] = {}
         for id, elements in zip(ids, predictor.unseen_elements(structures), strict=True):
             for z in elements:
                 unseen.setdefault(z, []).append(id)
         for z, where in sorted(unseen.items()):
-            say(f"no crystal of the training had {SYMBOLS[z - 1]}, predictions are guesses for {some(where)}")
+            _say(f"no crystal of the training had {SYMBOLS[z - 1]}, predictions are guesses for {some(where)}")
         with _bar("predicting", len(structures)) as advance:
             predictions = predictor.predict(structures, advance)
     for id in not_finite(ids, predictions):
-        say(f"{id}: the prediction is not finite")
+        _say(f"{id}: the prediction is not finite")
     return predictions
 
 
@@ -368,13 +369,20 @@ def _check_file(out: str | None, *read: str | Path | None) -> None:
         raise Stop("out must be a file: stdout is closed")
     if out is None or out == "-":
         return
-    if Path(out).is_dir() or not Path(out).parent.is_dir():
+    try:
+        possible = not Path(out).is_dir() and Path(out).parent.is_dir()
+    except OSError as error:  # no name that a file can have, or a folder that others keep closed
+        raise Stop(f"out must be a file that can be written, not {out}: {error.strerror}") from error
+    if not possible:
         raise Stop(f"out must be a file in a folder that is there, not {out}")
-    from .storage import holds
+    with user_errors():
+        from .storage import holds
 
-    for path in read:
-        if path is not None and holds(Path(path), Path(out)):
-            raise Stop(f"out must be a file of its own, but {out} is there already, and part of {path}, which is read")
+        for path in read:
+            if path is not None and holds(Path(path), Path(out)):
+                raise Stop(
+                    f"out must be a file of its own, but {out} is there already, and part of {path}, which is read"
+                )
 
 
 def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Tensor") -> None:
@@ -385,7 +393,8 @@ def _write(out: str, ids: Sequence[str], names: Sequence[str], predictions: "Ten
     if out == "-":
         sys.stdout.write(text)
     else:
-        write(out, text)
+        with user_errors():
+            write(out, text)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import __version__ as version
 from . import checks
+from .basis import MOST_FUNCTIONS, R_MAX, WIDTH, RadialBasis
 from .elements import NUM_ELEMENTS
 from .truncation import MAX_LOGIT_RANGE
 
@@ -39,9 +40,10 @@ class CrystalformerConfig:
         dropout: probability, behind both layers of each block.
         domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
             the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
-        num_basis: K, functions of the value encoding of real heads; 0 is the paper's simplified model without it.
-        r_max: centre of the last of them, Å; None takes 10 r0.
-        basis_width: their width, in units of their spacing.
+        num_basis: K, functions of the value encoding of real heads, at most 65,536; 0 is the paper's simplified model
+            without it.
+        r_max: centre of the last of them, 1e-3 to 1e6 Å; None takes 10 r0, which must be within that too.
+        basis_width: their width, in units of their spacing, 1e-3 to 1000.
         r0: length scale of the real decay, 1e-6 to 1e6 Å; block l takes entry l modulo the number of entries.
         r0_reciprocal: that of the reciprocal decay, likewise.
         decay_bound: b, lower bound of rho(x), so that a >= b / (2 r0²).
@@ -80,11 +82,10 @@ class CrystalformerConfig:
     elements: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_targets", "model_dim", "num_heads", "num_blocks", "ff_dim"):
+        for name in ("num_targets", "model_dim", "num_heads", "ff_dim"):
             checks.check_integer(name, getattr(self, name), 1)
-        checks.check_integer("num_basis", self.num_basis, 0)
-        if self.num_blocks > MAX_LAYERS:
-            raise ValueError(f"num_blocks must be at most {MAX_LAYERS}, not {self.num_blocks}")
+        checks.check_integer("num_blocks", self.num_blocks, 1, MAX_LAYERS)
+        checks.check_integer("num_basis", self.num_basis, 0, MOST_FUNCTIONS)
         for name in ("readout_dims", "r0", "r0_reciprocal"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
@@ -96,10 +97,10 @@ class CrystalformerConfig:
             checks.check_integer("readout_dims", width, 1)
         for name in ("r0", "r0_reciprocal"):
             for length in getattr(self, name):
-                checks.check_number(name, length, *LENGTHS)
+                checks.check_between(name, length, *LENGTHS)
         if self.r_max is not None:
-            checks.check_number("r_max", self.r_max)
-        checks.check_number("basis_width", self.basis_width)
+            checks.check_between("r_max", self.r_max, *R_MAX)
+        checks.check_between("basis_width", self.basis_width, *WIDTH)
         checks.check_number("decay_bound", self.decay_bound, high=1.0)
         checks.check_number("decay_bound_reciprocal", self.decay_bound_reciprocal, high=1.0)
         checks.check_number("tol", self.tol, high=1.0)
@@ -133,6 +134,15 @@ class CrystalformerConfig:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:
             raise ValueError(f"num_heads must be even for domain='multihead', not {self.num_heads}")
+        for block in range(self.num_blocks):
+            try:
+                self.block_basis(block)
+            except ValueError as error:  # of an r_max that is 10 r0: all else has been looked at
+                low, high = (x / 10 for x in R_MAX)
+                raise ValueError(
+                    f"r0 must be at least {low:g} and at most {high:g}, a tenth of r_max, where that is not given, "
+                    f"not {self.block_r0(block)}"
+                ) from error
         if self.num_layer_weights > MAX_WEIGHTS:
             raise ValueError(f"config must be of at most {MAX_WEIGHTS:,} weights, not {self.num_layer_weights:,}")
 
@@ -166,6 +176,13 @@ class CrystalformerConfig:
 
     def block_r0_reciprocal(self, block: int) -> float:
         return self.r0_reciprocal[block % len(self.r0_reciprocal)]
+
+    def block_basis(self, block: int) -> RadialBasis | None:
+        """The basis of the value encoding of a block's real heads, None without one."""
+        if not self.num_basis or not self.num_real_heads(block):
+            return None
+        r_max = 10 * self.block_r0(block) if self.r_max is None else self.r_max
+        return RadialBasis(self.num_basis, r_max, self.basis_width)
 
     def num_real_heads(self, block: int) -> int:
         """How many heads of a block decay in real space; they come first."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks
 from .config import CrystalformerConfig
-from .data.structures import NUM_ELEMENTS
+from .elements import NUM_ELEMENTS
 from .model import Crystalformer
 from .user_files import check_regular, parse_json, read_text
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .basis import RadialBasis
 from .config import CrystalformerConfig
 from .data import CrystalBatch
 from .functional import Precision, dual_space_attention, periodic_attention, reciprocal_attention
@@ -66,10 +65,9 @@ class PeriodicAttention(nn.Module):
         self.backend, self.precision = backend, precision
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.decay = Decay(heads, head_dim)
-        self.basis: RadialBasis | None = None
+        self.basis = config.block_basis(block)
         self.edge_weight: nn.Parameter | None = None
-        if config.num_basis and self.num_real:
-            self.basis = RadialBasis(config.num_basis, config.r_max or 10 * self.r0, config.basis_width)
+        if self.basis is not None:
             self.edge_weight = nn.Parameter(torch.empty(self.num_real, head_dim, config.num_basis))
         self.reset_parameters(config)
 

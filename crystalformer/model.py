@@ -15,12 +15,14 @@ from . import storage
 from .arguments import check_crystals, check_precision
 from .backends import check_backend
 from .config import CrystalformerConfig
-from .data import NUM_ELEMENTS, CrystalBatch
+from .data import CrystalBatch
+from .elements import NUM_ELEMENTS
 from .functional import Precision
 from .image_list import ImageList
 from .images import build_images
 from .layers import Block, Embedding, mean_pool
 from .wave_vectors import WaveVectors, build_wave_vectors
+from .words import some
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -235,19 +237,15 @@ def _check_fit(file: Path, weights: Mapping[str, Tensor], expected: Mapping[str,
     """Refuses weights other than those that the config implies."""
     wrong = f"{file} must hold weights that fit its config"
     if missing := sorted(expected.keys() - weights.keys()):
-        raise ValueError(f"{wrong}, but has no {_some(missing)}")
+        raise ValueError(f"{wrong}, but has no {some(missing, 3)}")
     if unknown := sorted(weights.keys() - expected.keys()):
-        raise ValueError(f"{wrong}, which has no {_some(unknown)}")
+        raise ValueError(f"{wrong}, which has no {some(unknown, 3)}")
     dtype = next(iter(weights.values())).dtype
     for name, x in weights.items():
         if x.shape != expected[name].shape:
             raise ValueError(f"{wrong}, where {name} is of shape {tuple(expected[name].shape)}, not {tuple(x.shape)}")
         if not x.is_floating_point() or x.dtype != dtype:
             raise ValueError(f"{wrong}, floating-point numbers of one dtype, but {name} is {x.dtype}, not {dtype}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_finite(file: Path, weights: Mapping[str, Tensor]) -> None:

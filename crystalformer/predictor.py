@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import NotFinite
 from .data import CrystalBatch
 from .data.crystals import build_crystals
 from .data.dataset import BoundedBatches, sizes
@@ -18,6 +19,7 @@ from .data.structures import read_structure
 from .elements import NUM_ELEMENTS
 from .layers import mean_pool
 from .model import WEIGHTS_FILE, Crystalformer
+from .words import one_line
 
 MODEL_FOLDER = "model"
 BATCH_SIZE, MAX_IMAGES = 256, 1 << 22
@@ -64,9 +66,8 @@ class Predictor:
         """(C,T) fp64. What the attention refuses, as features are not finite, is NaN, and costs the others nothing."""
         try:
             return self.model(self._joined(crystals)).cpu().double()
-        except ValueError as error:
-            if "must be finite" not in str(error):
-                raise
+        except NotFinite:
+            pass
         if len(crystals) == 1:
             return torch.full((1, len(self.names)), torch.nan, dtype=torch.float64)
         return torch.cat([self._outputs([crystal]) for crystal in crystals])
@@ -151,8 +152,7 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except Exception as error:  # torch has many, one for each kind of device that is not there
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"device must be one that torch has here, not {device!r}: {reason}") from error
+        raise ValueError(f"device must be one that torch has here, not {device!r}: {one_line(error, 200)}") from error
     if found.type == "meta":
         raise ValueError("device must be one that computes, not 'meta'")
     return found

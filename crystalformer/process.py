@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 PROG = "crystalformer"
@@ -18,14 +18,21 @@ def leave(*_: Any) -> None:
     os._exit(INTERRUPTED)
 
 
+def _is_program(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
+    """Whether this is the console script or `python -m crystalformer`, of `sys.argv` and `sys.orig_argv`."""
+    name = argv[0] if argv else ""
+    if name != "-m":
+        return os.path.basename(name).removesuffix(".exe") == PROG
+    # While Python looks for the module: it stands before the arguments, by itself or as in -um.
+    word = orig_argv[-len(argv)]
+    return (word.partition("m")[2] if word.startswith("-") else word) == PROG
+
+
 def _leave_while_importing() -> None:
     """Has Ctrl-C end this program, but none that only imports the library: torch alone takes seconds to come."""
-    name = getattr(sys, "argv", [""])[0]
-    if name == "-m":  # what it is called while Python looks for the module to run
-        name = sys.orig_argv[sys.orig_argv.index("-m") + 1]
     # Of what multiprocessing has started the parent takes care; imported here it would take time, without this.
     parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", lambda: None)()
-    if os.path.splitext(os.path.basename(name))[0] == PROG and parent is None and _by_default():
+    if _is_program(getattr(sys, "argv", []), sys.orig_argv) and parent is None and _by_default():
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, leave)
 
@@ -54,6 +61,11 @@ def interruptible() -> Iterator[None]:
 
 def _by_default() -> bool:
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .data.samples import DataError
+from .storage import UNFINISHED
 from .training.checkpoints import CheckpointError
 
 CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
@@ -63,18 +65,19 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    import fcntl
-
     path = out / LOCK
     with path.open("ab") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The training before may have removed the file after this one opened it.
             mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
         except BlockingIOError:
             mine = False
-        except OSError as error:
-            warnings.warn(f"{out} cannot be locked ({error.strerror}): start no second training in it", stacklevel=4)
+        except (OSError, ImportError) as error:  # of systems without fcntl
+            reason = error.strerror if isinstance(error, OSError) else error
+            warnings.warn(f"{out} cannot be locked ({reason}): start no second training in it", stacklevel=4)
             mine = True
         if not mine:
             raise FileExistsError(f"out must be a folder in which no training runs, but one does in {out}")
@@ -86,12 +89,13 @@ def _lock(out: Path) -> Iterator[None]:
 
 def _is_free(names: set[str]) -> bool:
     """Whether a folder with these files is empty, but for those of a training killed when it had just begun."""
-    return not names or (LOCK in names and names <= {LOCK, *BEGINNING})
+    begun = {name for name in names if name in (LOCK, *BEGINNING) or fnmatch(name, UNFINISHED)}
+    return not names or (LOCK in names and names == begun)
 
 
 def _clear(out: Path) -> None:
-    for name in BEGINNING:
-        (out / name).unlink(missing_ok=True)
+    for path in (*(out / name for name in BEGINNING), *out.glob(UNFINISHED)):
+        path.unlink(missing_ok=True)
 
 
 def _remove_empty(folder: Path) -> None:

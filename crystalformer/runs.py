@@ -196,12 +196,11 @@ def _train(
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
-        check_machine(accelerator, machine["devices"], machine["nodes"])
+        device = check_machine(accelerator, machine["devices"], machine["nodes"])
     except ValueError as error:
         raise DataError(str(error)) from error
     parts, problems = source.read(names, seed)
     settings = _settings(names, units, source, recipe, config, seed, machine)
-    device = _device(accelerator)
     if first:
         print(f"  {describe_backend(device)}", flush=True)
     torch.manual_seed(seed)
@@ -268,13 +267,6 @@ def _train(
             print(report.nothing_learnt(metrics, name), file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")
     return predictor
-
-
-def _device(accelerator: str) -> torch.device:
-    """Where lightning trains."""
-    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if accelerator != "cpu" and torch.backends.mps.is_available() else "cpu")
 
 
 def _rank() -> int:

@@ -20,12 +20,17 @@ from typing import Any
 from torch import Tensor, uint8
 
 from .user_files import parse_json, read_text
+from .words import one_line
 
 # The key of the checksum in JSON and in the metadata of tensors, and what it follows at the end of other files.
 SHA256 = "sha256"
 TRAILER = b"\nsha256:"
 # One key for all metadata: safetensors writes several in a random order, so equal models would be different files.
 METADATA = "crystalformer"
+# The names of files while they are written; one stays only behind a kill.
+UNFINISHED = ".*.tmp"
+# Of a SHA-256 in hexadecimal.
+DIGITS = 64
 
 
 def write(path: str | Path, content: bytes | str, keep: Path | None = None) -> None:
@@ -47,7 +52,7 @@ def write(path: str | Path, content: bytes | str, keep: Path | None = None) -> N
             file.write(data)
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name[:32]}.{uuid.uuid4().hex}.tmp")  # a name may be as long as names can be
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -102,7 +107,7 @@ def read_sealed(path: str | Path) -> bytes:
         ValueError: if the checksum is wrong.
     """
     data = Path(path).read_bytes()
-    content, mark, digest = data[:-72], data[-72:-64], data[-64:]
+    content, mark, digest = data[: -DIGITS - len(TRAILER)], data[-DIGITS - len(TRAILER) : -DIGITS], data[-DIGITS:]
     if mark != TRAILER:
         return data
     _compare(path, hashlib.sha256(content).hexdigest(), digest.decode("latin-1"))
@@ -176,7 +181,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
     except OSError:
         raise
     except Exception as error:  # whatever a torn or foreign file makes of the parser
-        raise ValueError(f"{path}: damaged, or no safetensors file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: damaged, or no safetensors file: {one_line(error)}") from error
     if not isinstance(about, dict) or SHA256 not in about:
         return tensors, None
     written = about.pop(SHA256)

@@ -5,9 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .process import INTERRUPTED, PROG
-
-# Characters of a line: what is wrong stands at its ends, a value of any length in between.
-LONGEST = 2000
+from .words import one_line
 
 
 class Stop(Exception):
@@ -16,13 +14,6 @@ class Stop(Exception):
     def __init__(self, message: object, code: int = 2) -> None:
         super().__init__(one_line(message))
         self.code = code
-
-
-def one_line(message: object) -> str:
-    """A message as a line that a terminal shows as it is: bounded, without control characters."""
-    text = " ".join(str(message).split())
-    text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 @contextmanager

@@ -8,6 +8,16 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def one_line(message: object, longest: int = 2000) -> str:
+    """A message as a line that a terminal shows as it is: without control characters, and bounded.
+
+    What is wrong stands at the ends of a message, a value of any length in between.
+    """
+    text = " ".join(str(message).split())
+    text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+
+
 def short(x: float) -> str:
     """Four significant digits, or all of those before the point; an exponent only for what is tiny or huge."""
     return f"{x:.0f}" if 1e4 <= abs(x) < 1e15 else f"{x:.4g}"

@@ -217,6 +217,10 @@ def test_out_is_none_of_the_files_that_are_read(run, folder, capsys, tmp_path):
     )
     assert {path: path.read_bytes() for path in kept} == kept
 
+    line = refused(capsys, "predict", run, source, "--out", "x" * 5000)
+    assert line.startswith("crystalformer: out must be a file that can be written, not xxx")
+    assert line.endswith("xxx: File name too long\n")
+
     out = tmp_path / "out.csv"
     out.write_text("old")
     assert cli.main(["predict", str(run), str(source), "--out", str(out)]) == 0

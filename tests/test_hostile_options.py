@@ -15,7 +15,7 @@ from test_cli import SIZES, refused
 
 import crystalformer
 from crystalformer import cli
-from crystalformer.process import uninterrupted
+from crystalformer.process import _is_program, uninterrupted
 from crystalformer.training.machine import check_machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -39,7 +39,7 @@ def alone(monkeypatch):
     for name in ("MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("crystalformer.training.machine._cores", lambda: 2)
+    monkeypatch.setattr("crystalformer.training.machine.cores", lambda: 2)
 
 
 def test_wrong_options_are_refused_in_one_line(alone, model, capsys, tmp_path):
@@ -99,11 +99,6 @@ def test_other_machines_that_can_be_found(alone, monkeypatch):
     check_machine("cpu", 2, 2)
 
 
-def test_a_device_without_values(model, capsys):
-    assert cli.main(["predict", *model, "--device", "meta"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("must have values, not be on the device meta")
-
-
 def test_memory_that_is_not_there(model, capsys, monkeypatch):
     from crystalformer.predictor import Predictor
 
@@ -123,6 +118,12 @@ def test_streams_that_are_full_or_gone(model, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", full)
         assert cli.main(["--help"]) == 1
     assert capsys.readouterr().err == "crystalformer: stdout: [Errno 28] No space left on device\n"
+    with open("/dev/full", "w") as full:  # also where each line is written at once, and where a result fills the disk
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full.buffer.raw, write_through=True))
+        for arguments in (["--help"], ["info", model[0]], ["predict", *model]):
+            assert cli.main(arguments) == 1
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert last == "crystalformer: stdout: [Errno 28] No space left on device"
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
@@ -156,7 +157,8 @@ def test_ctrl_c_wherever_it_comes(model, capsys, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             assert cli.main(arguments) == 130
-        assert capsys.readouterr().err.splitlines()[-1] == "crystalformer: stopped"
+        kept = "; nothing was kept: no epoch was done" if arguments[0] == "train" else ""
+        assert capsys.readouterr().err.splitlines()[-1] == f"crystalformer: stopped{kept}"
     assert not Path(model[0] + "-no").exists()
 
 
@@ -180,6 +182,38 @@ import crystalformer
             assert "KeyboardInterrupt" in done.stderr
         else:
             assert (done.returncode, done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "options", "expected"),
+    [
+        (["-m", "info", "x"], ["-m", "crystalformer", "info", "x"], True),
+        (["-m"], ["-um", "crystalformer"], True),
+        (["-m", "info"], ["-mcrystalformer", "info"], True),
+        (["-m", "-m"], ["-umcrystalformer", "-m"], True),
+        (["-m"], ["-m", "crystalformer.demo"], False),
+        (["-m", "crystalformer"], ["-mcrystalformer.demo", "crystalformer"], False),
+        (["/bin/crystalformer", "info"], ["/bin/crystalformer", "info"], True),
+        (["crystalformer.exe"], ["crystalformer.exe"], True),
+        (["crystalformer.py"], ["crystalformer.py"], False),
+        (["-c"], ["-c", "import crystalformer"], False),
+        ([], [], False),
+    ],
+)
+def test_which_program_runs(argv, options, expected):
+    assert _is_program(argv, ["python", *options]) is expected
+
+
+def test_a_module_of_the_package_keeps_its_ctrl_c(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which jobs in the background do not have
+        "atexit.register(lambda: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler))\n"
+    )
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
+    command = [sys.executable, "-um", "crystalformer.demo", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "True"), done.stderr
 
 
 def test_processes_that_parse_hear_no_ctrl_c():

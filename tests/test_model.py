@@ -193,15 +193,18 @@ def test_images_are_built_once_and_checked():
     ("options", "message"),
     [
         ({"model_dim": 0}, "model_dim must be an integer, at least 1, not 0"),
-        ({"num_blocks": 2.0}, r"num_blocks must be an integer, at least 1, not 2\.0"),
+        ({"num_blocks": 2.0}, r"num_blocks must be an integer, at least 1 and at most 128, not 2\.0"),
         ({"num_heads": True}, "num_heads must be an integer, at least 1, not True"),
-        ({"num_basis": -1}, "num_basis must be an integer, at least 0, not -1"),
+        ({"num_basis": -1}, "num_basis must be an integer, at least 0 and at most 65536, not -1"),
         ({"readout_dims": ()}, r"readout_dims must be a sequence of numbers, not \(\)"),
         ({"readout_dims": (8, 0)}, "readout_dims must be an integer, at least 1, not 0"),
         ({"r0": 1.4}, r"r0 must be a sequence of numbers, not 1\.4"),
-        ({"r0": (1.4, -1.0)}, r"r0 must be larger than 1e-06 and smaller than 1e\+06, not -1\.0"),
-        ({"r0_reciprocal": (1e200,)}, r"r0_reciprocal must be larger than 1e-06 and smaller than 1e\+06, not 1e\+200"),
-        ({"r_max": 0}, "r_max must be larger than 0 and finite, not 0"),
+        ({"r0": (1.4, -1.0)}, r"r0 must be at least 1e-06 and at most 1e\+06, not -1\.0"),
+        ({"r0_reciprocal": (1e200,)}, r"r0_reciprocal must be at least 1e-06 and at most 1e\+06, not 1e\+200"),
+        ({"r0": (1.4, 1e-5)}, "r0 must be at least 0.0001 and at most 100000, a tenth of r_max, .* not 1e-05"),
+        ({"r_max": 0}, r"r_max must be at least 0\.001 and at most 1e\+06, not 0"),
+        ({"basis_width": 1e7}, r"basis_width must be at least 0\.001 and at most 1000, not 10000000"),
+        ({"num_basis": 10**5}, "num_basis must be an integer, at least 0 and at most 65536, not 100000"),
         ({"basis_width": "wide"}, "basis_width must be a number, not str"),
         ({"decay_bound": 1.0}, r"decay_bound must be larger than 0 and smaller than 1, not 1\.0"),
         ({"dropout": -0.1}, r"dropout must be at least 0 and smaller than 1, not -0\.1"),
@@ -210,7 +213,7 @@ def test_images_are_built_once_and_checked():
         ({"domain": "fourier"}, "domain must be one of real, reciprocal, multihead, real_reciprocal, not 'fourier'"),
         ({"num_heads": 3}, "model_dim must be a multiple of num_heads=3, not 128"),
         ({"num_heads": 1, "domain": "multihead"}, "num_heads must be even for domain='multihead', not 1"),
-        ({"num_blocks": 10**7}, "num_blocks must be at most 128, not 10000000"),
+        ({"num_blocks": 10**7}, "num_blocks must be an integer, at least 1 and at most 128, not 10000000"),
         ({"readout_dims": (1,) * 10**4}, "readout_dims must be at most 128 numbers, not 10000"),
         ({"model_dim": 10**6}, r"config must be of at most 1,000,000,000 weights, not 16,\d+,"),
         ({"target_names": "energy"}, "target_names must be a sequence, not 'energy'"),
@@ -225,6 +228,20 @@ def test_images_are_built_once_and_checked():
 def test_config_says_what_is_wrong(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         cf.CrystalformerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r0": (1e-4, 1e5)},
+        {"r0": (1e-6, 1e6), "r_max": 1e-3, "basis_width": 1e3},
+        {"r0": (1e-6,), "r0_reciprocal": (1e6,), "num_basis": 0},
+        {"r0": (1e-6,), "domain": "reciprocal"},
+        {"r0": (1.4, 1e-6), "domain": "real_reciprocal"},
+    ],
+)
+def test_a_model_takes_every_config_there_is(options):
+    cf.Crystalformer(dataclasses.replace(SMALL, **options))
 
 
 def test_config_of_the_paper():

@@ -46,13 +46,14 @@ def test_one_training_at_a_time_and_none_behind_a_kill(tmp_path, arguments, caps
             (out / CONFIG).touch()
             with pytest.raises(FileExistsError, match="but one does"), run_folder(out, resume=True):
                 pytest.fail("two at once")
-            (out / PROBLEMS).touch()
+            for name in (PROBLEMS, unfinished := f".{CONFIG}.0.tmp"):
+                (out / name).touch()
         finally:
             process.kill()
-    assert {path.name for path in out.iterdir()} == {LOCK, CONFIG, PROBLEMS}
+    assert {path.name for path in out.iterdir()} == {LOCK, CONFIG, PROBLEMS, unfinished}
     assert cli.main(arguments) == 0
     assert not (out / LOCK).exists()
-    assert not (out / PROBLEMS).exists()
+    assert not {PROBLEMS, unfinished} & {path.name for path in out.iterdir()}
 
 
 def test_within_a_process_too(tmp_path):
@@ -120,3 +121,9 @@ def test_a_file_system_without_locks_warns(tmp_path, monkeypatch):
     with warns, run_folder(tmp_path / "run", resume=False):
         (tmp_path / "run" / "model").mkdir()
     assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_system_without_fcntl_warns(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(.*fcntl"), run_folder(tmp_path / "run", resume=False):
+        pass

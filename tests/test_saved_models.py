@@ -146,7 +146,7 @@ def test_files_that_are_no_model(tmp_path):
         ("{", "no JSON"),
         ("[" * 10**5, "no JSON"),
         ("[]", "config must be a dictionary, not list"),
-        ('{"num_blocks": 10000000}', "num_blocks must be at most 128, not 10000000"),
+        ('{"num_blocks": 10000000}', "num_blocks must be an integer, at least 1 and at most 128, not 10000000"),
         ('{"num_blocks": 100}', r"model.safetensors must hold weights that fit its config, but has no blocks\.1\."),
         ('{"model_dim": 10000}', r"model.safetensors must hold weights that fit its config, where .* not \(2, 2\)"),
         ('{"colour": "red"}', "config must have names among basis_width, .*, not colour"),

@@ -76,6 +76,10 @@ def test_a_folder_of_lists(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_bytes(b"a\r\nb c\n\n")
     (tmp_path / "val.txt").write_text("d")
     assert read_split(tmp_path) == {"train": ["a", "b c"], "val": ["d"], "test": []}
+    (tmp_path / "test.txt").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"test\.txt: no list of ids: not a text in UTF-8: it has zero bytes$"):
+        read_split(tmp_path)
+    (tmp_path / "test.txt").unlink()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"the split must have the sets train, val, test, not notes$"):
         read_split(tmp_path)
@@ -90,7 +94,7 @@ def test_a_folder_of_lists(tmp_path: Path) -> None:
         ('{"train": ["a"], "id_train": ["b"]}', "must name each set once, not train, id_train"),
         ('{"train": "a"}', "must be a dictionary with lists of ids, train, val, test"),
         ('["a"]', "must be a dictionary with lists of ids, train, val, test"),
-        ("{", "not a JSON file of ids: "),
+        ("{", "no JSON: "),
         (None, "no such file"),
     ],
 )

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -37,6 +38,15 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch, nam
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError, match="nowhere/a"):  # not a name of the file that is written first
         storage.write(tmp_path / "nowhere" / "a", "new")
+
+
+def test_a_file_that_is_being_written_can_be_told(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(os, "fsync", lambda _: names.append([path.name for path in tmp_path.iterdir()]))
+    storage.write(tmp_path / ("a" * 255), "new")
+    assert fnmatch(names[0][0], storage.UNFINISHED)
+    assert names[0][0].startswith(".aaa")
+    assert (tmp_path / ("a" * 255)).read_text() == "new"
 
 
 def test_links_and_permissions_stay(tmp_path):

@@ -136,6 +136,9 @@ def test_elements_that_the_training_never_saw(run, data, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert [line.split(",")[0] for line in out.splitlines()] == ["id", "known", "strange"]
     assert "crystalformer: no crystal of the training had Xe, predictions are guesses for strange" in err.splitlines()
+    (tmp_path / "strange.cif").rename(tmp_path / "red\x1b[31m.cif")
+    assert cli.main(["predict", str(run), str(tmp_path / "red\x1b[31m.cif")]) == 0
+    assert capsys.readouterr().err.endswith("predictions are guesses for red\\x1b[31m\n")  # nothing for the terminal
     predictor = crystalformer.load(run)
     assert predictor.unseen_elements([known.structure, strange.structure]) == [(), (54,)]
     predictor.model.config = crystalformer.CrystalformerConfig()  # as of a model that was saved without them
@@ -155,6 +158,14 @@ def test_predictions_that_are_not_finite(run, data, capsys, monkeypatch):
     assert predicted.isnan().all(1).nonzero()[:, 0].tolist() == spoiled
     good = ~predicted.isnan().any(1)
     torch.testing.assert_close(predicted[good], expected[good])
+
+    def refuse(batch):
+        raise ValueError("decay_min must be finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.model, "forward", refuse)
+        with pytest.raises(ValueError, match="decay_min"):  # no fault of a crystal
+            predictor.predict(samples.structures)
 
     monkeypatch.setattr(cli, "_load", lambda path, device: predictor)
     for arguments, end in (

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..words import one_line
 from .files import stem_of
-from .parsing import Source, one_line, read_xyz, require
+from .parsing import Source, read_xyz, reason_of, require
 from .rows import ID_COLUMNS, Row, Table, find_id_column, missing
 from .samples import DataError
 
@@ -19,7 +20,7 @@ def read_database(path: Path, id_column: str | None) -> Table:
     try:
         found = list(ase_db.connect(path).select())
     except Exception as error:
-        raise DataError(f"{path}: not an ase database: {one_line(error)}") from error
+        raise DataError(f"{path}: not an ase database: {reason_of(error)}") from error
     if not found:
         raise DataError(f"{path}: empty")
     atoms = [row.toatoms() for row in found]
@@ -52,7 +53,7 @@ def read_frames(path: Path, text: str, id_column: str | None) -> Table:
         except ImportError:
             raise
         except Exception as error:
-            atoms.append(one_line(error))
+            atoms.append(reason_of(error))
     if not atoms:
         raise DataError(f"{path}: empty")
     values = [{} if isinstance(x, str) else _results(x) | dict(x.info) for x in atoms]

@@ -1,7 +1,6 @@
 """Structures of many sources: parsed in many processes, kept in a cache."""
 
 import json
-import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import __version__ as version
-from ..process import uninterrupted
+from ..process import cores, uninterrupted
 from .parsing import Parsed, Source, parse
 from .store import Item, Store, digest
 
@@ -61,7 +60,7 @@ def _run(sources: Sequence[Source], primitive: bool, workers: int) -> Generator[
             yield parse(source, primitive)
         return
     # Not forked: the threads of torch and BLAS do not survive it.
-    executor = ProcessPoolExecutor(min(workers, os.cpu_count() or 1), mp_context=get_context("spawn"))
+    executor = ProcessPoolExecutor(min(workers, cores()), mp_context=get_context("spawn"))
     try:
         with uninterrupted():
             results = executor.map(parse, sources, repeat(primitive), chunksize=CHUNK)

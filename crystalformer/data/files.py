@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from .. import user_files
-from .parsing import one_line
+from .parsing import reason_of
 from .samples import DataError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
@@ -35,9 +35,9 @@ def read_text(path: Path) -> str:
         # Structures may have an author's name in some old encoding.
         return user_files.read_text(path, "replace" if kind_of(path) in ("cif", "poscar") else "strict")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or reason_of(error)}") from error
     except ValueError as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
+        raise DataError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
 def unpacked_name(name: str) -> str:

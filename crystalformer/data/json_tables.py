@@ -7,7 +7,7 @@ from typing import Any
 from ..user_files import parse_json
 from .ase_tables import read_database
 from .files import stem_of, unpacked_name
-from .parsing import Source, one_line
+from .parsing import Source, reason_of
 from .records import STRUCTURE_COLUMNS, from_records
 from .rows import Row, Table, listed
 from .samples import DataError
@@ -21,7 +21,7 @@ def read_json(path: Path, text: str, id_column: str | None) -> Table:
         else:
             found = parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path}: not a JSON file: {one_line(error)}") from error
+        raise DataError(f"{path}: not a JSON file: {reason_of(error)}") from error
     if isinstance(found, dict):
         if "sites" in found or "lattice_mat" in found:
             return Table([Row(stem_of(path), path.name, Source("dict", found))], [])
@@ -85,5 +85,5 @@ def read_jarvis(path: str, id_column: str | None) -> Table:
     try:
         found = list(data(path.removeprefix("jarvis:")))
     except Exception as error:
-        raise DataError(f"{path}: jarvis-tools cannot get it: {one_line(error)}") from error
+        raise DataError(f"{path}: jarvis-tools cannot get it: {reason_of(error)}") from error
     return from_records(found, path, id_column)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..words import one_line
 from .structures import Crystal, read_structure
 
 # Atoms nearer than this, in Å, are one atom that is there twice.
@@ -21,6 +22,8 @@ DENSEST = 0.1
 # How far apart, in Å, the sites of two copies of a primitive cell may be. pymatgen's 0.25 would average away
 # distortions that energies depend on.
 PRIMITIVE_TOLERANCE = 0.01
+# Characters of what is said of one structure.
+LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,9 @@ class Parsed:
     note: str = ""
 
 
-def one_line(error: BaseException | str) -> str:
-    """The message of an error in one line of bounded length."""
-    text = " ".join(str(error).split())
-    if isinstance(error, BaseException) and not isinstance(error, ValueError):
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= 300 else text[:297] + "..."
+def reason_of(error: Exception) -> str:
+    """What is wrong with a row or a file, by an error of any library."""
+    return one_line(error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", LONGEST)
 
 
 def require(module: str) -> ModuleType:
@@ -67,7 +67,7 @@ def parse(source: Source, primitive: bool = False) -> list[Parsed]:
     except ImportError:
         raise
     except Exception as error:  # parsers of other libraries raise anything on bad files
-        return [Parsed(None, one_line(error))]
+        return [Parsed(None, reason_of(error))]
 
 
 def _cif(text: str) -> list[Parsed]:
@@ -87,9 +87,9 @@ def _cif(text: str) -> list[Parsed]:
         try:
             parser = CifParser.from_str(f"data_{block}", check_cif=False)
             (structure,) = parser.parse_structures(primitive=False, on_error="raise")
-            result.append(Parsed(structure, note=one_line(parser.check(structure) or "")))
+            result.append(Parsed(structure, note=one_line(parser.check(structure) or "", LONGEST)))
         except Exception as error:
-            reason = one_line(error).removeprefix("No structure parsed for section 1 in CIF. ")
+            reason = reason_of(error).removeprefix("No structure parsed for section 1 in CIF. ")
             result.append(Parsed(None, f"the CIF cannot be parsed: {reason}"))
     return result
 
@@ -138,7 +138,7 @@ def _checked(parsed: Parsed, primitive: bool) -> Parsed:
             return parsed
         return Parsed(_primitive(parsed.structure, crystal), note=parsed.note)
     except Exception as error:
-        return Parsed(None, one_line(error))
+        return Parsed(None, reason_of(error))
 
 
 def _check_distances(crystal: Crystal) -> None:

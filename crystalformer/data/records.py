@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..user_files import parse_json
-from .parsing import Source, one_line
+from .parsing import Source, reason_of
 from .rows import ID_COLUMNS, Row, Table, find_id_column, listed, missing
 from .samples import DataError
 
@@ -49,7 +49,7 @@ def from_records(
                 raise DataError(f"{len(columns) + record[EXTRA]} cells for {len(columns)} columns")
             row.structure = _source(record.get(place), read)
         except DataError as error:
-            row.reason = one_line(error)
+            row.reason = reason_of(error)
     return Table(rows, [x for x in columns if x not in (place, "")])
 
 

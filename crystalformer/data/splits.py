@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import storage
-from ..user_files import parse_json, read_text
+from ..user_files import read_text
 from .samples import DataError, first_repeated
 
 SETS = ("train", "val", "test")
@@ -60,17 +60,16 @@ def read_split(path: str | Path) -> dict[str, list[str]]:
     path = Path(path)
     try:
         if path.is_dir():
-            found = {x.stem: read_text(x).split("\n") for x in sorted(path.glob("*.txt"))}
-            found = {name: [id.strip() for id in ids if id.strip()] for name, ids in found.items()}
+            found = {x.stem: _read_list(x) for x in sorted(path.glob("*.txt"))}
         else:
-            found = parse_json(read_text(path))
+            found = storage.read_json(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a JSON file of ids: {error}") from error
-    try:
-        found = storage.unsealed(path, found)
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except DataError:
+        raise
+    except ValueError as error:  # which names the file
         raise DataError(str(error)) from error
     if found == {} and path.is_dir():
         raise DataError(f"{path}: has none of {', '.join(f'{name}.txt' for name in SETS)}")
@@ -84,6 +83,14 @@ def read_split(path: str | Path) -> dict[str, list[str]]:
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     return {name: named.get(name, []) for name in SETS}
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        lines = read_text(path).split("\n")
+    except ValueError as error:
+        raise DataError(f"{path}: no list of ids: {error}") from error
+    return [id.strip() for id in lines if id.strip()]
 
 
 def _check(split: Mapping[str, Sequence[str]], name: str) -> None:

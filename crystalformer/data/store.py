@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import storage
+from ..words import one_line
 
 log = logging.getLogger("crystalformer.data")
 
@@ -63,7 +64,7 @@ class Store:
                 log.warning("%s cannot be read, so its content is made again: %s", path, error)
             # Whatever a torn or foreign file makes of the parser: it must not stop the work.
             except Exception as error:
-                reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
+                reason = one_line(error).removeprefix(f"{path}: ")
                 log.warning("%s is damaged, so its content is made again: %s", path, reason)
                 with contextlib.suppress(OSError):
                     path.unlink()

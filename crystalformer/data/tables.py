@@ -8,7 +8,7 @@ from .ase_tables import read_database
 from .csv_tables import read_csv
 from .files import STRUCTURE_FORMATS, STRUCTURE_KINDS, kind_of, read_text, sniff, stem_of, unpacked_name
 from .json_tables import read_jarvis
-from .parsing import one_line
+from .parsing import reason_of
 from .rows import Row, Table
 from .samples import DataError
 from .structure_files import read_structures
@@ -35,7 +35,7 @@ def read_table(path: str | Path, targets: Sequence[str], id_column: str | None) 
     except DataError:
         raise
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {one_line(error)}") from error
+        raise DataError(f"{path}: {reason_of(error)}") from error
 
 
 def _file(path: Path, targets: Sequence[str], id_column: str | None) -> Table:
@@ -73,5 +73,5 @@ def _folder(folder: Path, targets: Sequence[str], id_column: str | None) -> Tabl
             rows += table.rows
             columns |= dict.fromkeys(table.columns)
         except DataError as error:
-            rows.append(Row(stem_of(path), name, reason=one_line(error)))
+            rows.append(Row(stem_of(path), name, reason=reason_of(error)))
     return Table(rows, list(columns))

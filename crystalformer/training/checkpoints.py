@@ -68,7 +68,8 @@ def latest(folder: Path, identity: Mapping[str, Any]) -> tuple[Path, dict[str, A
         try:
             content = AtomicIO().load_checkpoint(path)
             stored = json.loads(content["callbacks"]["Checkpoints"]["identity"])
-            content["callbacks"]["History"]["rows"], content["state_dict"]  # what a resumed training begins with
+            if "rows" not in content["callbacks"]["History"] or "state_dict" not in content:
+                raise ValueError("it lacks what a resumed training begins with")
         except FileNotFoundError:
             continue
         except Exception as error:  # whatever a torn or foreign file brings torch to raise

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..data.dataset import BoundedBatches, CrystalDataset, Example
 from ..model import Crystalformer
+from ..words import one_line
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, CheckpointError, Checkpoints, latest
 from .machine import check_machine
@@ -78,8 +79,7 @@ def fit(
             try:
                 task.load_state_dict(content["state_dict"])
             except RuntimeError as error:
-                reason = " ".join(str(error).split())
-                raise CheckpointError(f"{path} must hold the weights of this model: {reason}") from error
+                raise CheckpointError(f"{path} must hold the weights of this model: {one_line(error)}") from error
             if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
                 task.finish(elements)
                 return history.rows

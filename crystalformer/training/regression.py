@@ -115,9 +115,7 @@ class Regression(lightning.LightningModule):
     def training_step(self, example: Example, index: int) -> Tensor:
         try:
             return self._step("train", self.train_means, example)
-        except ValueError as error:  # of the attention, which checks what it gets
-            if "must be finite" not in str(error):
-                raise
+        except checks.NotFinite as error:  # of the attention, which checks what it gets
             raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
 
     def validation_step(self, example: Example, index: int) -> None:
