@@ -113,17 +113,17 @@ class Regression(lightning.LightningModule):
         return batch._replace(targets=targets.to(batch.weight.dtype))
 
     def training_step(self, example: Example, index: int) -> Tensor:
-        try:
-            return self._step("train", self.train_means, example)
-        except checks.NotFinite as error:  # of the attention, which checks what it gets
-            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
+        return self._step("train", self.train_means, example)
 
     def validation_step(self, example: Example, index: int) -> None:
         self._step("val", self.val_means, example)
 
     def _step(self, stage: str, means: nn.ModuleList, example: Example) -> Tensor:
         crystals, targets, weight = example
-        errors = (self.model(crystals) - targets).abs()
+        try:
+            errors = (self.model(crystals) - targets).abs()
+        except checks.NotFinite as error:  # of the attention, which checks what it gets
+            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
         losses = errors.mean(1)
         exact = errors.detach().to(MEANS).T
         columns = [losses.detach(), *(x * scale for x, scale in zip(exact, self.scales, strict=True))]
