@@ -3,6 +3,7 @@
 import math
 import sys
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +41,13 @@ class debug_checks:
 
 def values_visible(x: Tensor) -> bool:
     """Whether the values of x may be looked at: not while compiling, not on a GPU unless asked for."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _check_values_on_gpu.get())
+    return not torch.compiler.is_compiling() and (x.is_cpu or _check_values_on_gpu.get())
+
+
+@cache
+def _names(dims: str) -> tuple[str | int, ...]:
+    """The dimensions that a string names: numbers where it has numbers."""
+    return tuple(int(d) if d.isdigit() else d for d in dims.split())
 
 
 def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tensor | None = None) -> None:
@@ -51,12 +58,14 @@ def check_tensor(name: str, x: Any, dims: str, known: dict[str, int], like: Tens
         known: sizes of the names seen so far; names met here for the first time are added.
     """
     check_dense(name, x)
-    names = dims.split()
-    sizes = [int(d) if d.isdigit() else known.get(d) for d in names]
-    if x.dim() != len(names) or any(s is not None and s != n for s, n in zip(sizes, x.shape, strict=False)):
-        wanted = ", ".join(d if s is None or d.isdigit() else f"{d}={s}" for d, s in zip(names, sizes, strict=True))
-        raise ValueError(f"{name} must have shape ({wanted}), not {tuple(x.shape)}")
-    known.update({d: n for d, n in zip(names, x.shape, strict=True) if not d.isdigit()})
+    names, shape = _names(dims), x.shape
+    sizes = [known.get(d) if type(d) is str else d for d in names]
+    if len(shape) != len(names) or any(s is not None and s != n for s, n in zip(sizes, shape, strict=True)):
+        wanted = ", ".join(str(d) if s is None or d == s else f"{d}={s}" for d, s in zip(names, sizes, strict=True))
+        raise ValueError(f"{name} must have shape ({wanted}), not {tuple(shape)}")
+    for d, n in zip(names, shape, strict=True):
+        if type(d) is str:
+            known[d] = n
     if like is None:
         return
     if x.dtype != like.dtype:
@@ -107,7 +116,7 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 def check_has_values(name: str, x: Tensor) -> None:
-    if x.device.type == "meta" and not torch.compiler.is_compiling():
+    if x.is_meta and not torch.compiler.is_compiling():
         raise ValueError(f"{name} must have values, not be on the device meta")
 
 
