@@ -22,19 +22,21 @@ void fail(const char* what) {
     throw std::invalid_argument(std::string("images must ") + what + ", but they are not");
 }
 
+// In lexicographic order, without branches: which of the three decides cannot be predicted.
 bool before(const int32_t* a, const int32_t* b) {
-    return a[0] != b[0] ? a[0] < b[0] : a[1] != b[1] ? a[1] < b[1] : a[2] < b[2];
+    return (a[0] < b[0]) | ((a[0] == b[0]) & ((a[1] < b[1]) | ((a[1] == b[1]) & (a[2] < b[2]))));
 }
 
 // One past the images of the pair that begins at `first`; they are sorted by n.
 template <class T>
 int64_t pair_end(const Images<T>& images, int64_t first, int64_t row_end) {
+    const int32_t j = images.col[first];
     int64_t last = first + 1;
-    for (; last < row_end && images.col[last] <= images.col[first]; ++last) {
-        const int32_t* n = images.shift + 3 * last;
-        if (images.col[last] < images.col[first] || !before(n - 3, n))
-            fail("be sorted by (col, shift) in each row, no image twice");
-    }
+    bool sorted = true;
+    for (; last < row_end && images.col[last] == j; ++last)
+        sorted &= before(images.shift + 3 * last - 3, images.shift + 3 * last);
+    if (!sorted || (last < row_end && images.col[last] < j))
+        fail("be sorted by (col, shift) in each row, no image twice");
     return last;
 }
 
