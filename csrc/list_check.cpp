@@ -27,17 +27,20 @@ bool before(const int32_t* a, const int32_t* b) {
     return (a[0] < b[0]) | ((a[0] == b[0]) & ((a[1] < b[1]) | ((a[1] == b[1]) & (a[2] < b[2]))));
 }
 
-// One past the images of the pair that begins at `first`; they are sorted by n.
+// One past the images of the pair that begins at `first`.
 template <class T>
 int64_t pair_end(const Images<T>& images, int64_t first, int64_t row_end) {
-    const int32_t j = images.col[first];
     int64_t last = first + 1;
-    bool sorted = true;
-    for (; last < row_end && images.col[last] == j; ++last)
-        sorted &= before(images.shift + 3 * last - 3, images.shift + 3 * last);
-    if (!sorted || (last < row_end && images.col[last] < j))
-        fail("be sorted by (col, shift) in each row, no image twice");
+    while (last < row_end && images.col[last] == images.col[first]) ++last;
     return last;
+}
+
+// Whether the images first..last-1 of a pair are sorted by n.
+template <class T>
+bool sorted(const Images<T>& images, int64_t first, int64_t last) {
+    bool result = true;
+    for (int64_t e = first + 1; e < last; ++e) result &= before(images.shift + 3 * e - 3, images.shift + 3 * e);
+    return result;
 }
 
 // Whether as many images from `mirror` on are the negatives of first..last-1: sorted by n, they come in the opposite
@@ -68,11 +71,14 @@ void check_list(const Images<T>& images) {
                 const int64_t j = images.col[first];
                 if (j < images.ptr[c] || j >= images.ptr[c + 1]) fail("be of atoms of the row's own crystal");
                 last = pair_end(images, first, images.row_ptr[i + 1]);
+                // Of two pairs that mirror each other, the translations are looked at when the first is met.
+                const bool met = j < i;
+                if ((last < images.row_ptr[i + 1] && images.col[last] < j) || !(met || sorted(images, first, last)))
+                    fail("be sorted by (col, shift) in each row, no image twice");
                 const int64_t mirror = next[j];
                 next[j] += last - first;
-                // Of two pairs that mirror each other, the translations are compared when the first is met.
                 if (next[j] > images.row_ptr[j + 1] || images.col[mirror] != i || images.col[next[j] - 1] != i ||
-                    (j >= i && !mirrored(images, first, last, mirror)))
+                    !(met || mirrored(images, first, last, mirror)))
                     fail("be symmetric, (j, i, -n) there with each (i, j, n)");
                 for (int64_t e = first; e < last && i == j; ++e)
                     itself |= !images.shift[3 * e] && !images.shift[3 * e + 1] && !images.shift[3 * e + 2];
