@@ -83,14 +83,14 @@ def reciprocal(x, backend, geometry=True):
 def assert_as_good_as_the_reference(function, x, **options):
     """Error-ratio rule: at most twice the error of the plain fp32 reference against fp64.
 
-    The floor is what the kernels lose in reciprocal space by taking the mean of a row's gradient from dy·y, where the
-    reference sums it again: 1.2e-6 of the gradient of decay.
+    Four times for the decay in reciprocal space: there the kernels take the mean of a row's gradient from dy·y, which is
+    rounded, and the reference sums it again.
     """
     exact, plain = function(x, "reference", **options), function(x.to(torch.float32), "reference", **options)
     for name, found in function(on_device(x), "triton", **options).items():
         assert torch.isfinite(found).all(), name
-        bound = 2 * relative_error(plain[name], exact[name]) + 2e-6
-        assert relative_error(found.cpu(), exact[name]) < bound, name
+        factor = 4 if function is reciprocal and name == "decay" else 2
+        assert relative_error(found.cpu(), exact[name]) < factor * relative_error(plain[name], exact[name]) + 1e-6, name
 
 
 @pytest.mark.parametrize("size", SIZES)
