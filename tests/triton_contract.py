@@ -83,8 +83,8 @@ def reciprocal(x, backend, geometry=True):
 def assert_as_good_as_the_reference(function, x, **options):
     """Error-ratio rule: at most twice the error of the plain fp32 reference against fp64.
 
-    Four times for the decay in reciprocal space: there the kernels take the mean of a row's gradient from dy·y, which is
-    rounded, and the reference sums it again.
+    Four times for the decay in reciprocal space: there the kernels take the mean of a row's gradient from dy·y, which
+    is rounded, and the reference sums it again.
     """
     exact, plain = function(x, "reference", **options), function(x.to(torch.float32), "reference", **options)
     for name, found in function(on_device(x), "triton", **options).items():
