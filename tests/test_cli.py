@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_line import SIZES, refused
 from test_convert import PARAMS, official_state
 
 import crystalformer
@@ -17,7 +18,6 @@ from crystalformer import cli
 from crystalformer.data.ionic import ionic_crystals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
-SIZES = "model_dim=16 num_heads=2 num_blocks=1 ff_dim=32 readout_dims=16 num_basis=8 r0=0.7 tol=1e-3"
 SMALL = [f"--model.{x}" for x in SIZES.split()] + ["--batch-size=8", "--epochs=3", "--lr=0.02"]
 
 
@@ -57,17 +57,6 @@ def run(folder) -> Path:
 
 def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
-
-
-def refused(capsys, *arguments) -> str:
-    """The line that a command ends with; it must be the only one, with exit code 2."""
-    capsys.readouterr()
-    assert cli.main([str(x) for x in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("crystalformer: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_the_folder_of_a_training(run, folder):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import SIZES, refused
 from crystal_files import cif, pair
-from test_cli import SIZES, refused
 
 import crystalformer
 from crystalformer import cli

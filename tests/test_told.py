@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import SIZES
 
 import crystalformer
 from crystalformer import backends, cli, metrics, plots, words
@@ -16,7 +17,6 @@ from crystalformer.data.readers import read_samples
 from crystalformer.elements import NUM_ELEMENTS, SYMBOLS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
-SIZES = "model_dim=16 num_heads=2 num_blocks=1 ff_dim=32 readout_dims=16 num_basis=8 r0=0.7 tol=1e-3"
 SMALL = [f"--model.{x}" for x in SIZES.split()] + ["--batch-size=8", "--epochs=4", "--lr=0.02"]
 OFFSET = -1e6
 
