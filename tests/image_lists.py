@@ -28,3 +28,7 @@ def of_one(crystal: tuple[Tensor, Tensor], **options: Any) -> cf.ImageList:
 def one_of_each() -> tuple[Tensor, Tensor, Tensor]:
     """A batch with a crystal of each kind."""
     return pack([random_crystal(kind, 3, n) for kind, n in SIZES.items()])
+
+
+def cube(edge: float, positions: Any = ((0, 0, 0),)) -> tuple[Tensor, Tensor]:
+    return torch.tensor(positions, dtype=torch.float64), edge * torch.eye(3, dtype=torch.float64)

@@ -1,14 +1,6 @@
-"""What a list may cost: too many images are refused before they are looked for, 60,000 atoms are no trouble, and Ctrl-C
-ends a build."""
+"""How large a list may be: too many images are refused before they are looked for, large cells are cut into bins."""
 
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from crystals import KINDS, import_or_skip, pack, random_crystal
-from image_lists import image_tuples, of_one
+from image_lists import cube, image_tuples, of_one
 from torch import Tensor
 
 import crystalformer as cf
@@ -34,10 +26,6 @@ def builder(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The lists of each backend in turn."""
     monkeypatch.setattr(images_module, "_backend", lambda device: backend)
     return backend
-
-
-def cube(edge: float, positions: Any = ((0, 0, 0),)) -> tuple[Tensor, Tensor]:
-    return torch.tensor(positions, dtype=torch.float64), edge * torch.eye(3, dtype=torch.float64)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -212,93 +200,3 @@ def test_cells_cut_into_bins_have_the_same_images(
     plain = of_one(crystal, **options)
     assert image_tuples(compiled) == image_tuples(plain)
     assert compiled.num_images > 300
-
-
-@needs_cpu
-def test_a_large_cell_takes_time_for_its_atoms_not_for_pairs_of_them() -> None:
-    """Eight times the atoms: eight times the time, not 64 times; the list, and attention over it."""
-
-    def seconds(edge: int) -> float:
-        grid = torch.cartesian_prod(*[torch.arange(edge, dtype=torch.float32)] * 3)
-        batch = pack([(grid, edge * torch.eye(3))])
-        start = time.process_time()
-        images = cf.build_images(*batch, cutoff=1.0)
-        q = torch.ones(len(grid), 1, 1, requires_grad=True)
-        cf.periodic_attention(q, q, q, q[:, 0], *batch[:2], images).sum().backward()
-        assert images.num_images == 7 * len(grid)
-        return time.process_time() - start
-
-    seconds(4)
-    assert seconds(40) < 24 * min(seconds(20), seconds(20))
-
-
-# Interrupts and memory ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def interrupted() -> Iterator[None]:
-    """Ctrl-C after a third of a second, which ends what is here within one second more."""
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    start = time.perf_counter()
-    timer.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        timer.cancel()
-    assert 0.2 < time.perf_counter() - start < 1.3
-
-
-def long_build() -> None:
-    of_one((60 * torch.rand(4000, 3), 60 * torch.eye(3)), decay_min=1.0, every_pair=True)
-
-
-def long_build_of_one_row() -> None:
-    of_one(cube(0.1), cutoff=24.0)
-
-
-def long_attention() -> None:
-    crystal = 20 * torch.rand(1000, 3), 20 * torch.eye(3)
-    q, weight = torch.ones(1000, 160, 16), torch.ones(160, 16, 64)
-    images = of_one(crystal, cutoff=8.0)
-    cf.periodic_attention(q, q, q, q[:, :, 0], *pack([crystal])[:2], images, weight, cf.RadialBasis(width=30.0))
-
-
-@needs_cpu
-@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("work", [long_build, long_build_of_one_row, long_attention])
-def test_ctrl_c_ends_it_within_a_second(work: Callable[[], None], threads: int) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        with interrupted():
-            work()
-    finally:
-        torch.set_num_threads(before)
-
-
-@needs_cpu
-def test_memory_that_is_not_there_is_an_error_of_python() -> None:
-    """Of whichever thread; the process goes on."""
-    pytest.importorskip("resource", reason="memory is limited with the resource module")
-    program = """
-import resource, torch, crystalformer as cf
-torch.set_num_threads(2)
-positions, lattice, ptr = 50 * torch.rand(4000, 3), 50 * torch.eye(3)[None], torch.tensor([0, 4000])
-cf.build_images(positions, lattice, ptr, cutoff=2.0)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (50 << 20), resource.RLIM_INFINITY))
-try:
-    cf.build_images(positions, lattice, ptr, cutoff=40.0)
-except MemoryError as error:
-    print(error)
-print(cf.build_images(positions, lattice, ptr, cutoff=2.0).num_atoms)
-"""
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("how much memory is used is read from /proc")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    message = "the CPU kernels have not enough memory for the images: a smaller max_images refuses them before they are"
-    assert done.stdout.startswith(message)
-    assert done.stdout.endswith("\n4000\n")
