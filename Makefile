@@ -10,8 +10,11 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: $(INSTALLED)  ## the main job on real crystals, in under five minutes
 	$(BIN)/python -m crystalformer.demo --out demo-output
 
+# Tests of time and memory run alone, the others on all cores.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest tests/costs --cov --cov-report=
+	$(BIN)/python -m pytest --ignore=tests/costs --numprocesses=auto --maxprocesses=8 --dist=worksteal \
+	--cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 SANITIZED := build/sanitized
 sanitize: $(INSTALLED)  ## the C++ kernels' contract on a build of csrc that stops at a wrong address or undefined behaviour

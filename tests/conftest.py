@@ -1,6 +1,7 @@
-"""What tests share: the backends, a count of waits, NaN in new memory; one thread, for steady times."""
+"""What tests share: backends, a count of waits, NaN in new memory; one thread each, and the seconds of each file."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from waits import Waits
 
 import crystalformer as cf
 
+# One thread each, for steady times: several tests run side by side, and start processes of their own.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CRYSTALFORMER_POISON"] = "1"  # scratch memory of the C++ kernels starts as NaN
 
 
@@ -24,6 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
     wanted = os.environ.get("CRYSTALFORMER_FROM")  # by `make sanitize`
     if wanted and Path(wanted).resolve() not in Path(cf.__file__).resolve().parents:
         raise pytest.UsageError(f"crystalformer must be the one in {wanted}, not {cf.__file__}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which files take how long: seconds of all their tests, set-up included, of every process."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    total = seconds.total()
+    terminalreporter.section(f"seconds of each file, {total:.0f} in all")
+    for file, spent in seconds.most_common():
+        if spent >= 0.01 * total:
+            terminalreporter.write_line(f"{spent:7.1f}  {file}")
 
 
 @pytest.fixture(params=["reference", "cpu"])
