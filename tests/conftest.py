@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from waits import Waits
+from ways import parameters, ways
 
 import crystalformer as cf
 
@@ -20,6 +21,7 @@ os.environ["CRYSTALFORMER_POISON"] = "1"  # scratch memory of the C++ kernels st
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backends", default="reference,cpu,triton", help="of these alone the contract is tested")
     parser.addoption("--fuzz-examples", type=int, default=0, help="so many random problems for test_fuzz.py, new ones")
 
 
@@ -43,13 +45,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"{spent:7.1f}  {file}")
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn; the tests that take it are the contract that every backend keeps."""
-    missing = cf.available_backends()[request.param]
-    if missing is not True:
-        pytest.skip(f"backend {request.param}: {missing}")
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives tests of the contract each way in turn, `way`, those of kernels alone, `kernels`, and each backend for
+    fp64, `backend`."""
+    found = ways(metafunc.config.getoption("--backends").split(","))
+    chosen = {
+        "way": found,
+        "kernels": [way for way in found if (way.backend, way.device) != ("reference", "cpu")],
+        "backend": [way for way in found if way.double and way.device == "cpu"],
+    }
+    for name in chosen.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, parameters(chosen[name], name == "backend"), scope="session")
 
 
 @pytest.fixture

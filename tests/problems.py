@@ -67,9 +67,15 @@ class Problem:
         """y, of all inputs but edge_weight."""
         return cf.reciprocal_attention(*(inputs or self.inputs)[:6], self.ptr, backend=backend, **options)
 
-    def to(self, dtype: torch.dtype) -> "Problem":
+    def waves(self) -> cf.WaveVectors:
+        """Those of its own decays, if they were reciprocal ones."""
+        decay_min = 0.999999 * float(self.decay.min()) if len(self.q) else 1.0
+        return cf.build_wave_vectors(self.lattice, self.ptr, decay_min)
+
+    def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> "Problem":
         names = ("q", "k", "v", "decay", "positions", "lattice", "edge_weight")
-        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+        moved = {name: getattr(self, name).to(device, dtype) for name in names}
+        return replace(self, **moved, ptr=self.ptr.to(device), images=self.images.to(device))
 
     def half(self, dtype: torch.dtype) -> "Problem":
         """The same with q, k, v in half precision."""
