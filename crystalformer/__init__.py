@@ -1,11 +1,12 @@
 """Infinitely connected attention for crystals, and the Crystalformer model on it."""
 
-__version__ = "0.1.0"
-
 # First: torch takes seconds to come, and Ctrl-C may come before it.
 from . import process  # noqa: F401  # isort: skip
 
-from . import convert
+from . import (
+    compiled,  # noqa: F401  # implements the operators
+    convert,
+)
 from .backends import available_backends
 from .basis import RadialBasis
 from .checks import debug_checks
@@ -16,6 +17,7 @@ from .image_list import ImageList
 from .images import build_images
 from .model import Crystalformer
 from .predictor import load
+from .version import version as __version__
 from .wave_vectors import WaveVectors, build_wave_vectors
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ImageList",
     "RadialBasis",
     "WaveVectors",
+    "__version__",
     "available_backends",
     "build_images",
     "build_wave_vectors",

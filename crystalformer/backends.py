@@ -2,40 +2,19 @@
 
 import torch
 
-from .extension import LOADED
 from .words import count
 
-NAMES = ("triton", "cpu", "reference")
 # On a GPU the reference's matrix products serve it.
 NOT_IN_TRITON = ("reciprocal_sum",)
-
-
-def _load_triton() -> bool | str:
-    try:
-        from . import kernels
-    except ImportError as error:
-        return (
-            f"the Triton kernels, crystalformer.kernels, cannot be loaded ({error}): install triton, which is there "
-            "for Linux, or use 'reference' on the GPU"
-        )
-    if torch.cuda.is_available() or kernels.INTERPRETED:
-        return True
-    return (
-        "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run the "
-        "kernels slowly on the CPU"
-    )
-
-
-_TRITON = _load_triton()
+# The backends, each with True or, where it is missing, the reason and what to do about it; compiled.py fills it in.
+AVAILABLE: dict[str, bool | str] = {"triton": False, "cpu": False, "reference": True}
+# Where the tensors are that a backend with kernels of its own takes; Triton's interpreter takes those of the CPU.
+DEVICE_TYPE = {"triton": "cuda", "cpu": "cpu"}
 
 
 def available_backends() -> dict[str, bool | str]:
     """The backends, each with True or, where it is missing, the reason and what to do about it."""
-    return {
-        "triton": _TRITON,
-        "cpu": LOADED,
-        "reference": True,
-    }
+    return dict(AVAILABLE)
 
 
 def describe_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -52,7 +31,7 @@ def describe_backend(device: torch.device, dtype: torch.dtype = torch.float32) -
 
 
 def check_backend(backend: str) -> None:
-    if backend not in ("auto", *NAMES):
+    if backend not in ("auto", *AVAILABLE):
         raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
 
 
@@ -70,15 +49,15 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
     available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"
-        serves = available[fast] is True and _device_type(fast) == device.type and _has(fast, op)
+        serves = available[fast] is True and DEVICE_TYPE[fast] == device.type and _has(fast, op)
         return fast if serves and (fast == "cpu" or dtype == torch.float32) else "reference"
     if available[backend] is not True:
         raise RuntimeError(f"backend {backend!r} is not available: {available[backend]}")
     if not _has(backend, op):
         raise RuntimeError(f"backend {backend!r} has no {op} attention: use 'auto' or 'reference'")
-    if backend != "reference" and _device_type(backend) != device.type:
+    if backend != "reference" and DEVICE_TYPE[backend] != device.type:
         raise RuntimeError(
-            f"backend {backend!r} takes tensors on {_device_type(backend)}, not on {device}: use 'auto' or 'reference'"
+            f"backend {backend!r} takes tensors on {DEVICE_TYPE[backend]}, not on {device}: use 'auto' or 'reference'"
         )
     if backend == "triton" and dtype != torch.float32:
         raise TypeError(f"backend 'triton' takes torch.float32, not {dtype}: use 'auto' or 'reference'")
@@ -87,12 +66,3 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
 
 def _has(backend: str, op: str) -> bool:
     return backend != "triton" or op not in NOT_IN_TRITON
-
-
-def _device_type(backend: str) -> str:
-    """Where the tensors are that a backend with kernels of its own takes."""
-    if backend == "cpu":
-        return "cpu"
-    from .kernels import INTERPRETED
-
-    return "cpu" if INTERPRETED else "cuda"

@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lattice import volume
-
 _check_values_on_gpu = ContextVar("check_values_on_gpu", default=False)
-# Volume of a cell over the product of its edges, below which it is singular.
-FLATTEST = 1e-6
 MOST_WORKERS = 1024
 
 
@@ -167,24 +163,6 @@ def _shown(x: Any) -> str:
 def check_workers(name: str, x: Any) -> None:
     """Processes or threads: each takes memory, or a place in the tables of the system, before it does anything."""
     check_integer(name, x, 0, MOST_WORKERS)
-
-
-def check_geometry(positions: Tensor, lattice: Tensor) -> None:
-    check_finite("positions", positions)
-    check_lattice(lattice)
-
-
-def check_lattice(lattice: Tensor) -> None:
-    """A lattice is singular when its volume is nothing beside the product of its edges."""
-    check_has_values("lattice", lattice)
-    if not values_visible(lattice):
-        return
-    x = lattice.detach().double()
-    good = volume(x) > FLATTEST * x.norm(dim=-1).prod(-1)
-    if not bool(good.all()):
-        check_finite("lattice", lattice)
-        index = int((~good).nonzero()[0])
-        raise ValueError(f"lattice must have a volume, but lattice[{index}] is singular: {lattice[index].tolist()}")
 
 
 def check_ptr(name: str, ptr: Any, num_atoms: int | None = None) -> None:

@@ -14,12 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__ as version
 from .elements import SYMBOLS
 from .metrics import not_learnt, read_metrics
 from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
 from .process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
 from .user_errors import Stop, training_errors, user_errors
+from .version import version
 from .words import count, one_line, short, some
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__ as version
 from . import checks
 from .basis import MOST_FUNCTIONS, R_MAX, WIDTH, RadialBasis
 from .elements import NUM_ELEMENTS
 from .truncation import MAX_LOGIT_RANGE
+from .version import version
 
 # Of config.json: one more whenever an older version could not read it, or would read it wrongly.
 FORMAT = 1

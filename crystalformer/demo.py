@@ -23,9 +23,9 @@ from . import (
     periodic_attention,
     storage,
 )
-from . import __version__ as version
 from .backends import choose_backend
 from .layers import mean_pool
+from .version import version
 
 if TYPE_CHECKING:
     from .data.ionic import IonicCrystal

@@ -19,6 +19,7 @@ from .backends import choose_backend
 from .basis import RadialBasis
 from .dual_space import DUAL_SPACE
 from .image_list import ImageList
+from .lattice import check_geometry
 from .layouts import layout as make_layout
 from .ops import ATTENTION, ENCODING, RECIPROCAL, Op
 from .two_spaces import cheaper_alpha
@@ -172,7 +173,7 @@ def periodic_encoding(
         return run(decay, weight, positions, lattice, *lists, images.num_pairs, *settings)
 
     if edge_weight is None and images.crossover is not None:
-        checks.check_geometry(positions, lattice)
+        check_geometry(positions, lattice)
         spectral = backend if backend != "triton" else "reference"
         return cheaper_alpha(decay, positions, lattice, images, spectral, lambda a: real(a)[0]), None
     alpha, beta = real(decay)
@@ -232,7 +233,7 @@ def reciprocal_attention(
     ptr = ptr.contiguous()
     known["C"] = len(ptr) - 1
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, known, like=q)
-    checks.check_geometry(positions, lattice)
+    check_geometry(positions, lattice)
     tol = checks.check_number("tol", tol, high=1.0)
     if decay_min is not None:
         decay_min = checks.check_number("decay_min", decay_min)

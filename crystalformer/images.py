@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .backends import choose_backend
 from .geometry import Geometry
 from .image_list import ImageList
-from .lattice import points_in_spheres, triangular
+from .lattice import check_geometry, points_in_spheres, triangular
 from .limits import INT32, MAX_IMAGES, Extent
 from .poisson import crossover, slow_wave_vectors
 from .segments import crystal_of_atom, offsets
@@ -98,7 +99,7 @@ def build_images(
         TypeError, ValueError: naming the argument, what it must be and what it was; for more images than max_images and
             atoms 2^31 cells apart, too.
     """
-    positions, lattice = _check_geometry(positions, lattice, ptr)
+    positions, lattice = _checked_geometry(positions, lattice, ptr)
     ptr = ptr.contiguous()
     a = checks.check_number("decay_min", decay_min)
     tol = checks.check_number("tol", tol, high=1.0)
@@ -117,7 +118,7 @@ def build_images(
     served = smallest if slow is None else torch.maximum(smallest, slow)
     settings = (served, tol, logit_range, cutoff, every_pair, max_images)
     geometry = Geometry.of(positions, lattice)
-    backend = _backend(positions.device)
+    backend = choose_backend("auto", positions.device, "images")
     if backend == "reference":
         images = _build(positions, lattice, ptr, *settings)
     else:
@@ -134,12 +135,6 @@ def build_images(
         wave_vectors=None if slow is None else slow_wave_vectors(lattice, ptr, slow, tol),
         geometry=geometry,
     )
-
-
-def _backend(device: torch.device) -> str:
-    from .backends import choose_backend  # loads the kernels, which load this module
-
-    return choose_backend("auto", device, "images")
 
 
 def _build_compiled(
@@ -282,7 +277,7 @@ class _Pairs:
         return ImageList(row_ptr, col.to(torch.int32), n.to(torch.int32), self.ptr, cutoff, self.number)
 
 
-def _check_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+def _checked_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
     """The checked geometry in fp64."""
     known: dict[str, int] = {}
     checks.check_tensor("positions", positions, "N 3", known)
@@ -292,5 +287,5 @@ def _check_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Te
     checks.check_tensor("lattice", lattice, "C 3 3", known, like=positions)
     if ptr.device != positions.device:
         raise ValueError(f"ptr must be on {positions.device}, as positions, not on {ptr.device}")
-    checks.check_geometry(positions, lattice)
+    check_geometry(positions, lattice)
     return positions.detach().double(), lattice.detach().double()

@@ -13,7 +13,11 @@ import math
 import torch
 from torch import Tensor
 
+from . import checks
 from .segments import ordinals
+
+# Volume of a cell over the product of its edges, below which it is singular.
+FLATTEST = 1e-6
 
 
 def triangular(lattice: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,6 +31,24 @@ def triangular(lattice: Tensor) -> tuple[Tensor, Tensor]:
 def volume(lattice: Tensor) -> Tensor:
     """(C) the volumes of the cells, Å³. Not by `det`, whose second derivatives are NaN for cubic cells."""
     return (torch.linalg.cross(lattice[:, 0], lattice[:, 1]) * lattice[:, 2]).sum(-1).abs()
+
+
+def check_geometry(positions: Tensor, lattice: Tensor) -> None:
+    checks.check_finite("positions", positions)
+    check_lattice(lattice)
+
+
+def check_lattice(lattice: Tensor) -> None:
+    """A lattice is singular when its volume is nothing beside the product of its edges."""
+    checks.check_has_values("lattice", lattice)
+    if not checks.values_visible(lattice):
+        return
+    x = lattice.detach().double()
+    good = volume(x) > FLATTEST * x.norm(dim=-1).prod(-1)
+    if not bool(good.all()):
+        checks.check_finite("lattice", lattice)
+        index = int((~good).nonzero()[0])
+        raise ValueError(f"lattice must have a volume, but lattice[{index}] is singular: {lattice[index].tolist()}")
 
 
 def reciprocal(lattice: Tensor) -> Tensor:

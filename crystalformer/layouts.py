@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checks
 from .image_list import ImageList, check_entries
+from .lattice import check_geometry
 from .ops import NAMESPACE
 
 LIST = "Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift"
@@ -71,7 +72,7 @@ def layout(
     key = (backend, positions.dtype, settings)
     made_for, kept = images.layouts.get(key, (None, None))
     if made_for is None or not made_for.still(geometry, images):
-        checks.check_geometry(positions, lattice)
+        check_geometry(positions, lattice)
         images.check_built_for(positions, lattice)
         _check_num_pairs(images)
         if backend != "cpu":  # whose packing does it

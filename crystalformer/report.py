@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__ as version
 from . import plots, storage
 from .data.dataset import CrystalDataset
 from .data.samples import Problem, Samples
@@ -19,6 +18,7 @@ from .elements import SYMBOLS
 from .metrics import METRICS, maes, not_learnt
 from .predictor import Predictor, not_finite
 from .training import predict
+from .version import version
 from .words import count, short, some
 
 PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .geometry import strain
-from .lattice import points_in_spheres, reciprocal, triangular
+from .lattice import check_lattice, points_in_spheres, reciprocal, triangular
 from .limits import INT32, MAX_VECTORS, check_vectors
 from .packed import Packed, check_parts
 from .segments import cat_ptr, offsets, ordinals
@@ -90,7 +90,7 @@ class WaveVectors(Packed):
         now = lattice.detach().double()
         if any(torch.equal(x, now) for x in (self.lattice, *self.accepted)):
             return
-        checks.check_lattice(lattice)
+        check_lattice(lattice)
         strained = strain(self.lattice, now)
         far = ~(strained <= self.bearable)
         if bool(far.any()):
@@ -165,7 +165,7 @@ def build_wave_vectors(
     checks.check_tensor("lattice", lattice, "C 3 3", known)
     checks.check_dtype("lattice", lattice, torch.float32, torch.float64)
     with checks.debug_checks(True):  # it waits for a GPU anyway
-        checks.check_lattice(lattice)
+        check_lattice(lattice)
     checks.check_ptr("ptr", ptr)
     if len(ptr) - 1 != len(lattice):
         raise ValueError(f"ptr must have shape (C+1={len(lattice) + 1}), as lattice, not {tuple(ptr.shape)}")

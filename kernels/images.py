@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer import checks
+from crystalformer.lattice import FLATTEST as FLATTEST_CELL
+from crystalformer.lattice import check_geometry
 from crystalformer.limits import Extent
 from crystalformer.segments import crystal_of_atom, offsets
 from crystalformer.truncation import BISECTIONS, SPLITS
@@ -35,7 +37,7 @@ from .table import image_blocks
 PI = tl.constexpr(math.pi)
 FIRST_SPLIT, SPLIT_STEP = tl.constexpr(SPLITS[0]), tl.constexpr((SPLITS[1] - SPLITS[0]) / (SPLITS[2] - 1))
 LAST_SPLIT, PADDED_SPLITS = tl.constexpr(SPLITS[2] - 1), tl.constexpr(triton.next_power_of_2(SPLITS[2]))
-FLATTEST = tl.constexpr(checks.FLATTEST)
+FLATTEST = tl.constexpr(FLATTEST_CELL)
 # A pair's candidates are numbered in 32 bits: a division of 64 bits is a subroutine.
 MOST_CANDIDATES = tl.constexpr(float(1 << 30))
 SHIFTER = tl.constexpr(float(3 << 51))  # added and subtracted, it rounds to an integer
@@ -396,7 +398,7 @@ def build(
 def _refuse(positions: Tensor, lattice: Tensor, extent: Extent, max_images: int) -> NoReturn:
     """Says what is wrong with a geometry, in the words of the checks: waiting for the GPU matters no more."""
     with checks.debug_checks(True):
-        checks.check_geometry(positions, lattice)
+        check_geometry(positions, lattice)
     if bool(extent.refused(max_images)):
         extent.refuse(max_images)
     raise ValueError("a pair of atoms must have fewer than 2^30 images: use a shorter cutoff, or a larger decay_min")

@@ -94,7 +94,7 @@ def test_a_gpu_is_waited_for_only_for_sizes(
     options: dict[str, Any], number: int, waits: Waits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the number of pairs, of points after each axis, and of images kept; whatever the number of crystals."""
-    monkeypatch.setattr(images_module, "_backend", lambda device: "reference")
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: "reference")
     monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
     batch = one_of_each()
     with waits:

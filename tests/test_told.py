@@ -192,7 +192,7 @@ def test_a_training_whose_test_crystals_give_nan_names_them(run, data, capsys, m
 
 
 def test_the_slow_backend_says_why(run, data, capsys, monkeypatch):
-    monkeypatch.setattr(backends, "LOADED", "the compiled CPU kernels are hidden: do this")
+    monkeypatch.setitem(backends.AVAILABLE, "cpu", "the compiled CPU kernels are hidden: do this")
     assert cli.main(["evaluate", str(run), "--data", str(data), "--split", str(run / "split.json")]) == 0
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("crystalformer: attention by the backend 'reference' on cpu, ")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__ as version
 from .. import checks
 from ..config import CrystalformerConfig
 from ..geometry import Geometry
 from ..image_list import ImageList
 from ..images import build_images
+from ..version import version
 from ..wave_vectors import build_wave_vectors
 from .batch import CrystalBatch
 from .store import Item, Store, digest

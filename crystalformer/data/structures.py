@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import FLATTEST
 from ..elements import NUM_ELEMENTS
+from ..lattice import FLATTEST
 
 # Shares of a site add up to 1 up to the digits of a file.
 MOST_OCCUPIED = 1.001

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from crystalformer import backends, extension
+from crystalformer import backends, compiled
 
-PACKAGE = Path(extension.__file__).parent
+PACKAGE = Path(compiled.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,12 @@ def test_reasons(name, file, reason, tmp_path, monkeypatch):
     folder = tmp_path / f"package_{name}"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    shutil.copy(extension.__file__, folder)
+    for module in ("backends.py", "compiled.py", "words.py"):
+        shutil.copy(PACKAGE / module, folder)
     if file is not None:
         (folder / file).write_bytes(b"no library")
     monkeypatch.syspath_prepend(tmp_path)
-    loaded = importlib.import_module(f"package_{name}.extension").LOADED
+    loaded = importlib.import_module(f"package_{name}.compiled").AVAILABLE["cpu"]
     assert loaded.startswith("the compiled CPU kernels cannot be loaded: " + reason.format(folder=folder))
     assert "pip install --no-build-isolation ." in loaded
     assert "circular" not in loaded
@@ -43,7 +44,7 @@ def test_reasons(name, file, reason, tmp_path, monkeypatch):
 
 def test_built_for_another_torch(tmp_path):
     (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").touch()
-    reason = extension._reason(tmp_path, ImportError("_C.so: undefined symbol: _ZN3c106detail"))
+    reason = compiled._reason(tmp_path, ImportError("_C.so: undefined symbol: _ZN3c106detail"))
     assert reason.startswith(f"they were built for another torch than this, {torch.__version__} (_C.so: undefined")
 
 
@@ -65,14 +66,14 @@ cli.main(["doctor"])
 
 
 def test_the_backend_in_one_line(monkeypatch):
-    monkeypatch.setattr(backends, "LOADED", True)
-    monkeypatch.setattr(backends, "_TRITON", "no CUDA device is there")
+    monkeypatch.setitem(backends.AVAILABLE, "cpu", True)
+    monkeypatch.setitem(backends.AVAILABLE, "triton", "no CUDA device is there")
     describe = backends.describe_backend
     threads = backends.count(torch.get_num_threads(), "thread")
     assert describe(torch.device("cpu")) == f"attention by the backend 'cpu' on cpu, {threads}"
     assert describe(torch.device("cuda")).endswith("slower than kernels, because no CUDA device is there")
     assert describe(torch.device("mps")).endswith("slower than kernels, because there are no kernels for it")
-    monkeypatch.setattr(backends, "_TRITON", True)
-    monkeypatch.setattr(backends, "_device_type", lambda backend: {"triton": "cuda"}.get(backend, backend))
+    monkeypatch.setitem(backends.AVAILABLE, "triton", True)
+    monkeypatch.setitem(backends.DEVICE_TYPE, "triton", "cuda")
     assert describe(torch.device("cuda")) == "attention by the backend 'triton' on cuda"
     assert "the kernels for cuda do not compute in torch.float64" in describe(torch.device("cuda"), torch.float64)

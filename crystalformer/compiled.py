@@ -1,12 +1,17 @@
-"""The compiled CPU kernels, `crystalformer._C`: importing it implements the operators `crystalformer::cpu_...`."""
+"""Loads the compiled kernels: `crystalformer._C` and `crystalformer.kernels`.
+
+Importing them implements the operators `crystalformer::cpu_...` and `crystalformer::triton_...`.
+"""
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
+from .backends import AVAILABLE, DEVICE_TYPE
 
-def _load() -> bool | str:
+
+def _load_cpu() -> bool | str:
     try:
         from . import _C  # type: ignore[attr-defined]  # noqa: F401
     except ImportError as error:
@@ -30,5 +35,22 @@ def _reason(folder: Path, error: ImportError) -> str:
     return str(error)
 
 
-# True, or why there are none and what to do about it.
-LOADED = _load()
+def _load_triton() -> bool | str:
+    try:
+        from . import kernels
+    except ImportError as error:
+        return (
+            f"the Triton kernels, crystalformer.kernels, cannot be loaded ({error}): install triton, which is there "
+            "for Linux, or use 'reference' on the GPU"
+        )
+    if kernels.INTERPRETED:
+        DEVICE_TYPE["triton"] = "cpu"
+    if torch.cuda.is_available() or kernels.INTERPRETED:
+        return True
+    return (
+        "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run the "
+        "kernels slowly on the CPU"
+    )
+
+
+AVAILABLE.update(triton=_load_triton(), cpu=_load_cpu())
