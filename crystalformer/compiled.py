@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .backends import AVAILABLE, DEVICE_TYPE
+from .common.backends import AVAILABLE, DEVICE_TYPE
 
 
 def _load_cpu() -> bool | str:

@@ -1,4 +1,4 @@
-"""The image list, as images.py builds it with torch operations: one program per atom, in fp64, and one wait for sizes.
+"""The image list, as geometry/images.py builds it in PyTorch: one program per atom, in fp64, and one wait for sizes.
 
 `row_cutoffs` finds the cutoff of each row, `list_rows` counts its images and, once the host has fetched their number,
 writes them. With every_pair, `list_rows` finds the cutoff of each pair itself, both times: there is no room for one
@@ -24,15 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer import checks
-from crystalformer.lattice import FLATTEST as FLATTEST_CELL
-from crystalformer.lattice import check_geometry
-from crystalformer.limits import Extent
-from crystalformer.segments import crystal_of_atom, offsets
-from crystalformer.truncation import BISECTIONS, SPLITS
+from crystalformer.common import checks
+from crystalformer.common.ragged import crystal_of_atom, offsets
+from crystalformer.geometry.lattice import FLATTEST as FLATTEST_CELL
+from crystalformer.geometry.lattice import check_geometry
+from crystalformer.geometry.limits import Extent
+from crystalformer.geometry.truncation import BISECTIONS, SPLITS
 
-from .functions import crystal_of
-from .table import image_blocks
+from .device_functions import crystal_of
+from .launch import image_blocks
 
 PI = tl.constexpr(math.pi)
 FIRST_SPLIT, SPLIT_STEP = tl.constexpr(SPLITS[0]), tl.constexpr((SPLITS[1] - SPLITS[0]) / (SPLITS[2] - 1))

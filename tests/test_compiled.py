@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from crystalformer import backends, compiled
+from crystalformer import compiled
+from crystalformer.common import backends
 
 PACKAGE = Path(compiled.__file__).parent
 
@@ -31,8 +32,8 @@ def test_reasons(name, file, reason, tmp_path, monkeypatch):
     folder = tmp_path / f"package_{name}"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    for module in ("backends.py", "compiled.py", "words.py"):
-        shutil.copy(PACKAGE / module, folder)
+    shutil.copy(compiled.__file__, folder)
+    shutil.copytree(PACKAGE / "common", folder / "common")
     if file is not None:
         (folder / file).write_bytes(b"no library")
     monkeypatch.syspath_prepend(tmp_path)
@@ -55,7 +56,7 @@ def test_a_copy_without_the_file_says_so_in_its_first_lines(tmp_path):
     code = """
 import sys
 sys.meta_path[:] = [x for x in sys.meta_path if "Editable" not in str(x)]
-from crystalformer import cli
+from crystalformer.app import cli
 cli.main(["doctor"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from crystals import pack, random_crystal
 from problems import MIXED, problem, relative_error
 
 import crystalformer as cf
-from crystalformer import images as images_module
+from crystalformer.geometry import images as images_module
 
 if cf.available_backends()["cpu"] is not True:
     pytest.skip(cf.available_backends()["cpu"], allow_module_level=True)

@@ -11,8 +11,8 @@ import crystalformer as cf
 from bench.cases import attention_case, library_attention
 from bench.measure import peak_memory
 from bench.problems import make
-from crystalformer import images as images_module
-from crystalformer.backends import choose_backend
+from crystalformer.common.backends import choose_backend
+from crystalformer.geometry import images as images_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

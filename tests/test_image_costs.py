@@ -12,8 +12,8 @@ from image_lists import one_of_each
 from waits import Waits
 
 import crystalformer as cf
-from crystalformer import checks
-from crystalformer import images as images_module
+from crystalformer.common import checks
+from crystalformer.geometry import images as images_module
 
 # Time and memory ------------------------------------------------------------------------------------------------------
 

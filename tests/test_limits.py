@@ -20,10 +20,10 @@ from image_lists import image_tuples, of_one
 from torch import Tensor
 
 import crystalformer as cf
-from crystalformer import images as images_module
 from crystalformer.data import ImageSettings, build_crystals
 from crystalformer.data import crystals as crystals_module
-from crystalformer.limits import Extent
+from crystalformer.geometry import images as images_module
+from crystalformer.geometry.limits import Extent
 
 HAS_CPU = cf.available_backends()["cpu"] is True
 needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the compiled CPU kernels are not here")

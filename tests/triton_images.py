@@ -13,8 +13,8 @@ from problems import problem, relative_error
 from triton_device import DEVICE, MARKS, on_device
 
 import crystalformer as cf
-from crystalformer import checks
-from crystalformer import images as images_module
+from crystalformer.common import checks
+from crystalformer.geometry import images as images_module
 
 pytestmark = MARKS
 
