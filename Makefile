@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: demo test sanitize lint bench bench-results gpu aot-36 clean
 
 demo: $(INSTALLED)  ## the main job on real crystals, in under five minutes
-	$(BIN)/python -m crystalformer.demo --out demo-output
+	$(BIN)/python -m crystalformer.app.demo --out demo-output
 
 # Tests of time and memory run alone, the others on all cores.
 test: $(INSTALLED)

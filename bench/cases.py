@@ -14,6 +14,7 @@ from torch import Tensor
 
 import crystalformer as cf
 
+from . import truth as equations
 from .problems import Problem
 
 Results = dict[str, Tensor]
@@ -190,8 +191,6 @@ def truth(x: Problem, op: str, domain: str = "real") -> Results:
     Raises:
         Absent: for cells so big that only their attention has a truth.
     """
-    from . import truth as equations
-
     if x.checked is not None and op != "attention":
         raise Absent("has no truth for so big a cell")
     crystals = x.crystals.to(torch.float64)
@@ -219,8 +218,6 @@ def truth(x: Problem, op: str, domain: str = "real") -> Results:
 
 def _truth_of_checked(exact: Problem) -> Results:
     """The attention of the atoms that are checked, from their images alone."""
-    from . import truth as equations
-
     assert exact.checked is not None
     images = equations.Images.of(exact.images).of_rows(exact.checked)
     attend = functools.partial(equations.attention, images, exact.size.basis)

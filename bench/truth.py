@@ -11,8 +11,6 @@ from torch import Tensor
 
 import crystalformer as cf
 
-from .providers.edges import edge_attention
-
 
 @dataclass(frozen=True)
 class Images:
@@ -127,3 +125,24 @@ def _alpha_over_waves(c: Tensor, positions: Tensor, cell: Tensor, tol: float = 1
     total = torch.einsum("ihg,ijg->ihj", torch.exp(-c[..., None] * g.square().sum(-1)), cosine)
     volume = (torch.linalg.cross(cell[0], cell[1]) * cell[2]).sum().abs()
     return total.clamp(min=1e-6).log() + 1.5 * (4 * math.pi * c).log()[..., None] - volume.log()
+
+
+def edge_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    weight: Tensor | None,
+    i: Tensor,
+    j: Tensor,
+    d2: Tensor,
+    b: Tensor | None,
+) -> Tensor:
+    """softmax over the edges i <- j of q·k/sqrt(D) - a d², of v_j + W b(d): one message an edge and head."""
+    scores = (q[i] * k[j]).sum(-1) / q.shape[-1] ** 0.5 - decay[i] * d2[:, None]
+    largest = torch.full_like(decay, -torch.inf)
+    largest = largest.scatter_reduce(0, i[:, None].expand_as(scores), scores.detach(), "amax")
+    p = torch.exp(scores - largest[i])
+    p = p / torch.zeros_like(decay).index_add(0, i, p)[i]
+    message = v[j] if b is None else v[j] + (b @ weight.flatten(0, 1).T).unflatten(1, v.shape[1:])
+    return torch.zeros_like(v).index_add(0, i, p[..., None] * message)

@@ -1,22 +1,22 @@
 """Infinitely connected attention for crystals, and the Crystalformer model on it."""
 
-__version__ = "0.1.0"
-
 # First: torch takes seconds to come, and Ctrl-C may come before it.
-from . import process  # noqa: F401  # isort: skip
+from .common import process  # noqa: F401  # isort: skip
 
-from . import convert
-from .backends import available_backends
-from .basis import RadialBasis
-from .checks import debug_checks
-from .config import CrystalformerConfig
+from . import compiled  # noqa: F401  # implements the operators
+from .app.predictor import load
+from .attention.basis import RadialBasis
+from .attention.functional import dual_space_attention, periodic_attention, periodic_encoding, reciprocal_attention
+from .common.backends import available_backends
+from .common.checks import debug_checks
+from .common.version import version as __version__
 from .data import CrystalBatch
-from .functional import dual_space_attention, periodic_attention, periodic_encoding, reciprocal_attention
-from .image_list import ImageList
-from .images import build_images
-from .model import Crystalformer
-from .predictor import load
-from .wave_vectors import WaveVectors, build_wave_vectors
+from .geometry.image_list import ImageList
+from .geometry.images import build_images
+from .geometry.wave_vectors import WaveVectors, build_wave_vectors
+from .model import convert
+from .model.config import CrystalformerConfig
+from .model.model import Crystalformer
 
 __all__ = [
     "CrystalBatch",
@@ -25,6 +25,7 @@ __all__ = [
     "ImageList",
     "RadialBasis",
     "WaveVectors",
+    "__version__",
     "available_backends",
     "build_images",
     "build_wave_vectors",

@@ -1,4 +1,4 @@
-// Infinitely connected attention, forward and backward, on raw pointers. Shapes as in crystalformer/reference.py.
+// Infinitely connected attention, forward and backward, on raw pointers. Shapes as in attention/reference.py.
 #pragma once
 
 #include "layout.h"

@@ -1,5 +1,5 @@
 // What the bindings share. They alone know torch: tensors in, raw pointers to the core, tensors out. The schemas, fakes
-// and derivatives of the operators are in crystalformer/ops.py.
+// and derivatives of the operators are in attention/ops.py.
 #pragma once
 
 #include <ATen/Dispatch.h>

@@ -12,7 +12,7 @@ namespace crystalformer {
 
 namespace {
 
-// As in crystalformer/truncation.py.
+// As in geometry/truncation.py.
 constexpr int SPLITS = 25, BISECTIONS = 12, GRID = 1 << BISECTIONS;
 
 // Squared radius beyond which a Gaussian sum over the lattice is at most exp(slack), equation (10).
@@ -37,7 +37,7 @@ class TailRadius {
     double a_, b_[SPLITS], bound_[SPLITS];
 };
 
-// About how many images a crystal has, as in crystalformer/limits.py.
+// About how many images a crystal has, as in geometry/limits.py.
 double expected_images(const Cell& cell, double atoms, double radius2, bool every_pair) {
     constexpr double BALL = M_PI / 6;  // of the box around it
     double box = 1, own = 1;

@@ -1,4 +1,4 @@
-// The periodic images that each atom attends to, with certified cutoffs: what crystalformer/images.py does in PyTorch,
+// The periodic images that each atom attends to, with certified cutoffs: what geometry/images.py does in PyTorch,
 // with the same result. Equation numbers are those of docs/math.md.
 #pragma once
 

@@ -16,7 +16,7 @@ namespace crystalformer {
 Window Window::make(int64_t num, double r_max, double width, double smallest) {
     Window w;
     if (!num) return w;
-    // Wider windows would take memory without bound, narrower ones leave the range of float: as crystalformer/basis.py.
+    // Wider windows would take memory without bound, narrower ones leave the range of float: as attention/basis.py.
     if (!(num <= 1 << 16 && r_max >= 1e-3 && r_max <= 1e6 && width >= 1e-3 && width <= 1e3))
         throw std::invalid_argument("basis must have at most 65536 functions, r_max from 1e-3 to 1e6, width to 1e3");
     w.num = int(num);

@@ -1,4 +1,4 @@
-// Whether an image list is one: sorted, symmetric, of atoms of one crystal. crystalformer/image_list.py says the same.
+// Whether an image list is one: sorted, symmetric, of atoms of one crystal. geometry/image_list.py says the same.
 #pragma once
 
 #include "layout.h"

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer.ops import without_autocast
+from crystalformer.attention.ops import without_autocast
 
-from .functions import LOG2E, basis, dot, gather_heads, load_columns, load_heads, store_heads
-from .geometry import spread
+from .device_functions import LOG2E, basis, dot, gather_heads, load_columns, load_heads, store_heads
+from .geometry_gradients import spread
+from .launch import column_blocks, head_blocks, row_blocks
 from .layout import scale, unpack
-from .table import column_blocks, head_blocks, row_blocks
 
 
 @triton.jit

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer.ops import without_autocast
+from crystalformer.attention.ops import without_autocast
 
-from .functions import LN2, basis, dot, gather_heads, load_heads, store_heads
+from .device_functions import LN2, basis, dot, gather_heads, load_heads, store_heads
+from .launch import forward_blocks, head_blocks
 from .layout import scale, unpack
-from .table import forward_blocks, head_blocks
 
 
 @triton.jit

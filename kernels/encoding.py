@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer.ops import without_autocast
+from crystalformer.attention.ops import without_autocast
 
-from .functions import LN2, LOG2E, basis, dot, load_columns, load_heads
-from .geometry import spread, sum_segments
+from .device_functions import LN2, LOG2E, basis, dot, load_columns, load_heads
+from .geometry_gradients import spread, sum_segments
+from .launch import encoding_backward_blocks, encoding_blocks, head_blocks
 from .layout import FAR, Layout, scale, unpack
-from .table import encoding_backward_blocks, encoding_blocks, head_blocks
 
 # Elements of c, or of its gradient, at a time.
 CHUNK_ELEMENTS = 1 << 24

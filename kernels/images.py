@@ -1,4 +1,4 @@
-"""The image list, as images.py builds it with torch operations: one program per atom, in fp64, and one wait for sizes.
+"""The image list, as geometry/images.py builds it in PyTorch: one program per atom, in fp64, and one wait for sizes.
 
 `row_cutoffs` finds the cutoff of each row, `list_rows` counts its images and, once the host has fetched their number,
 writes them. With every_pair, `list_rows` finds the cutoff of each pair itself, both times: there is no room for one
@@ -24,18 +24,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer import checks
-from crystalformer.limits import Extent
-from crystalformer.segments import crystal_of_atom, offsets
-from crystalformer.truncation import BISECTIONS, SPLITS
+from crystalformer.common import checks
+from crystalformer.common.ragged import crystal_of_atom, offsets
+from crystalformer.geometry.lattice import FLATTEST as FLATTEST_CELL
+from crystalformer.geometry.lattice import check_geometry
+from crystalformer.geometry.limits import Extent
+from crystalformer.geometry.truncation import BISECTIONS, SPLITS
 
-from .functions import crystal_of
-from .table import image_blocks
+from .device_functions import crystal_of
+from .launch import image_blocks
 
 PI = tl.constexpr(math.pi)
 FIRST_SPLIT, SPLIT_STEP = tl.constexpr(SPLITS[0]), tl.constexpr((SPLITS[1] - SPLITS[0]) / (SPLITS[2] - 1))
 LAST_SPLIT, PADDED_SPLITS = tl.constexpr(SPLITS[2] - 1), tl.constexpr(triton.next_power_of_2(SPLITS[2]))
-FLATTEST = tl.constexpr(checks.FLATTEST)
+FLATTEST = tl.constexpr(FLATTEST_CELL)
 # A pair's candidates are numbered in 32 bits: a division of 64 bits is a subroutine.
 MOST_CANDIDATES = tl.constexpr(float(1 << 30))
 SHIFTER = tl.constexpr(float(3 << 51))  # added and subtracted, it rounds to an integer
@@ -396,7 +398,7 @@ def build(
 def _refuse(positions: Tensor, lattice: Tensor, extent: Extent, max_images: int) -> NoReturn:
     """Says what is wrong with a geometry, in the words of the checks: waiting for the GPU matters no more."""
     with checks.debug_checks(True):
-        checks.check_geometry(positions, lattice)
+        check_geometry(positions, lattice)
     if bool(extent.refused(max_images)):
         extent.refuse(max_images)
     raise ValueError("a pair of atoms must have fewer than 2^30 images: use a shorter cutoff, or a larger decay_min")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from crystalformer.image_list import ImageList
-from crystalformer.segments import crystal_of_atom, offsets
+from crystalformer.common.ragged import crystal_of_atom, offsets
+from crystalformer.geometry.image_list import ImageList
 
 # (G, BG): many shells a pair in small cells, one in large ones. R = 2 BG + 2 G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))

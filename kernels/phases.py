@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer.segments import crystal_of_atom
+from crystalformer.common.ragged import crystal_of_atom
 
-from .table import VECTORS
+from .launch import VECTORS
 
 # Numbers of 32 bits that a call may keep between its kernels, 256 MiB.
 SCRATCH = 1 << 26

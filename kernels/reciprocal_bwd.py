@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer.ops import NAMESPACE
+from crystalformer.attention.ops import NAMESPACE
 
-from .functions import LOG2E, crystal_of, gather_heads, load_heads, store_heads
+from .device_functions import LOG2E, crystal_of, gather_heads, load_heads, store_heads
+from .launch import head_blocks, reciprocal_blocks
 from .phases import in_parts, make_phases, padded
 from .reciprocal_fwd import CLAMP, clamped, sum_vectors, tile
-from .reciprocal_geometry import geometry_gradients
-from .table import head_blocks, reciprocal_blocks
+from .reciprocal_geometry_gradients import geometry_gradients
 
 
 @triton.jit

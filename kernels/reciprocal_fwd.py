@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crystalformer.ops import NAMESPACE
-from crystalformer.reference import RECIPROCAL_CLAMP
+from crystalformer.attention.ops import NAMESPACE
+from crystalformer.attention.reference import RECIPROCAL_CLAMP
 
-from .functions import LOG2E, crystal_of, dot, gather_heads, load_heads, store_heads
+from .device_functions import LOG2E, crystal_of, dot, gather_heads, load_heads, store_heads
+from .launch import head_blocks, reciprocal_blocks
 from .phases import in_parts, make_phases
-from .table import head_blocks, reciprocal_blocks
 
 CLAMP = tl.constexpr(RECIPROCAL_CLAMP)
 

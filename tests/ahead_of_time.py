@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from crystalformer import kernels
+from crystalformer.geometry.limits import MAX_IMAGES
 from crystalformer.kernels import layout as packing
-from crystalformer.limits import MAX_IMAGES
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {

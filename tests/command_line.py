@@ -1,6 +1,6 @@
 """What tests of the command line share: a model that trains in a second, and commands that are refused."""
 
-from crystalformer import cli
+from crystalformer.app import cli
 
 SIZES = "model_dim=16 num_heads=2 num_blocks=1 ff_dim=32 readout_dims=16 num_basis=8 r0=0.7 tol=1e-3"
 

@@ -7,7 +7,7 @@ from crystals import pack, random_crystal
 from torch import Tensor
 
 import crystalformer as cf
-from crystalformer.layouts import layout as make_layout
+from crystalformer.attention.layouts import layout as make_layout
 
 MIXED = (("cubic", 1), ("skewed", 3), ("left_handed", 2))
 

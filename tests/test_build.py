@@ -52,7 +52,7 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"), {{"__file__": "setup.
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "crystalformer/kernels/__init__.py" in names
-    assert "crystalformer/data/batch.py" in names
+    assert "crystalformer/model/batch.py" in names
     assert "crystalformer/py.typed" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/")) or name.endswith(".so")]
 

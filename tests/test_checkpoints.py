@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_training import EPOCHS, Stop, train
 
-from crystalformer import storage
+from crystalformer.common import storage
 from crystalformer.training.checkpoints import LAST, PREVIOUS, CheckpointError, latest
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from command_line import SIZES, refused
 from test_convert import PARAMS, official_state
 
 import crystalformer
-from crystalformer import cli
+from crystalformer.app import cli
 from crystalformer.data.ionic import ionic_crystals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -93,7 +93,7 @@ def test_the_folder_of_a_training(run, folder):
 
 
 def test_names_with_a_bar_do_not_break_the_tables():
-    from crystalformer import report
+    from crystalformer.app import report
 
     assert report._row("|E|", 0.5) == r"| \|E\| | 0.5 |"
 
@@ -423,7 +423,7 @@ def test_stopped_and_resumed_as_a_program(run, folder, tmp_path):
     arguments = [*SMALL, "--data", str(folder / "salts.csv"), "--target", "energy", "volume", "--out", str(out)]
     code = f"""
 import os, signal, sys, torch; torch.set_num_threads(1)
-from crystalformer import cli
+from crystalformer.app import cli
 from crystalformer.training import Progress
 after = Progress.on_train_batch_end
 def stop(self, trainer, *args):

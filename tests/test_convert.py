@@ -9,7 +9,7 @@ import torch
 from problems import problem
 
 import crystalformer as cf
-from crystalformer.convert import config_from_official, load_official
+from crystalformer.model.convert import config_from_official, load_official
 
 PARAMS = {
     "encoder_name": "latticeformer",

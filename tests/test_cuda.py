@@ -11,8 +11,8 @@ import crystalformer as cf
 from bench.cases import attention_case, library_attention
 from bench.measure import peak_memory
 from bench.problems import make
-from crystalformer import images as images_module
-from crystalformer.backends import choose_backend
+from crystalformer.common.backends import choose_backend
+from crystalformer.geometry import images as images_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -26,7 +26,7 @@ def test_images_are_the_same(backend, monkeypatch):
     for options in ({}, {"cutoff": 7.3}, {"every_pair": True}):
         here = cf.build_images(x.positions, x.lattice, x.ptr, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(images_module, "_backend", lambda device: backend)
+            patch.setattr(images_module, "choose_backend", lambda *_: backend)
             there = cf.build_images(x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda(), **options)
         for name in ("row_ptr", "col", "shift", "ptr"):
             assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
@@ -36,7 +36,7 @@ def test_images_are_the_same(backend, monkeypatch):
 @pytest.mark.parametrize("backend", BUILDERS)
 def test_lists_wait_for_sizes_alone(backend, monkeypatch):
     """As test_waits.py and triton_images.py count on the CPU; here PyTorch counts."""
-    monkeypatch.setattr(images_module, "_backend", lambda device: backend)
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: backend)
     x = problem()
     geometry = (x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda())
     cf.build_images(*geometry)

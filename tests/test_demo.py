@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from crystalformer import Crystalformer, demo
+from crystalformer import Crystalformer
+from crystalformer.app import demo
 from crystalformer.data.ionic import PROTOTYPES, ewald_energy, ionic_crystals, prototype, substituted
 
 COULOMB = 14.3996454784  # e² / (4 pi eps0), eV Å

@@ -183,7 +183,7 @@ def test_a_basis_at_the_bounds_is_summed_as_any(basis, backend):
 
 
 def test_debug_checks_is_a_switch_and_a_context():
-    from crystalformer import checks
+    from crystalformer.common import checks
 
     meta = torch.zeros(1, device="meta")
     assert not checks.values_visible(meta)
@@ -223,7 +223,7 @@ def test_tensors_that_are_not_a_number_in_each_place():
 
 def test_debug_checks_of_one_thread_are_not_those_of_another():
     """Two blocks that overlap in time: one ends while the other is open, which then puts back what it found."""
-    from crystalformer import checks
+    from crystalformer.common import checks
 
     meta, step = torch.zeros(1, device="meta"), threading.Barrier(2, timeout=10)
 
@@ -253,7 +253,7 @@ def test_debug_checks_of_one_thread_are_not_those_of_another():
 
 
 def test_debug_checks_of_one_task_are_not_those_of_another():
-    from crystalformer import checks
+    from crystalformer.common import checks
 
     meta = torch.zeros(1, device="meta")
 

@@ -94,7 +94,7 @@ def test_third_derivative(backend):
 @pytest.mark.parametrize("geometry", [True, False])
 def test_written_out_backward_is_the_derivative_of_the_reference(geometry):
     """reference_backward against autograd through the reference, where finite differences are too coarse."""
-    from crystalformer import ops
+    from crystalformer.attention import ops
 
     x = problem(heads=3, dim=5, value_dim=4, num_basis=7, every_pair=True)
     lists, basis = x.lists("reference"), x.settings

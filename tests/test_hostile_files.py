@@ -18,7 +18,7 @@ import torch
 from crystal_files import cif, core, jarvis, pair, write_csv, write_json
 
 import crystalformer as cf
-from crystalformer import user_files
+from crystalformer.common import user_files
 from crystalformer.data import DataError, read_samples, read_split
 from crystalformer.data.files import sniff
 

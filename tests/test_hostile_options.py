@@ -14,8 +14,8 @@ from command_line import SIZES, refused
 from crystal_files import cif, pair
 
 import crystalformer
-from crystalformer import cli
-from crystalformer.process import _is_program, uninterrupted
+from crystalformer.app import cli
+from crystalformer.common.process import _is_program, uninterrupted
 from crystalformer.training.machine import check_machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -100,7 +100,7 @@ def test_other_machines_that_can_be_found(alone, monkeypatch):
 
 
 def test_memory_that_is_not_there(model, capsys, monkeypatch):
-    from crystalformer.predictor import Predictor
+    from crystalformer.app.predictor import Predictor
 
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
 
@@ -151,8 +151,11 @@ def test_ctrl_c_wherever_it_comes(model, capsys, monkeypatch):
     monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
     for place, arguments in (
         ("crystalformer.data.readers.read_table", ["predict", *model]),
-        ("crystalformer.predictor.build_crystals", ["predict", *model]),
-        ("crystalformer.runs.read_samples", ["train", "--data", model[1], "--target", "x", "--out", model[0] + "-no"]),
+        ("crystalformer.app.predictor.build_crystals", ["predict", *model]),
+        (
+            "crystalformer.app.train.read_samples",
+            ["train", "--data", model[1], "--target", "x", "--out", model[0] + "-no"],
+        ),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
@@ -191,8 +194,8 @@ import crystalformer
         (["-m"], ["-um", "crystalformer"], True),
         (["-m", "info"], ["-mcrystalformer", "info"], True),
         (["-m", "-m"], ["-umcrystalformer", "-m"], True),
-        (["-m"], ["-m", "crystalformer.demo"], False),
-        (["-m", "crystalformer"], ["-mcrystalformer.demo", "crystalformer"], False),
+        (["-m"], ["-m", "crystalformer.app.demo"], False),
+        (["-m", "crystalformer"], ["-mcrystalformer.app.demo", "crystalformer"], False),
         (["/bin/crystalformer", "info"], ["/bin/crystalformer", "info"], True),
         (["crystalformer.exe"], ["crystalformer.exe"], True),
         (["crystalformer.py"], ["crystalformer.py"], False),
@@ -211,7 +214,7 @@ def test_a_module_of_the_package_keeps_its_ctrl_c(tmp_path):
         "atexit.register(lambda: print(signal.getsignal(signal.SIGINT) is signal.default_int_handler))\n"
     )
     environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
-    command = [sys.executable, "-um", "crystalformer.demo", "--help"]
+    command = [sys.executable, "-um", "crystalformer.app.demo", "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "True"), done.stderr
 

@@ -12,10 +12,10 @@ from image_lists import cube, image_tuples, of_one
 from torch import Tensor
 
 import crystalformer as cf
-from crystalformer import images as images_module
 from crystalformer.data import ImageSettings, build_crystals
 from crystalformer.data import crystals as crystals_module
-from crystalformer.limits import Extent
+from crystalformer.geometry import images as images_module
+from crystalformer.geometry.limits import Extent
 
 HAS_CPU = cf.available_backends()["cpu"] is True
 needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the compiled CPU kernels are not here")
@@ -24,7 +24,7 @@ needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the compiled CPU kernels are
 @pytest.fixture
 def builder(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The lists of each backend in turn."""
-    monkeypatch.setattr(images_module, "_backend", lambda device: backend)
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: backend)
     return backend
 
 
@@ -196,7 +196,7 @@ def test_cells_cut_into_bins_have_the_same_images(
 ) -> None:
     crystal = stretched(kind, 300)
     compiled = of_one(crystal, **options)
-    monkeypatch.setattr(images_module, "_backend", lambda device: "reference")
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: "reference")
     plain = of_one(crystal, **options)
     assert image_tuples(compiled) == image_tuples(plain)
     assert compiled.num_images > 300

@@ -11,7 +11,7 @@ from problems import MIXED, Problem, problem
 from torch import Tensor
 
 import crystalformer as cf
-from crystalformer import checks
+from crystalformer.common import checks
 
 X = problem(every_pair=True)
 CPU = pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")

@@ -11,7 +11,7 @@ from problems import problem
 from torch.nn import functional as F
 
 import crystalformer as cf
-from crystalformer.layers import Decay, mean_pool, rho
+from crystalformer.model.layers import Decay, mean_pool, rho
 
 SMALL = cf.CrystalformerConfig(num_blocks=2, model_dim=16, num_heads=4, ff_dim=32, num_basis=8, readout_dims=(8, 4))
 

@@ -7,8 +7,8 @@ from problems import Problem, problem
 from torch import Tensor
 
 import crystalformer as cf
-from crystalformer import ops
-from crystalformer.dual_space import DUAL_SPACE
+from crystalformer.attention import ops
+from crystalformer.attention.dual_space import DUAL_SPACE
 
 NAN, INF = float("nan"), float("inf")
 needs_cpu = pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="needs the CPU kernels")

@@ -8,8 +8,8 @@ import torch
 from crystals import KINDS, aflow_prototypes, geometry, pack, random_crystal
 
 import crystalformer as cf
-from crystalformer.lattice import triangular
-from crystalformer.poisson import smallest_sum
+from crystalformer.geometry.crossover import smallest_sum
+from crystalformer.geometry.lattice import triangular
 
 ROUNDING = 1e-4
 

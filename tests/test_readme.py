@@ -27,7 +27,7 @@ def examples(document: str) -> list[tuple[str, str]]:
 
 def run(blocks: list[tuple[str, str]], names: dict, more: tuple[str, ...] = ()) -> dict:
     """Runs blocks in one namespace; commands in this process, trainings with more options."""
-    from crystalformer.cli import main
+    from crystalformer.app.cli import main
 
     for language, text in blocks:
         if language == "python":

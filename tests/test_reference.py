@@ -10,7 +10,7 @@ from crystals import box_images
 from problems import problem, relative_error
 
 import crystalformer as cf
-from crystalformer import reference
+from crystalformer.attention import reference
 
 
 def crystals(x):

@@ -5,8 +5,8 @@ import torch
 from problems import problem
 
 import crystalformer as cf
-from crystalformer import ops
-from crystalformer.dual_space import DUAL_SPACE
+from crystalformer.attention import ops
+from crystalformer.attention.dual_space import DUAL_SPACE
 
 
 def arguments(op: ops.Op, backend: str):

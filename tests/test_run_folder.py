@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from crystalformer import cli, runs
+from crystalformer.app import cli, train
+from crystalformer.app.run_folder import CHECKPOINTS, CONFIG, LOCK, PROBLEMS, run_folder
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.samples import DataError
-from crystalformer.run_folder import CHECKPOINTS, CONFIG, LOCK, PROBLEMS, run_folder
 from crystalformer.training.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -71,7 +71,7 @@ def test_a_start_that_fails_leaves_nothing_and_can_be_corrected(tmp_path, argume
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, where, fail)
+        patch.setattr(train, where, fail)
         try:
             assert cli.main(arguments) == (143 if isinstance(error, SystemExit) else 130)
             assert capsys.readouterr().err.endswith("crystalformer: stopped; nothing was kept: no epoch was done\n")

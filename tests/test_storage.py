@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from crystalformer import storage
+from crystalformer.common import storage
 from crystalformer.data import read_split, write_split
 
 

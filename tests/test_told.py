@@ -11,10 +11,11 @@ import torch
 from command_line import SIZES
 
 import crystalformer
-from crystalformer import backends, cli, metrics, plots, words
+from crystalformer.app import cli, metrics, plots
+from crystalformer.common import backends, words
+from crystalformer.common.elements import NUM_ELEMENTS, SYMBOLS
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.readers import read_samples
-from crystalformer.elements import NUM_ELEMENTS, SYMBOLS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
 SMALL = [f"--model.{x}" for x in SIZES.split()] + ["--batch-size=8", "--epochs=4", "--lr=0.02"]
@@ -185,14 +186,14 @@ def test_predictions_that_are_not_finite(run, data, capsys, monkeypatch):
 
 
 def test_a_training_whose_test_crystals_give_nan_names_them(run, data, capsys, monkeypatch):
-    monkeypatch.setattr("crystalformer.report.predict", lambda model, loader: torch.full((3, 2), torch.nan))
+    monkeypatch.setattr("crystalformer.app.report.predict", lambda model, loader: torch.full((3, 2), torch.nan))
     assert cli.main(["train", "--out", str(run), "--resume"]) == 1
     ids = [id for id, x in read(run / "predictions.csv").items() if x["set"] == "val"]
     assert capsys.readouterr().err.endswith(f"the predictions of val are not finite for {', '.join(ids)}\n")
 
 
 def test_the_slow_backend_says_why(run, data, capsys, monkeypatch):
-    monkeypatch.setattr(backends, "LOADED", "the compiled CPU kernels are hidden: do this")
+    monkeypatch.setitem(backends.AVAILABLE, "cpu", "the compiled CPU kernels are hidden: do this")
     assert cli.main(["evaluate", str(run), "--data", str(data), "--split", str(run / "split.json")]) == 0
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("crystalformer: attention by the backend 'reference' on cpu, ")

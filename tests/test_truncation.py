@@ -12,8 +12,8 @@ from crystals import KINDS, aflow_prototypes, box_images, cell, geometry, list_i
 from torch import Tensor
 
 import crystalformer as cf
-from crystalformer.lattice import gaussian_sum_bound, points_in_spheres, triangular
-from crystalformer.truncation import pair_cutoff2, row_cutoff2, tail_radius2
+from crystalformer.geometry.lattice import gaussian_sum_bound, points_in_spheres, triangular
+from crystalformer.geometry.truncation import pair_cutoff2, row_cutoff2, tail_radius2
 
 LOGIT_RANGE = 4.0
 # The oracle stops where exp(-a d²) is e^-27 (2e-12) of what still matters.

@@ -8,8 +8,8 @@ from image_lists import one_of_each
 from waits import Waits
 
 import crystalformer as cf
-from crystalformer import checks
-from crystalformer import images as images_module
+from crystalformer.common import checks
+from crystalformer.geometry import images as images_module
 
 
 def test_values_on_other_devices_are_looked_at_only_when_asked() -> None:
@@ -42,7 +42,7 @@ def test_a_gpu_is_waited_for_only_for_sizes(
     options: dict[str, Any], number: int, waits: Waits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the number of pairs, of points after each axis, and of images kept; whatever the number of crystals."""
-    monkeypatch.setattr(images_module, "_backend", lambda device: "reference")
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: "reference")
     monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
     batch = one_of_each()
     with waits:

@@ -13,8 +13,8 @@ from problems import problem, relative_error
 from triton_device import DEVICE, MARKS, on_device
 
 import crystalformer as cf
-from crystalformer import checks
-from crystalformer import images as images_module
+from crystalformer.common import checks
+from crystalformer.geometry import images as images_module
 
 pytestmark = MARKS
 
@@ -30,7 +30,7 @@ LISTS = {
 def assert_list_is_the_reference(monkeypatch, geometry, **options):
     lists = []
     for backend, device in (("reference", "cpu"), ("triton", DEVICE)):
-        monkeypatch.setattr(images_module, "_backend", lambda device, backend=backend: backend)
+        monkeypatch.setattr(images_module, "choose_backend", lambda *_, backend=backend: backend)
         lists.append(cf.build_images(*(x.to(device) for x in geometry), **options))
     here, there = lists
     for name in ("row_ptr", "col", "shift", "ptr"):
@@ -65,7 +65,7 @@ def test_image_list_of_a_large_cell(monkeypatch):
 
 @pytest.mark.parametrize("options", LISTS.values(), ids=LISTS)
 def test_image_lists_of_nothing(options, monkeypatch):
-    monkeypatch.setattr(images_module, "_backend", lambda device: "triton")
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: "triton")
     images = cf.build_images(*(x.to(DEVICE) for x in pack([])), **options)
     assert (images.num_images, images.num_atoms, images.num_pairs) == (0, 0, 0)
     assert images.row_ptr.tolist() == [0]
@@ -73,7 +73,7 @@ def test_image_lists_of_nothing(options, monkeypatch):
 
 @pytest.mark.parametrize("options", LISTS.values(), ids=LISTS)
 def test_image_lists_wait_once(options, waits, monkeypatch):
-    monkeypatch.setattr(images_module, "_backend", lambda device: "triton")
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: "triton")
     monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
     geometry = [x.to(DEVICE) for x in pack([random_crystal("cubic", 1, 2), random_crystal("cubic", 2, 1)])]
     with waits:
@@ -103,7 +103,7 @@ def test_image_lists_of_no_geometry(change, message, options, monkeypatch):
         lattice[1] *= 1e-3 if change["lattice"] == 1e-9 else 1
     else:
         positions[1, 2] = change["positions"]
-    monkeypatch.setattr(images_module, "_backend", lambda device: "triton")
+    monkeypatch.setattr(images_module, "choose_backend", lambda *_: "triton")
     with monkeypatch.context() as patch:
         patch.setattr(checks, "values_visible", lambda x: checks._check_values_on_gpu)  # as on a GPU
         with pytest.raises(ValueError, match="^" + message):

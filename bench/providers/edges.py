@@ -14,30 +14,10 @@ import crystalformer as cf
 
 from ..cases import Absent, Case, Provider, attention_case, require_memory
 from ..problems import Problem
+from ..truth import edge_attention
 from .swapped import training_with
 
 BOUND = 1e-4
-
-
-def edge_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    weight: Tensor | None,
-    i: Tensor,
-    j: Tensor,
-    d2: Tensor,
-    b: Tensor | None,
-) -> Tensor:
-    """softmax over the edges i <- j of q·k/sqrt(D) - a d², of v_j + W b(d): one message an edge and head."""
-    scores = (q[i] * k[j]).sum(-1) / q.shape[-1] ** 0.5 - decay[i] * d2[:, None]
-    largest = torch.full_like(decay, -torch.inf)
-    largest = largest.scatter_reduce(0, i[:, None].expand_as(scores), scores.detach(), "amax")
-    p = torch.exp(scores - largest[i])
-    p = p / torch.zeros_like(decay).index_add(0, i, p)[i]
-    message = v[j] if b is None else v[j] + (b @ weight.flatten(0, 1).T).unflatten(1, v.shape[1:])
-    return torch.zeros_like(v).index_add(0, i, p[..., None] * message)
 
 
 def edge_list(x: Problem) -> Callable[..., Tensor]:

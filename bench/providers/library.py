@@ -33,6 +33,7 @@ from ..cases import (
     truth,
 )
 from ..problems import CERTIFICATE, Problem
+from ..truth import slow_alpha
 
 FP32_BOUND, TF32_BOUND, BF16_BOUND = 1e-4, 1e-2, 5e-2
 # One of the model's million ReLUs at its kink may take the other side in fp32: 1.1e-4 of a gradient on jarvis256.
@@ -134,8 +135,6 @@ def _alpha(backend: str, slow: bool = False) -> Callable[[Problem], Case]:
 
 
 def _slow_truth(x: Problem) -> Callable[[], Results]:
-    from ..truth import slow_alpha
-
     exact = replace(x, inputs={name: None if y is None else y.double() for name, y in x.inputs.items()})
     exact = replace(exact, upstream=x.upstream.double())
     function = functools.partial(slow_alpha, x.crystals.ptr)

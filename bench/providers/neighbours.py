@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import crystalformer as cf
-from crystalformer.images import CUTOFF_SLACK, _build
-from crystalformer.limits import MAX_IMAGES
+from crystalformer.geometry.images import CUTOFF_SLACK, _build
+from crystalformer.geometry.limits import MAX_IMAGES
 
 from ..cases import Absent, Case, Provider, Results
 from ..problems import CERTIFICATE, Problem

@@ -5,7 +5,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from crystalformer import layers
+from crystalformer.model import layers
 
 from ..cases import Case, seeded_model, training_case
 from ..problems import Problem

@@ -1,6 +1,6 @@
 """Crystals in: files and folders, structures of other libraries, packed into batches of tensors."""
 
-from .batch import NUM_ELEMENTS, CrystalBatch
+from ..model.batch import NUM_ELEMENTS, CrystalBatch
 from .crystals import ImageSettings, build_crystals
 from .readers import read_samples
 from .samples import DataError, Problem, Samples, write_problems

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..words import one_line
+from ..common.words import one_line
 from .files import stem_of
 from .parsing import Source, read_xyz, reason_of, require
 from .rows import ID_COLUMNS, Row, Table, find_id_column, missing

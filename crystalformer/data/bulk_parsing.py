@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import __version__ as version
-from ..process import cores, uninterrupted
+from ..common.process import cores, uninterrupted
+from ..common.version import version
 from .parsing import Parsed, Source, parse
 from .store import Item, Store, digest
 

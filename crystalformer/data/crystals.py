@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__ as version
-from .. import checks
-from ..config import CrystalformerConfig
-from ..geometry import Geometry
-from ..image_list import ImageList
-from ..images import build_images
-from ..wave_vectors import build_wave_vectors
-from .batch import CrystalBatch
+from ..common import checks
+from ..common.version import version
+from ..geometry.image_list import ImageList
+from ..geometry.images import build_images
+from ..geometry.movement import Geometry
+from ..geometry.wave_vectors import build_wave_vectors
+from ..model.batch import CrystalBatch
+from ..model.config import CrystalformerConfig
+from ..model.structures import read_structure
 from .store import Item, Store, digest
-from .structures import read_structure
 
 if TYPE_CHECKING:
-    from ..model import Crystalformer
+    from ..model.model import Crystalformer
 
 # Of the lists in the cache: one more whenever the same settings give another list, or other tensors.
 LIST_FORMAT = 1

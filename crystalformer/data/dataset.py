@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .. import checks
-from .batch import CrystalBatch
+from ..common import checks
+from ..model.batch import CrystalBatch
 from .crystals import build_crystals
 
 if TYPE_CHECKING:
-    from ..model import Crystalformer
+    from ..model.model import Crystalformer
 
 
 class Example(NamedTuple):

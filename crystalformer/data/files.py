@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from .. import user_files
+from ..common import user_files
 from .parsing import reason_of
 from .samples import DataError
 

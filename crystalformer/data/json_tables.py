@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..user_files import parse_json
+from ..common.user_files import parse_json
 from .ase_tables import read_database
 from .files import stem_of, unpacked_name
 from .parsing import Source, reason_of

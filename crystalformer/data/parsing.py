@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..words import one_line
-from .structures import Crystal, read_structure
+from ..common.words import one_line
+from ..model.structures import Crystal, read_structure
 
 # Atoms nearer than this, in Å, are one atom that is there twice.
 CLOSEST = 0.01

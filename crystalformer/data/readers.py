@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from ..common import checks
 from .bulk_parsing import parse_all
+from .formats import read_table
 from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
-from .tables import read_table
 
 log = logging.getLogger("crystalformer.data")
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..user_files import parse_json
+from ..common.user_files import parse_json
 from .parsing import Source, reason_of
 from .rows import ID_COLUMNS, Row, Table, find_id_column, listed, missing
 from .samples import DataError

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import storage
-from ..user_files import read_text
+from ..common import storage
+from ..common.user_files import read_text
 from .samples import DataError, first_repeated
 
 SETS = ("train", "val", "test")

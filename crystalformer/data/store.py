@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import storage
-from ..words import one_line
+from ..common import storage
+from ..common.words import one_line
 
 log = logging.getLogger("crystalformer.data")
 

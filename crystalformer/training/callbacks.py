@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from tqdm import tqdm
 
+from ..common.words import short
 from ..data.dataset import BoundedBatches
-from ..words import short
 from .regression import Regression
 
 

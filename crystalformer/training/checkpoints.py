@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from .. import storage
+from ..common import storage
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 

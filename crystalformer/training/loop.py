@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..common.words import one_line
 from ..data.dataset import BoundedBatches, CrystalDataset, Example
-from ..model import Crystalformer
-from ..words import one_line
+from ..model.model import Crystalformer
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, CheckpointError, Checkpoints, latest
 from .machine import check_machine

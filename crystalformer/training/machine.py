@@ -5,8 +5,8 @@ import os
 import torch
 from lightning.fabric.plugins import environments
 
-from .. import checks
-from ..process import cores
+from ..common import checks
+from ..common.process import cores
 
 CLUSTERS = (environments.SLURMEnvironment, environments.LSFEnvironment, environments.MPIEnvironment)
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .. import checks
+from ..common import checks
 
 MOST = 1e6  # of a learning rate and a decay: fp32 holds their products with any weight
 

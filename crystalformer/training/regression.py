@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from .. import checks
+from ..common import checks
 from ..data import CrystalBatch
 from ..data.dataset import Example
-from ..model import Crystalformer, in_units
+from ..model.model import Crystalformer, in_units
 from .recipe import Recipe
 
 # Of the means over an epoch; Apple's GPUs have no fp64.

@@ -1,0 +1,158 @@
+"""A trained model, from structures to numbers.
+
+model = crystalformer.load("run")
+model.predict(structures)           # (C,T), in the units of the targets
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.checks import NotFinite
+from ..common.elements import NUM_ELEMENTS
+from ..common.words import one_line
+from ..data import CrystalBatch
+from ..data.crystals import build_crystals
+from ..data.dataset import BoundedBatches, sizes
+from ..model.layers import mean_pool
+from ..model.model import WEIGHTS_FILE, Crystalformer
+from ..model.structures import read_structure
+
+MODEL_FOLDER = "model"
+BATCH_SIZE, MAX_IMAGES = 256, 1 << 22
+# Structures whose images are in memory at once, some 15,000 for each.
+STRUCTURES_AT_ONCE = 1024
+
+
+class Predictor:
+    """Predictions and features of any number of crystals, in batches of bounded memory.
+
+    Attributes:
+        model: in eval mode, predicting in the units of the targets.
+        names, units: of its T targets; a unit is "" where it is not known.
+        labels: the names with their units, as "energy (eV)", where these are known.
+    """
+
+    def __init__(self, model: Crystalformer) -> None:
+        self.model = model.eval()
+        config = model.config
+        self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
+        self.units = config.target_units or ("",) * config.num_targets
+        pairs = zip(self.names, self.units, strict=True)
+        self.labels = tuple(f"{name} ({unit})" if unit else name for name, unit in pairs)
+
+    @torch.no_grad()
+    def predict(self, structures: Sequence[Any], progress: Callable[[int], object] | None = None) -> Tensor:
+        """(C,T) fp64, the predictions, in the units of the targets, on the CPU; NaN where the model has none.
+
+        Args:
+            structures: pymatgen Structures or ase Atoms, mixed as you like.
+            progress: called with the number of crystals done, after each batch.
+
+        Raises:
+            TypeError, ValueError: as `CrystalBatch.from_structures`, naming the structure.
+        """
+        results = []
+        for crystals in self._batches(structures):
+            results.append(self._outputs(crystals))
+            if progress is not None:
+                progress(len(crystals))
+        return torch.cat(results)
+
+    def _outputs(self, crystals: Sequence[CrystalBatch]) -> Tensor:
+        """(C,T) fp64. What the attention refuses, as features are not finite, is NaN, and costs the others nothing."""
+        try:
+            return self.model(self._joined(crystals)).cpu().double()
+        except NotFinite:
+            pass
+        if len(crystals) == 1:
+            return torch.full((1, len(self.names)), torch.nan, dtype=torch.float64)
+        return torch.cat([self._outputs([crystal]) for crystal in crystals])
+
+    def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
+        """For each structure its elements, as atomic numbers, that no crystal of the training had.
+
+        What the model predicts for those is a guess. None are unseen where the model does not know what it has seen.
+
+        Args:
+            structures: as for `predict`.
+        """
+        seen = {*self.model.config.elements} or {*range(NUM_ELEMENTS + 1)}
+        crystals = (read_structure(x, f"structures[{i}]") for i, x in enumerate(structures))
+        return [tuple(sorted({z for mixture in x.mixtures for z in mixture} - seen)) for x in crystals]
+
+    @torch.no_grad()
+    def encode(self, structures: Sequence[Any], atoms: bool = False) -> Any:
+        """Features for other models, on the CPU: (C, model_dim), the means over the atoms of each crystal.
+
+        Args:
+            structures: pymatgen Structures or ase Atoms.
+            atoms: give those of the atoms instead, a list of (n, model_dim), one for each crystal.
+        """
+        crystals: list[Tensor] = []
+        for batch in map(self._joined, self._batches(structures)):
+            features = self.model.encode(batch)
+            if atoms:
+                crystals += features.cpu().split(batch.ptr.diff().tolist())
+            else:
+                crystals += mean_pool(features, batch.ptr).cpu()
+        return crystals if atoms else torch.stack(crystals)
+
+    def _joined(self, crystals: Sequence[CrystalBatch]) -> CrystalBatch:
+        """One batch, on the model's device."""
+        return CrystalBatch.cat(crystals).to(next(self.model.parameters()).device)
+
+    def _batches(self, structures: Sequence[Any]) -> Iterator[list[CrystalBatch]]:
+        """The crystals in order, as many at once as memory is for."""
+        if not len(structures):
+            raise ValueError("structures must hold at least one structure, not none")
+        dtype = next(self.model.parameters()).dtype
+        for start in range(0, len(structures), STRUCTURES_AT_ONCE):
+            chunk = structures[start : start + STRUCTURES_AT_ONCE]
+            crystals = build_crystals(chunk, self.model, dtype=dtype)
+            for batch in BoundedBatches(sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
+                yield [crystals[i] for i in batch]
+
+
+def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:
+    """The ids whose predictions (C,T) are not all finite."""
+    return [id for id, good in zip(ids, predictions.isfinite().all(1).tolist(), strict=True) if not good]
+
+
+def load(path: str | Path, device: str | torch.device = "auto", backend: str = "auto") -> Predictor:
+    """A trained model: of the folder of a training (`crystalformer train --out`), or one with config.json and weights.
+
+    Args:
+        path: the folder.
+        device: "auto" is the GPU if there is one, else the CPU; any other as torch names it.
+        backend: of the attention, see `periodic_attention`.
+
+    Raises:
+        FileNotFoundError: if there is no model.
+        ValueError: for a model of another version, or a damaged one, and a device that is not there.
+    """
+    path, device = Path(path), _device(device)
+    if not (path / WEIGHTS_FILE).is_file() and (path / MODEL_FOLDER / WEIGHTS_FILE).is_file():
+        path = path / MODEL_FOLDER
+    elif not (path / WEIGHTS_FILE).is_file() and (path / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"path must be the folder of a complete training, but that in {path} was stopped; go on with: "
+            f"crystalformer train --out {path} --resume"
+        )
+    return Predictor(Crystalformer.from_pretrained(path, backend).to(device))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as error:  # torch has many, one for each kind of device that is not there
+        raise ValueError(f"device must be one that torch has here, not {device!r}: {one_line(error, 200)}") from error
+    if found.type == "meta":
+        raise ValueError("device must be one that computes, not 'meta'")
+    return found

@@ -1,0 +1,1 @@
+"""The sums: the public functions, the operators behind them and their reference."""

@@ -1,0 +1,219 @@
+"""The reciprocal lattice vectors that sums in reciprocal space run over, with a certificate of what they leave out."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..common import checks
+from ..common.ragged import cat_ptr, offsets, ordinals
+from ..common.tensor_struct import TensorStruct, check_parts
+from .lattice import check_lattice, points_in_spheres, reciprocal, triangular
+from .limits import INT32, MAX_VECTORS, check_vectors
+from .movement import strain
+from .truncation import BEYOND, tail_radius2
+
+
+@dataclass(frozen=True, eq=False)
+class WaveVectors(TensorStruct):
+    """Half of the reciprocal lattice vectors G of each crystal: of G and -G one, and first the zero vector.
+
+    It holds integers: G = 2 pi g L^-T, so gradients flow through the lattice. The certificate holds for the lattices
+    that it was made for, and ops refuse others: what is left out may grow to twice `tol` as cells are strained.
+
+    Attributes:
+        g: (M,3) int32, crystal by crystal, by length.
+        g_ptr: (C+1) int64, the vectors of crystal c are entries g_ptr[c] to g_ptr[c+1].
+        ptr: (C+1) int64, the first atom of each crystal.
+        max_atoms, max_vectors: largest number of atoms and of vectors of a crystal, known without asking a GPU.
+        decay_min, tol: what it is certified for (see `build_wave_vectors`).
+        lattice: (C,3,3) fp64, Å, what it was made for, or None where that is not known: then any lattice is taken.
+        bearable: (C) how much of itself a length of each cell may change before the vectors have to be built again.
+        accepted: another lattice, the last that the vectors were found to serve.
+
+    Raises:
+        TypeError, ValueError: for tensors that are no wave vectors, naming the attribute.
+    """
+
+    g: Tensor
+    g_ptr: Tensor
+    ptr: Tensor
+    max_atoms: int
+    max_vectors: int
+    decay_min: float
+    tol: float
+    lattice: Tensor | None = None
+    bearable: Tensor | None = None
+    accepted: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        known: dict[str, int] = {}
+        checks.check_tensor("g", self.g, "M 3", known)
+        checks.check_dtype("g", self.g, torch.int32)
+        checks.check_segments("g_ptr", self.g_ptr, known["M"], "vectors", "C")
+        checks.check_ptr("ptr", self.ptr)
+        if self.g_ptr.shape != self.ptr.shape:
+            raise ValueError(f"g_ptr must have shape {tuple(self.ptr.shape)}, as ptr, not {tuple(self.g_ptr.shape)}")
+        for name, x in (("g_ptr", self.g_ptr), ("ptr", self.ptr)):
+            checks.check_device(name, x, like=self.g)
+        checks.check_number("decay_min", self.decay_min, closed=True)
+        checks.check_between("tol", self.tol, 0, 1)
+        if self.lattice is not None:
+            checks.check_tensor("lattice", self.lattice, "C 3 3", {"C": self.num_crystals})
+            checks.check_dtype("lattice", self.lattice, torch.float64)
+        if self.bearable is not None:
+            checks.check_tensor("bearable", self.bearable, "C", {"C": self.num_crystals})
+        if checks.values_visible(self.g) and self.num_crystals:
+            self._check_values()
+
+    def _check_values(self) -> None:
+        count = self.g_ptr.diff()
+        if not bool((count > 0).all()) or bool(self.g[self.g_ptr[:-1]].any()):
+            raise ValueError("g must begin with the zero vector in each crystal, but it does not")
+        for name, largest in (("max_atoms", int(self.ptr.diff().max())), ("max_vectors", int(count.max()))):
+            if getattr(self, name) != largest:
+                raise ValueError(f"{name} must be {largest}, that of the largest crystal, not {getattr(self, name)}")
+
+    def check_built_for(self, lattice: Tensor, name: str = "wave_vectors", build: str = "build_wave_vectors") -> None:
+        """Refuses lattices (C,3,3) that the vectors were not made for, where they can be seen.
+
+        Args:
+            name, build: of the argument that they came with, and what makes it.
+
+        Raises:
+            ValueError: if cells have been strained too much since.
+        """
+        if self.lattice is None or self.bearable is None or not checks.values_visible(lattice):
+            return
+        checks.check_tensor("lattice", lattice, "C 3 3", {"C": self.num_crystals})
+        now = lattice.detach().double()
+        if any(torch.equal(x, now) for x in (self.lattice, *self.accepted)):
+            return
+        check_lattice(lattice)
+        strained = strain(self.lattice, now)
+        far = ~(strained <= self.bearable)
+        if bool(far.any()):
+            i = int(far.nonzero()[0])
+            raise ValueError(
+                f"{name} must be built for this lattice: cell {i} has been strained by {float(strained[i]):.3g} since, "
+                f"and they serve up to {float(self.bearable[i]):.3g}; call {build} again"
+            )
+        self.accepted[:] = [now.clone()]
+
+    @property
+    def num_vectors(self) -> int:
+        return len(self.g)
+
+    @property
+    def num_crystals(self) -> int:
+        return len(self.ptr) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.g.device
+
+    @staticmethod
+    def cat(parts: "list[WaveVectors]") -> "WaveVectors":
+        """Joins those of separate crystals, in order. The certificate of the result is the weakest of its parts.
+
+        Raises:
+            ValueError: for no parts, or parts on several devices.
+        """
+        parts = list(parts)
+        check_parts(parts, "parts", WaveVectors)
+        lattices = [x.lattice for x in parts if x.lattice is not None]
+        bearable = [x.bearable for x in parts if x.bearable is not None]
+        return WaveVectors(
+            g=torch.cat([x.g for x in parts]),
+            g_ptr=cat_ptr([x.g_ptr for x in parts]),
+            ptr=cat_ptr([x.ptr for x in parts]),
+            max_atoms=max(x.max_atoms for x in parts),
+            max_vectors=max(x.max_vectors for x in parts),
+            decay_min=max(x.decay_min for x in parts),
+            tol=max(x.tol for x in parts),
+            lattice=torch.cat(lattices) if len(lattices) == len(parts) else None,
+            bearable=torch.cat(bearable) if len(bearable) == len(parts) else None,
+        )
+
+
+def build_wave_vectors(
+    lattice: Tensor, ptr: Tensor, decay_min: float = 1.21, tol: float = 1e-6, max_vectors: int = MAX_VECTORS
+) -> WaveVectors:
+    """The reciprocal lattice vectors that `reciprocal_attention` sums over, as few as the certificate allows.
+
+    What is left out of sum_G exp(-c |G|²) cos(G·r) is at most `tol`, absolutely, for every c >= decay_min and every r;
+    the term of G = 0 is 1. Equation (14) of docs/math.md.
+
+    Args:
+        lattice: (C,3,3) fp32 or fp64, rows are the lattice vectors, Å. Either handedness.
+        ptr: (C+1) int64, the first atom of each crystal and, last, N.
+        decay_min: smallest c that will be used, Å². The default serves the paper's model, whose reciprocal decays are
+            at least 0.5·2.2²/2.
+        tol: largest part of the sum that may be left out, smaller than 1.
+        max_vectors: how many may be looked at, both G and -G and those that are left out again, in each crystal as many
+            as in the largest. More are refused, by an estimate, before time or memory goes into them. At most 2^31 - 1,
+            by default 2^26.
+
+    Returns:
+        WaveVectors on the device of lattice; on a GPU it waits for the device.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was; for more than max_vectors, too.
+    """
+    known: dict[str, int] = {}
+    checks.check_tensor("lattice", lattice, "C 3 3", known)
+    checks.check_dtype("lattice", lattice, torch.float32, torch.float64)
+    with checks.debug_checks(True):  # it waits for a GPU anyway
+        check_lattice(lattice)
+    checks.check_ptr("ptr", ptr)
+    if len(ptr) - 1 != len(lattice):
+        raise ValueError(f"ptr must have shape (C+1={len(lattice) + 1}), as lattice, not {tuple(ptr.shape)}")
+    decay_min, tol = checks.check_number("decay_min", decay_min), checks.check_number("tol", tol, high=1.0)
+    checks.check_integer("max_vectors", max_vectors, 1, INT32 - 1)
+    certified = torch.tensor([decay_min, tol], dtype=torch.float64, device=lattice.device).expand(len(lattice), 2)
+    return choose_wave_vectors(
+        lattice.detach().double(), ptr.contiguous(), certified[:, 0], certified[:, 1], max_vectors
+    )
+
+
+@torch.inference_mode(False)  # they outlive this call, and may be saved for a backward
+@torch.no_grad()
+def choose_wave_vectors(
+    lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Tensor, max_vectors: int = MAX_VECTORS
+) -> WaveVectors:
+    """`build_wave_vectors` of checked arguments, lattice in fp64, with a decay_min and a tol (C) for each crystal."""
+    t, _ = triangular(reciprocal(lattice))
+    number, device = len(lattice), lattice.device
+    outer2 = tail_radius2(t, decay_min, (tol * BEYOND).log())
+    check_vectors(torch.diagonal(t, dim1=-2, dim2=-1), outer2, max_vectors)
+    everyone = torch.arange(number, device=device)
+    crystal, g, length2 = points_in_spheres(t, everyone, t.new_zeros(number, 3), outer2)
+    # Sorted, the zero vector is in the middle of its crystal's and the rest is its mirror image.
+    count = torch.bincount(crystal, minlength=number)
+    place = ordinals(count, crystal)
+    half = place >= count[crystal] // 2
+    crystal, g, length2 = crystal[half], g[half], length2[half]
+    by_length = torch.argsort(length2, stable=True)
+    order = by_length[torch.argsort(crystal[by_length], stable=True)]
+    crystal, g, length2 = crystal[order], g[order], length2[order]
+
+    # What is left out by stopping at each vector, the smallest terms added first.
+    count = count - count // 2
+    place = ordinals(count, crystal)
+    term = lattice.new_zeros(number, int(count.max()) if number else 0)
+    term[crystal, place] = 2 * torch.exp(-decay_min[crystal] * length2)
+    tail = term.flip(1).cumsum(1).flip(1)[crystal, place]
+    kept = (place == 0) | (tail > (1 - BEYOND) * tol[crystal])
+    count = torch.bincount(crystal[kept], minlength=number)
+    return WaveVectors(
+        g=g[kept].to(torch.int32),
+        g_ptr=offsets(count),
+        ptr=ptr,
+        max_atoms=int(ptr.diff().max()) if number else 0,
+        max_vectors=int(count.max()) if number else 0,
+        decay_min=float(decay_min.max()) if number else 0.0,
+        tol=float(tol.max()) if number else 0.0,
+        lattice=lattice.clone(),
+        bearable=math.log(2) / (2 * decay_min * outer2),
+    )

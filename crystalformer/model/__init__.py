@@ -1,0 +1,1 @@
+"""The Crystalformer: batches of crystals in, properties out."""

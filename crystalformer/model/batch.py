@@ -1,0 +1,165 @@
+"""A batch of crystals of any sizes, packed without padding."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common import checks
+from ..common.ragged import cat_ptr
+from ..geometry.image_list import ImageList
+from ..geometry.wave_vectors import WaveVectors
+from .structures import MOST_OCCUPIED, NUM_ELEMENTS, Crystal, read_structure
+
+
+@dataclass(eq=False)
+class CrystalBatch:
+    """`N` atoms of `C` crystals in a row.
+
+    Attributes:
+        species: (N,) int64 atomic numbers 1 to 98, or (N,98) floating-point occupancies: a disordered site is a
+            mixture of elements, whose shares are not negative and add up to at most 1.
+        positions: (N,3), Cartesian, Å.
+        lattice: (C,3,3), rows are the lattice vectors, Å.
+        ptr: (C+1) int64, the first atom of each crystal and, last, N.
+        images: the image list of these crystals, or None until one is built (`Crystalformer.prepare`).
+        wave_vectors: the wave vectors of these crystals, likewise.
+    """
+
+    species: Tensor
+    positions: Tensor
+    lattice: Tensor
+    ptr: Tensor
+    images: ImageList | None = None
+    wave_vectors: WaveVectors | None = None
+
+    def __post_init__(self) -> None:
+        known: dict[str, int] = {}
+        checks.check_tensor("positions", self.positions, "N 3", known)
+        checks.check_dtype("positions", self.positions, torch.float32, torch.float64)
+        checks.check_ptr("ptr", self.ptr, known["N"])
+        known["C"] = len(self.ptr) - 1
+        checks.check_tensor("lattice", self.lattice, "C 3 3", known, like=self.positions)
+        if isinstance(self.species, Tensor) and self.species.is_floating_point():
+            checks.check_tensor("species", self.species, f"N {NUM_ELEMENTS}", known, like=self.positions)
+            _check_occupancies(self.species)
+        else:
+            checks.check_tensor("species", self.species, "N", known)
+            checks.check_dtype("species", self.species, torch.int64)
+            if checks.values_visible(self.species) and known["N"]:
+                low, high = int(self.species.min()), int(self.species.max())
+                if low < 1 or high > NUM_ELEMENTS:
+                    raise ValueError(f"species must be atomic numbers from 1 to {NUM_ELEMENTS}, not {low} to {high}")
+
+    @property
+    def num_atoms(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_crystals(self) -> int:
+        return len(self.ptr) - 1
+
+    def __len__(self) -> int:
+        return self.num_crystals
+
+    @classmethod
+    def from_structures(cls, structures: Sequence[Any], dtype: torch.dtype | None = None) -> "CrystalBatch":
+        """Packs pymatgen Structures and ase Atoms, of any sizes and mixed as you like.
+
+        Args:
+            structures: periodic structures in all three directions, with elements up to californium (98). Sites with
+                fractional occupancies are kept as mixtures.
+            dtype: fp32 or fp64; torch's default dtype if None.
+
+        Raises:
+            TypeError: for anything but pymatgen Structures and ase Atoms.
+            ValueError: for no structures, or one that is not periodic, has no atoms, no volume, an unknown element, a
+                coordinate that is not finite or beyond 10,000 Å, or a site whose occupancies are negative or do not
+                add up to something from 0 to 1. The message says which.
+        """
+        if hasattr(structures, "cart_coords") or hasattr(structures, "get_pbc"):
+            raise TypeError("structures must be a list of structures, not a single one: put it into a list")
+        if not isinstance(structures, Iterable):
+            raise TypeError(f"structures must be a list of structures, not {type(structures).__name__}")
+        crystals = [read_structure(s, f"structures[{i}]") for i, s in enumerate(structures)]
+        if not crystals:
+            raise ValueError("structures must hold at least one structure, not none")
+        return cls._pack(crystals, dtype or torch.get_default_dtype())
+
+    @classmethod
+    def _pack(cls, crystals: Sequence[Crystal], dtype: torch.dtype) -> "CrystalBatch":
+        ordered = all(x.numbers is not None for x in crystals)
+        species = [torch.from_numpy(x.numbers if ordered else x.occupancies()) for x in crystals]
+        size = torch.tensor([0] + [len(x.positions) for x in crystals])
+        return cls(
+            species=torch.cat(species) if ordered else torch.cat(species).to(dtype),
+            positions=torch.cat([torch.from_numpy(x.positions) for x in crystals]).to(dtype),
+            lattice=torch.stack([torch.from_numpy(x.lattice) for x in crystals]).to(dtype),
+            ptr=size.cumsum(0),
+        )
+
+    @staticmethod
+    def cat(batches: "Sequence[CrystalBatch]") -> "CrystalBatch":
+        """Joins batches in order, with their images and wave vectors if every one has them.
+
+        Raises:
+            ValueError: for no batches.
+        """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("batches must hold at least one CrystalBatch, not none")
+        species = [x.species for x in batches]
+        if len({x.is_floating_point() for x in species}) > 1:
+            species = [x.occupancies() for x in batches]
+        images = [x.images for x in batches if x.images is not None]
+        waves = [x.wave_vectors for x in batches if x.wave_vectors is not None]
+        return CrystalBatch(
+            species=torch.cat(species),
+            positions=torch.cat([x.positions for x in batches]),
+            lattice=torch.cat([x.lattice for x in batches]),
+            ptr=cat_ptr([x.ptr for x in batches]),
+            images=ImageList.cat(images) if len(images) == len(batches) else None,
+            wave_vectors=WaveVectors.cat(waves) if len(waves) == len(batches) else None,
+        )
+
+    def occupancies(self) -> Tensor:
+        """(N,98) the share of each element in each site."""
+        if self.species.is_floating_point():
+            return self.species
+        one_hot = torch.nn.functional.one_hot(self.species - 1, NUM_ELEMENTS)
+        return one_hot.to(self.positions.dtype)
+
+    def to(self, target: torch.device | str | torch.dtype) -> "CrystalBatch":
+        """The batch on another device, or with its floating-point tensors in another dtype."""
+        if isinstance(target, torch.dtype):
+            return self._map(lambda x: x.to(target) if x.is_floating_point() else x, lambda packed: packed)
+        return self._map(lambda x: x.to(target), lambda packed: packed.to(target))
+
+    def pin_memory(self) -> "CrystalBatch":
+        """The batch in page-locked memory, for copies to a GPU that do not wait."""
+        return self._map(lambda x: x.pin_memory(), lambda packed: packed.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor], lists: Callable[[Any], Any]) -> "CrystalBatch":
+        return replace(
+            self,
+            species=function(self.species),
+            positions=function(self.positions),
+            lattice=function(self.lattice),
+            ptr=function(self.ptr),
+            images=self.images and lists(self.images),
+            wave_vectors=self.wave_vectors and lists(self.wave_vectors),
+        )
+
+
+def _check_occupancies(species: Tensor) -> None:
+    if not checks.values_visible(species) or not len(species):
+        return
+    checks.check_finite("species", species)
+    total, least = species.detach().sum(1), species.detach().amin(1)
+    bad = ((least < 0) | (total <= 0) | (total > MOST_OCCUPIED)).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        what = f"species[{i}] has {least[i]:g} as the least and adds up to {total[i]:g}"
+        raise ValueError(f"species must be occupancies from 0 that add up to at most 1, not to 0, but {what}")
