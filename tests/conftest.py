@@ -46,12 +46,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives tests of the contract each way in turn, `way`, those of kernels alone, `kernels`, and each backend for
-    fp64, `backend`."""
+    """Gives tests of the contract each way in turn, `way`, those of fp32, `single`, or those that are not the reference
+    on the CPU, which these are held against, `kernels`; of them one a backend, for lists, which are in fp64 anyway,
+    `builder`; and by its name each backend that has fp64, `backend`."""
     found = ways(metafunc.config.getoption("--backends").split(","))
+    kernels = [way for way in found if (way.backend, way.device) != ("reference", "cpu")]
     chosen = {
         "way": found,
-        "kernels": [way for way in found if (way.backend, way.device) != ("reference", "cpu")],
+        "single": [way for way in found if not way.double],
+        "kernels": kernels,
+        "builder": [way for way in kernels if way.double or way.backend == "triton"],
         "backend": [way for way in found if way.double and way.device == "cpu"],
     }
     for name in chosen.keys() & set(metafunc.fixturenames):

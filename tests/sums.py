@@ -50,9 +50,9 @@ def _encoding(x: Problem, given: dict[str, Tensor], **options) -> tuple[Tensor, 
     return tuple(y for y in cf.periodic_encoding(*inputs, x.images, **encoding, **options) if y is not None)
 
 
-def _reciprocal(x: Problem, given: dict[str, Tensor], **options) -> tuple[Tensor, ...]:
+def _reciprocal(x: Problem, given: dict[str, Tensor], waves: cf.WaveVectors | None = None, **options) -> tuple[Tensor]:
     """decay is that of wave vectors."""
-    return (cf.reciprocal_attention(*given.values(), x.ptr, wave_vectors=x.waves(), **options),)
+    return (cf.reciprocal_attention(*given.values(), x.ptr, wave_vectors=waves or x.waves(), **options),)
 
 
 def _dual_space(x: Problem, given: dict[str, Tensor], real: int = 1, **options) -> tuple[Tensor, ...]:

@@ -35,7 +35,7 @@ def test_images_are_the_same(backend, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", BUILDERS)
 def test_lists_wait_for_sizes_alone(backend, monkeypatch):
-    """As test_waits.py and triton_images.py count on the CPU; here PyTorch counts."""
+    """As test_waits.py and test_triton_layout.py count on the CPU; here PyTorch counts."""
     monkeypatch.setattr(images_module, "choose_backend", lambda *_: backend)
     x = problem()
     geometry = (x.positions.cuda(), x.lattice.cuda(), x.ptr.cuda())

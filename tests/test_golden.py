@@ -5,15 +5,14 @@ The numbers lie beside a checkout of the project's workshop, in ../shared/golden
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import FILE
 
 import crystalformer as cf
 
-FILE = Path(__file__).parents[2] / "shared" / "golden" / "official_reference.npz"
 TAGS = ("real", "real_simple", "reciprocal", "multihead", "real_reciprocal", "real_wide_basis")
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason=f"the golden numbers are not here: {FILE.name}")
 
@@ -75,7 +74,8 @@ def test_official_numbers(golden, tag, backend, dtype, tol, value_bound, gradien
 
 
 @pytest.mark.skipif(
-    cf.available_backends()["triton"] is not True, reason="needs an NVIDIA GPU, or Triton's interpreter: test_triton.py"
+    cf.available_backends()["triton"] is not True,
+    reason="needs an NVIDIA GPU, or Triton's interpreter: test_interpreter.py",
 )
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # interpreter of 3.6
 @torch.no_grad()

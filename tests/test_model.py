@@ -278,3 +278,26 @@ def test_autocast_keeps_the_sums_in_full_precision(backend):
         model.calibrate(x)
         out = model(x)
     assert 0 < float((out - expected).abs().max()) < 0.2 * float(expected.abs().max())
+
+
+def test_forces_and_stress_of_the_model_are_differences_of_its_output():
+    torch.manual_seed(0)
+    model = cf.Crystalformer(cf.CrystalformerConfig(num_blocks=2, model_dim=16, num_heads=2, ff_dim=16)).double()
+    x = problem(kinds=(("cubic", 2), ("left_handed", 2)))
+    species = torch.arange(1, 1 + len(x.positions))
+    batch = cf.CrystalBatch(species, x.positions.clone(), x.lattice.clone(), x.ptr)
+    batch.images = model.build_images(batch)
+    batch.positions.requires_grad_()
+    batch.lattice.requires_grad_()
+    forces, stress = torch.autograd.grad(model(batch).sum(), (batch.positions, batch.lattice))
+    step = 1e-5
+    for leaf, grad in ((batch.positions, forces), (batch.lattice, stress)):
+        along = torch.randn_like(leaf)
+        energies = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                leaf += sign * step * along
+                energies.append(model(batch).sum())
+                leaf -= sign * step * along
+        difference = (energies[0] - energies[1]) / (2 * step)
+        torch.testing.assert_close((grad * along).sum(), difference, rtol=1e-6, atol=0.0)

@@ -1,49 +1,10 @@
-"""torch sees each op as one op: schema, fake, autograd; models compile whole and export."""
+"""Models compile whole and export, lists and layouts are operators, and backends say what is missing."""
 
 import pytest
 import torch
 from problems import problem
 
 import crystalformer as cf
-from crystalformer.attention import ops
-from crystalformer.attention.dual_space import DUAL_SPACE
-
-
-def arguments(op: ops.Op, backend: str):
-    x = problem(every_pair=True)
-    lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.settings
-    if op is ops.ENCODING:
-        return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
-    if op is ops.ATTENTION:
-        return x.op_inputs, (*lists, *basis)
-    if op is DUAL_SPACE:
-        q, k, v, decay, weight, *geometry = x.op_inputs
-        inputs = (q, k, v, decay[:, :1].contiguous(), decay[:, 1:].contiguous(), weight[:1].contiguous(), *geometry)
-        return inputs, (*lists, *x.wave_vectors()[1:], *basis)
-    if op is ops.RECIPROCAL_SUM:
-        return (x.decay, x.positions, x.lattice), (*x.wave_vectors(), x.images.num_pairs)
-    return x.inputs[:6], x.wave_vectors()
-
-
-CASES = [(op, name) for name in ("reference", "cpu") for op in (*ops.OPS, DUAL_SPACE)]
-
-
-@pytest.mark.parametrize(("op", "name"), CASES, ids=[f"{name}-{op.name}" for op, name in CASES])
-def test_opcheck(op, name):
-    missing = cf.available_backends()[name]
-    if missing is not True:
-        pytest.skip(f"backend {name}: {missing}")
-    inputs, settings = arguments(op, name)
-    forward = getattr(torch.ops.crystalformer, f"{name}_{op.name}").default
-    torch.library.opcheck(forward, ([t.requires_grad_() for t in inputs] + list(settings)))
-    # The backward's own derivative goes through the reference, eagerly, so its inputs need no gradient here.
-    inputs = [t.detach() for t in inputs]
-    outputs = forward(*inputs, *settings)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    backward = getattr(torch.ops.crystalformer, f"{name}_{op.name}_backward").default
-    for geometry in (True, False):
-        grads = [torch.randn_like(y) for y in outputs[: len(op.outputs)]]
-        torch.library.opcheck(backward, (*grads, *inputs, *settings, *outputs, geometry))
 
 
 @pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")

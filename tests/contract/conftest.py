@@ -2,10 +2,12 @@
 
 import pytest
 
+POISON = {"cpu": "poison_cpp", "triton": "poison"}
+
 
 @pytest.fixture(autouse=True)
 def _poisoned(request: pytest.FixtureRequest) -> None:
-    params = getattr(request.node, "callspec", None) and request.node.callspec.params
-    way = params and (params.get("way") or params.get("kernels"))
-    if way:
-        request.getfixturevalue("poison_cpp" if way.backend == "cpu" else "poison")
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    for way in (params[name] for name in ("way", "single", "kernels", "builder") if name in params):
+        if way.backend in POISON:
+            request.getfixturevalue(POISON[way.backend])

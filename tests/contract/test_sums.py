@@ -256,6 +256,11 @@ class TestForm:
         for name, y in results(op, x, way.backend).items():
             assert torch.equal(y, first[name]), name
 
+    def test_reciprocal_finds_its_decay_min_itself(self, way):
+        x = way.problem(**SMALL)
+        expected = x.reciprocal(backend=way.backend, decay_min=float(x.decay.min()))
+        assert torch.equal(x.reciprocal(backend=way.backend), expected)
+
     def test_far_from_the_origin(self, way):
         """A translation by lattice vectors changes nothing, although G·p is large then."""
         x = problem(kinds=(("cubic", 2),), decay_min=1.0)
