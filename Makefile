@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test sanitize lint bench bench-results gpu aot-36 clean
+.PHONY: demo test sanitize ptx lint bench bench-results gpu aot-36 clean
 
 demo: $(INSTALLED)  ## the main job on real crystals, in under five minutes
 	$(BIN)/python -m crystalformer.app.demo --out demo-output
@@ -22,7 +22,8 @@ sanitize: $(INSTALLED)  ## the C++ kernels' contract on a build of csrc that sto
 	nm -D $(SANITIZED)/lib/crystalformer/_C*.so | grep -q __asan_init
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED))/lib CRYSTALFORMER_FROM=$(SANITIZED) $(BIN)/pytest \
-	tests/test_cpu.py tests/test_shells.py tests/test_not_finite.py tests/test_fuzz.py -k "not instruction_sets"
+	--backends=cpu tests/contract/test_sums.py tests/contract/test_not_finite.py tests/contract/test_list_builders.py \
+	tests/test_cpu.py tests/test_shells.py tests/test_fuzz.py -k "not instruction_sets"
 	@echo "no wrong address and no undefined behaviour in $(SANITIZED)/lib/crystalformer/_C"
 
 lint: $(INSTALLED)
@@ -38,11 +39,25 @@ bench-results: $(INSTALLED)  ## bench/results/ and the README's table and plots;
 	$(BIN)/python -m bench all --out bench/results
 	$(BIN)/python -m bench report
 
+# The contract of the Triton kernels, wherever they run.
+TRITON := --backends=triton tests/contract tests/triton_kernels
+
+# A driver of Triton's that executes the PTX compiled for our launches on the CPU, and watches every access to memory. It
+# is no part of the project.
+PTX ?= ../shared/ptx
+PTX_ARCH ?= 90
+ptx: $(INSTALLED)  ## the contract of the Triton kernels as compiled code, without a GPU, where the folder PTX is there
+	@if test -d $(PTX); then \
+	env -u TRITON_INTERPRET PTX_ARCH=$(PTX_ARCH) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 \
+	TRITON_CACHE_DIR=$(abspath build/ptx-cache) PYTHONPATH=$(abspath $(PTX)):. \
+	timeout 600 $(BIN)/python -m pytest -p plugin --numprocesses=auto --maxprocesses=8 --dist=worksteal $(TRITON); \
+	else echo "make ptx: skipped, there is no folder $(PTX)"; fi
+
 # COMMIT names the commit in the results, where the files have no repository with them.
 RESULTS ?= bench/results
 gpu:  ## what needs an NVIDIA GPU, in eight minutes at most; takes the Python it finds, with torch, triton, numpy, pytest
 	code=0; export PYTHONPATH=. PYTHONUNBUFFERED=1; \
-	timeout -s INT -k 5 140 $(PYTHON) -m pytest tests/test_cuda.py tests/triton_contract.py tests/triton_images.py || code=1; \
+	timeout -s INT -k 5 220 $(PYTHON) -m pytest tests/test_cuda.py $(TRITON) || code=1; \
 	timeout -s INT -k 5 220 $(PYTHON) -m bench all --device cuda --repeat 200 --out $(RESULTS) || code=1; \
 	$(PYTHON) -m pytest tests/test_sanitizer.py || code=1; \
 	exit $$code
@@ -51,7 +66,7 @@ aot-36:  ## the Triton kernels on Triton 3.6.0, without a GPU
 	test -x $(VENV)-36/bin/python || $(PYTHON) -m venv $(VENV)-36
 	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check $$(grep ^torch= constraints.txt) 'numpy<2.4' pytest
 	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
-	PYTHONPATH=. $(VENV)-36/bin/python -m pytest tests/test_aot.py tests/test_triton.py
+	PYTHONPATH=. $(VENV)-36/bin/python -m pytest tests/test_aot.py tests/test_interpreter.py
 
 # The compiled kernels are built against the torch that is installed, so not in isolation.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -96,21 +96,22 @@ def exact(x: Problem) -> Problem:
     return replace(x, images=replace(x.images, tol=None))
 
 
-def assert_as_good_as_the_reference(op: Sum, x: Problem, way: Way, floor: float = 1e-6) -> None:
+def assert_as_good_as_the_reference(
+    op: Sum, x: Problem, way: Way, floor: float = 1e-6, geometry: tuple[bool, ...] = (True, False)
+) -> None:
     """In fp64 the reference's numbers. In fp32 at most twice the error that the plain fp32 reference has against fp64.
-
-    With the gradients of positions and lattice and without them, where other code may run.
 
     Args:
         x: the problem in fp64.
-        floor: what is allowed in fp32 beside that, relatively; ten times that for gradients of the CPU's kernels.
+        floor: what is allowed in fp32 beside that, relatively; more for gradients, which are sums that cancel.
+        geometry: with the gradients of positions and lattice and without them, where other code may run.
     """
     best, plain = results(op, x, "reference"), results(op, x.to(torch.float32), "reference")
     # Some gradients of one atom vanish but for rounding, hence the scale of all of them.
     scale = max(1.0, *(float(y.abs().max()) for y in best.values()))
-    for geometry in (True, False):
-        found = results(op, way.place(x), way.backend, geometry)
-        assert set(best) - set(found) == (set() if geometry else {f"d {name}" for name in GEOMETRY})
+    for moving in geometry:
+        found = results(op, way.place(x), way.backend, moving)
+        assert set(best) - set(found) == (set() if moving else {f"d {name}" for name in GEOMETRY})
         for name, y in found.items():
             assert (y.dtype, y.shape) == (way.dtype, best[name].shape), name
             error, largest = float((y.cpu().double() - best[name]).abs().max()), float(best[name].abs().max())

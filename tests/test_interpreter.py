@@ -23,10 +23,12 @@ FILES = [
     for path in (HERE / folder).glob("test_*.py")
 ]
 PARTS = {Path(name).stem: [name] for name in ALONE} | {"the rest": [name for name in FILES if name not in ALONE]}
+# Of the interpreter in Triton 3.6.
+WARNINGS = ("-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
 def run_in_the_interpreter(names: list[str], *options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backends=triton", *options]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backends=triton", *WARNINGS, *options]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([*command, *(HERE / name for name in names)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

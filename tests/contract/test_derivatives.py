@@ -70,6 +70,8 @@ def test_only_what_is_asked_for_is_differentiated(op, way):
     expected = results(op, x, way.backend)
     run, given = function(op, x, way.backend)
     for k, name in enumerate(op.inputs):
+        if way.backend == "triton" and name in ("k", "v", "lattice"):
+            continue  # as q and positions; the interpreter is slow
         leaves = [t.detach().requires_grad_(n == k) for n, t in enumerate(given)]
         outputs = run(*leaves)
         torch.autograd.backward(outputs, weights(outputs))
