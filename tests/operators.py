@@ -35,19 +35,19 @@ def settings_of(name: str, x: Problem, backend: str, geometry: tuple[Tensor, Ten
     A layout for positions that are not finite can be made only so, as compiled code does.
     """
     positions, lattice = geometry or (x.positions, x.lattice)
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    basis, tol, by_pair = (x.basis.r_max, x.basis.width), x.images.tol, name == "encoding"
+    packed, told = x.images.packed(), x.settings._replace(tol=x.images.tol)
+    pairs, num, by_pair = x.images.num_pairs, x.basis.num, name == "encoding"
     layout = x.ptr.new_empty(0, dtype=torch.uint8)
     if backend != "reference":
-        of_cpu, of_triton = (x.basis.num, basis, tol, by_pair, False), (x.images.num_pairs, x.basis.num, basis, by_pair)
-        layout = operator(backend, "layout")(positions, lattice, *lists, *(of_cpu if backend == "cpu" else of_triton))
-    waves, pairs, last = x.wave_vectors(1.0, tol), x.images.num_pairs, (basis, tol, False)
+        of_backend = {"cpu": (num, told, by_pair, False), "triton": (pairs, num, told, by_pair)}
+        layout = operator(backend, "layout")(positions, lattice, packed, *of_backend[backend])
+    waves = x.wave_vectors(1.0, x.images.tol)
     return {
-        "attention": (*lists, layout, *last),
-        "encoding": (*lists, layout, pairs, *last),
+        "attention": (packed, layout, told),
+        "encoding": (packed, layout, pairs, told),
         "reciprocal": waves,
         "reciprocal_sum": (*waves, pairs),
-        "dual_space": (*lists, layout, *waves[1:], *last),
+        "dual_space": (packed, layout, *waves, told),
     }[name]
 
 

@@ -14,10 +14,8 @@ def test_opcheck_of_lists_and_layouts():
     for cutoff, every_pair in ((None, False), (None, True), (5.0, False)):
         settings = (torch.full((3,), 0.5).double(), 1e-6, 4.0, 0.01, cutoff, every_pair, 1 << 20)
         torch.library.opcheck(torch.ops.crystalformer.cpu_images.default, (*geometry, x.ptr, *settings))
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
     for by_pair, merge in ((False, True), (False, False), (True, True)):
-        settings = (x.basis.num, (x.basis.r_max, x.basis.width), 1e-6, by_pair, merge)
-        arguments = (*geometry, *lists, *settings)
+        arguments = (*geometry, x.images.packed(), x.basis.num, x.settings._replace(tol=1e-6), by_pair, merge)
         # Some bytes of a layout are never written, so that two of them are not equal.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(torch.ops.crystalformer.cpu_layout.default, arguments, test_utils=tests)

@@ -31,7 +31,8 @@ def test_reciprocal_in_parts(monkeypatch):
 
     x = TRITON.problem(kinds=(("cubic", 1), ("skewed", 2), ("cubic", 5), ("cubic", 1)))
     whole = {geometry: results(RECIPROCAL, x, "triton", geometry) for geometry in (True, False)}
-    _, g_ptr, _, max_atoms, max_vectors = x.wave_vectors()
+    waves, (max_atoms, max_vectors) = x.wave_vectors()
+    g_ptr = cf.WaveVectors.views(waves, len(x.lattice))[1]
     single = max(module.padded(n) for n in g_ptr.diff().tolist())
     monkeypatch.setattr(module, "SCRATCH", 5 * (6 * single + 3 * module.padded(max_atoms) * 3))
     assert not module.fits(9, 2, max_atoms, max_vectors)
@@ -82,12 +83,11 @@ def test_fp64_is_refused(domain):
 def test_a_layout_of_something_else_is_refused():
     """As far as its shape tells; on a GPU its values are not looked at."""
     x = ENCODING.problem(TRITON)
-    arguments = settings_of("encoding", x, "triton")
-    pairs, settings = arguments[4], list(settings_of("attention", x, "triton"))
+    _, pairs, *_ = settings_of("encoding", x, "triton")
+    packed, _, told = settings_of("attention", x, "triton")
     for layout in (pairs.new_zeros(8, dtype=torch.uint8), pairs.view(-1), pairs[:, :1], pairs[:8]):
-        settings[4] = layout
         with pytest.raises(ValueError, match=r"^layout must be made by triton_layout"):
-            operator("triton", "attention")(*inputs_of("attention", x).values(), *settings)
+            operator("triton", "attention")(*inputs_of("attention", x).values(), packed, layout, told)
 
 
 def test_layout_follows_the_geometry():
