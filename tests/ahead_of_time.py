@@ -1,13 +1,16 @@
 """Compiles every kernel that the launchers start, for GPUs that are not here: `python ahead_of_time.py ARCH ...`.
 
+With --few for some of the cases alone, and with --loops=PREFIX only kernels of such names are disassembled, which takes
+as long as to compile.
+
 The launchers run on the CPU with a stand-in that notes which kernel they would start with what; then Triton compiles it
 for the architecture, and the tools that come with Triton say what it takes. One line of JSON a kernel.
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -37,11 +40,17 @@ PAPER, TILE = (8, 16, 16, 64), (8, 4)
 LARGEST, FP32 = (16, 64, 64, 128), torch.float32
 # Shape, tile, dtype of q, k, v, and whether tf32 is allowed. The paper's shape for all tiles; the ends of the range of
 # shapes, tf32 and half precision for one.
+FEW = [
+    *((shape, TILE, FP32, False) for shape in (PAPER, LARGEST)),
+    (PAPER, TILE, torch.bfloat16, False),
+    (PAPER, TILE, FP32, True),
+]
 CASES = [
-    *((PAPER, tile, FP32, False) for tile in packing.SHAPES),
-    *((shape, TILE, FP32, False) for shape in (LARGEST, (8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
-    *((shape, TILE, torch.bfloat16, False) for shape in (PAPER, LARGEST)),
-    *((PAPER, TILE, dtype, True) for dtype in (FP32, torch.float16)),
+    *FEW,
+    *((PAPER, tile, FP32, False) for tile in packing.SHAPES if tile != TILE),
+    *((shape, TILE, FP32, False) for shape in ((8, 16, 16, 0), (1, 8, 8, 16), (6, 24, 40, 90))),
+    (LARGEST, TILE, torch.bfloat16, False),
+    (PAPER, TILE, torch.float16, True),
 ]
 
 
@@ -54,7 +63,7 @@ def argument_type(x, annotation):
     return ("i32", x % 16) if isinstance(x, int) else ("fp32", None)
 
 
-def launches():
+def launches(cases):
     """Name, function, arguments and keywords of all different launches of the cases."""
     noted = {}
 
@@ -63,7 +72,7 @@ def launches():
         noted[function.__name__, types, tuple(kwargs.items())] = (function, types, kwargs)
 
     JITFunction.run = note
-    for (heads, dim, value_dim, num), tile, dtype, tf32 in CASES:
+    for (heads, dim, value_dim, num), tile, dtype, tf32 in cases:
         packing.SHAPES = (tile,)
         x = (
             problem(kinds=(("cubic", 2),), heads=heads, dim=dim, value_dim=value_dim, num_basis=max(num, 1))
@@ -155,7 +164,8 @@ def narrow_offsets(ttir):
     return sum(unbounded(name.split("#")[0], set()) for name in names)
 
 
-def resources(function, types, kwargs, arch):
+def resources(function, types, kwargs, arch, disassembled=""):
+    """What a launch takes on an architecture; loops are counted of kernels whose names begin with `disassembled`."""
     constants = {name: value for name, value in kwargs.items() if name not in OPTIONS}
     names = [name for name in function.arg_names if name not in constants]
     aligned = {(k,): [["tt.divisibility", 16]] for k, t in enumerate(types) if t[1] == 0}
@@ -173,9 +183,9 @@ def resources(function, types, kwargs, arch):
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage = dump("resource-usage")
-        # To disassemble takes as long as to compile.
         paper = zip(("H", "D", "DV", "K", "G", "BG"), (*PAPER, *TILE), strict=True)
         counted = all(constants.get(name, size) == size for name, size in paper)
+        counted &= function.__name__.startswith(disassembled)
         sass = dump("sass") if counted else ""
         loops = loop_instructions(sass)
     found = dict(word.split(":")[:2] for word in usage.split() if word.count(":") == 1 and word[-1].isdigit())
@@ -197,7 +207,12 @@ def resources(function, types, kwargs, arch):
 
 
 if __name__ == "__main__":
-    found = list(launches())
-    for arch in map(int, sys.argv[1:]):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arch", type=int, nargs="+")
+    parser.add_argument("--few", action="store_true")
+    parser.add_argument("--loops", default="", metavar="PREFIX")
+    options = parser.parse_args()
+    found = list(launches(FEW if options.few else CASES))
+    for arch in options.arch:
         for launch in found:
-            print(json.dumps(resources(*launch, arch)), flush=True)
+            print(json.dumps(resources(*launch, arch, options.loops)), flush=True)

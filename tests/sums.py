@@ -116,18 +116,19 @@ def assert_as_good_as_the_reference(
             assert (y.dtype, y.shape) == (way.dtype, best[name].shape), name
             error, largest = float((y.cpu().double() - best[name]).abs().max()), float(best[name].abs().max())
             if way.double:
-                assert error < min(1e-12 * scale, 1e-9 * vanishing(largest, scale)), name
+                assert error < min(1e-12 * scale, 1e-9 * size(largest, scale)), name
             else:
                 reference = float((plain[name] - best[name]).abs().max())
                 bound = factor(op, name, way) * reference
                 bound += (
-                    floor * (10 if way.backend == "cpu" and name.startswith("d ") else 1) * vanishing(largest, scale)
+                    floor * (10 if way.backend == "cpu" and name.startswith("d ") else 1) * size(largest, scale)
                 )
                 assert error < bound, f"{name} is off by {error:.1e} of {largest:.1e}, the reference by {reference:.1e}"
 
 
-def vanishing(largest: float, scale: float) -> float:
-    return largest if largest > 1e-6 * scale else scale
+def size(largest: float, scale: float) -> float:
+    """What errors of a result are relative to: its largest value, or a part of the scale of all where that cancels."""
+    return max(largest, scale / 20)
 
 
 def factor(op: Sum, name: str, way: Way) -> int:
