@@ -55,8 +55,8 @@ class ImageList(TensorStruct):
         layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
 
     Raises:
-        TypeError, ValueError: for tensors that are no list, naming the attribute. What is of the size of M is looked at
-            when the list is first used.
+        TypeError, ValueError: for tensors that do not make a valid list, naming the attribute. Tensors of the size of M
+            are checked when the list is first used.
     """
 
     PACKED = ("ptr", "row_ptr", "col", "shift")
