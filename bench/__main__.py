@@ -150,7 +150,7 @@ def _gradients(options: argparse.Namespace, problem: str) -> int:
 
 
 def _all(options: argparse.Namespace) -> int:
-    """Every part, whatever happens to those before; 1 if a bound is broken or a part could not go on."""
+    """Runs every part, also after one has failed; 1 if a bound is broken or a part failed."""
     kind = torch.device(options.device).type
     parts = [lambda: _gradients(options, "w32")]
     if kind == "cpu":

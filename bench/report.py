@@ -104,7 +104,7 @@ def _title(row: Row) -> str:
 
 
 def _table(rows: Sequence[Row], problems: Iterable[str], direction: str) -> str:
-    """Providers down, problems across; the largest error on the first problem behind them; then why cells are empty."""
+    """Providers down, problems across, then the largest error; below it, why cells are empty."""
     names = list(dict.fromkeys(row["provider"] for row in rows))
     found = {(row["provider"], row["problem"]): row for row in rows if row["direction"] == direction and row["ms"]}
     problems = [name for name in problems if any(problem == name for _, problem in found)]
