@@ -107,6 +107,13 @@ def test_the_picture_is_what_its_program_draws():
     assert names["FILE"].read_text() == names["picture"]()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lists_stand_apart_from_the_text_before(document):
+    """Without an empty line some renderers show a list as text, and others show text that begins with + as a list."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    assert re.findall(r"^(?!\s|[-+*] |\d+\. |\|).+\n(?:[-+*]|1\.) .*", text, re.MULTILINE) == []
+
+
 def test_every_promise_has_a_test_that_is_there():
     rows = [x for x in (ROOT / "docs" / "promises.md").read_text().splitlines() if x.startswith("| ") and "`" in x]
     assert len(rows) > 30

@@ -14,6 +14,14 @@ OUTSIDE |= {"LICENSE": "LICENSE.txt", "CITATION.cff": "CITATION.cff"}
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))")
 PROGRAM = re.compile(r"^\[(examples/\w+\.py)\]\(\.\./\1\)$", re.MULTILINE)
 FORMULA = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.DOTALL | re.MULTILINE)
+NICER = (
+    # A function stands apart from an argument without brackets.
+    (r"(<mi>(?:log|exp|max|min|cos|sin)</mi>)(?!<mo stretchy=\"false\">&#x00028;)", r'\1<mspace width="0.17em" />'),
+    # A minus sign after a bracket or a relation is a sign, not a difference.
+    (r"((?:&#x00028;|&#x0003D;|&#x02264;)</mo>(?:<mrow>)?)<mo>&#x02212;</mo>", r'\1<mo form="prefix">&#x02212;</mo>'),
+    # \mathrm{d} is upright.
+    (r"<mi>&#x00064;</mi>", '<mi mathvariant="normal">d</mi>'),
+)
 FETCHED = re.compile(r"<(?:script|img|iframe)[^>]*\bsrc=\"?https?:|<link[^>]*stylesheet[^>]*https?:|@import")
 
 
@@ -65,8 +73,7 @@ def formula(tex: str) -> str:
     math = convert(tex, display="block")
     if "\\" in math:
         raise ValueError(f"a command that latex2mathml does not know, in {tex!r}")
-    # A function stands apart from an argument without brackets.
-    space = '<mspace width="0.17em" />'
-    math = re.sub(r"(<mi>(?:log|exp|max|min|cos|sin)</mi>)(?!<mo stretchy=\"false\">&#x00028;)", rf"\1{space}", math)
+    for pattern, better in NICER:
+        math = re.sub(pattern, better, math)
     anchor = f' id="equation-{number[1].lower()}"' if number else ""
     return f'<div class="formula"{anchor}>{math}<span>{f"({number[1]})" if number else ""}</span></div>'
