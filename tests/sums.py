@@ -120,9 +120,7 @@ def assert_as_good_as_the_reference(
             else:
                 reference = float((plain[name] - best[name]).abs().max())
                 bound = factor(op, name, way) * reference
-                bound += (
-                    floor * (10 if way.backend == "cpu" and name.startswith("d ") else 1) * size(largest, scale)
-                )
+                bound += floor * (10 if way.backend == "cpu" and name.startswith("d ") else 1) * size(largest, scale)
                 assert error < bound, f"{name} is off by {error:.1e} of {largest:.1e}, the reference by {reference:.1e}"
 
 

@@ -34,7 +34,7 @@ class WaveVectors(TensorStruct):
         accepted: another lattice, the last that the vectors were found to serve.
 
     Raises:
-        TypeError, ValueError: for tensors that are no wave vectors, naming the attribute.
+        TypeError, ValueError: for tensors that do not make valid wave vectors, naming the attribute.
     """
 
     PACKED = ("ptr", "g_ptr", "g")
@@ -139,7 +139,7 @@ class WaveVectors(TensorStruct):
         """Joins those of separate crystals, in order. The certificate of the result is the weakest of its parts.
 
         Raises:
-            ValueError: for no parts, or parts on several devices.
+            ValueError: if there are no parts, or they are on several devices.
         """
         parts = list(parts)
         check_parts(parts, "parts", WaveVectors)
