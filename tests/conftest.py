@@ -58,7 +58,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "builder": [way for way in kernels if way.double or way.backend == "triton"],
         "backend": [way for way in found if way.double and way.device == "cpu"],
     }
-    for name in chosen.keys() & set(metafunc.fixturenames):
+    marks = metafunc.definition.iter_markers("parametrize")
+    own = {name for mark in marks for name in ([mark.args[0]] if isinstance(mark.args[0], str) else mark.args[0])}
+    for name in (name for name in chosen if name in metafunc.fixturenames and name not in own):
         metafunc.parametrize(name, parameters(chosen[name], name == "backend"), scope="session")
 
 
