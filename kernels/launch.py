@@ -116,7 +116,7 @@ def image_blocks(atoms: int, crystals: int) -> dict[str, int]:
     A pair has the fewer images, the more atoms its cell has; how many is known on the GPU alone.
     """
     candidates = 32 if atoms < 64 * crystals else 4
-    # No products are fused with sums. So the kernel that counts and the one that writes, compiled apart, round alike. So
-    # do the warps of a program that each hold a copy of one number: fused, the copies of list_rows with EVERY_PAIR differ
-    # in their last bits (`make ptx` sees it), and warps could disagree on which images there are.
+    # No products are fused with sums. The kernel that counts and the one that writes, compiled apart, round alike, as
+    # do the warps of a program that each hold a copy of one number: fused, the copies of list_rows with EVERY_PAIR
+    # differ in their last bits (`make ptx` sees it), and warps could disagree on which images there are.
     return {"BJ": 128 // candidates, "BC": candidates, "num_warps": 4, "maxnreg": 255, "enable_fp_fusion": False}

@@ -1,4 +1,4 @@
-"""Lists know what they were built for and check themselves: no op sums over a list that is not its crystals'."""
+"""Lists know what they were built for and check themselves. That ops refuse others: contract/test_refused_lists.py."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,32 +24,6 @@ def problem_of(seed: int, sizes: tuple[int, ...] = (1, 3, 2), kind: str = "cubic
 
 
 # What a list was built for --------------------------------------------------------------------------------------------
-
-
-def test_a_list_of_other_crystals_is_refused(backend):
-    x = problem_of(0)
-    message = r"^images must be built for these positions and lattice: in crystal \d distances have changed by up to "
-    for other in (problem_of(1), problem_of(0, sizes=(3, 1, 2))):  # the same number of atoms and of crystals
-        y = dataclasses.replace(x, images=other.images)
-        for op in (y.attention, y.encoding):
-            with pytest.raises(ValueError, match=message + r".* Å; call build_images again$"):
-                op(backend=backend)
-
-
-def test_a_model_refuses_lists_of_other_crystals(backend):
-    config = cf.CrystalformerConfig(domain="multihead", num_blocks=1, model_dim=16, num_heads=2, ff_dim=16)
-    model = cf.Crystalformer(config, backend).double()
-
-    def batch(*sizes: int) -> cf.CrystalBatch:
-        positions, lattice, ptr = pack([random_crystal("skewed", n, n) for n in sizes])
-        return model.prepare(cf.CrystalBatch(torch.ones(len(positions), dtype=torch.int64), positions, lattice, ptr))
-
-    one, other = batch(3, 1), batch(1, 3)
-    for name in ("images", "wave_vectors"):
-        mixed = dataclasses.replace(one, **{name: getattr(other, name)})
-        message = rf"batch\.{name} must be of the crystals of batch\.ptr, \[0, 3, 4\], not of \[0, 1, 4\]"
-        with pytest.raises(ValueError, match=message):
-            model(mixed)
 
 
 @pytest.mark.parametrize(
@@ -81,19 +55,6 @@ def spoil(p: Tensor, by: float) -> Tensor:
     x = torch.zeros_like(p)
     x[2, 0] = by
     return x
-
-
-def test_a_little_movement_is_borne_and_more_is_not(backend):
-    small = 0.4 * float(X.images.bearable[1])
-    for by in (small, -small):
-        X.attention(*X.inputs[:4], X.positions + spoil(X.positions, by), *X.inputs[5:], backend=backend)
-    for positions, lattice in (
-        (X.positions + spoil(X.positions, 6 * small), X.lattice),
-        (X.positions + X.lattice[1, :1] * (torch.arange(6) == 2)[:, None], X.lattice),  # wrapped into another cell
-        (X.positions, 1.05 * X.lattice),
-    ):
-        with pytest.raises(ValueError, match=r"^images must be built for these positions and lattice"):
-            X.attention(*X.inputs[:4], positions, lattice, X.edge_weight, backend=backend)
 
 
 def test_rounding_is_borne_whatever_the_certificate():
@@ -143,26 +104,7 @@ def test_lists_of_parts_and_copies_know_their_geometry():
     assert torch.equal(images.geometry.positions, X.positions), "the list keeps a copy"
 
 
-def test_wave_vectors_of_another_lattice_are_refused(backend):
-    waves = cf.build_wave_vectors(X.lattice, X.ptr, 0.5)
-    turned = [x @ TURN for x in (X.positions, X.lattice)]
-    X.reciprocal(*X.inputs[:4], *turned, backend=backend, wave_vectors=waves)
-    X.reciprocal(*X.inputs[:4], X.positions * 1.001, X.lattice * 1.001, backend=backend, wave_vectors=waves)
-    with pytest.raises(ValueError, match=r"^wave_vectors must be built for this lattice: cell 0 has been strained by "):
-        X.reciprocal(*X.inputs[:4], X.positions, X.lattice * 1.03, backend=backend, wave_vectors=waves)
-    joined = cf.WaveVectors.cat([cf.build_wave_vectors(x[None], torch.tensor([0, 2])) for x in X.lattice])
-    assert torch.equal(joined.lattice, X.lattice)
-
-
 # Lists that are none --------------------------------------------------------------------------------------------------
-
-
-def test_a_list_that_was_written_is_packed_again(backend):
-    x = problem(seed=3)
-    x.attention(backend=backend)
-    x.images.shift.zero_()
-    with pytest.raises(ValueError, match=r"^images must be sorted"):
-        x.attention(backend=backend)
 
 
 MADE: list[tuple[str, Any, type[Exception], str]] = [
@@ -195,43 +137,6 @@ def test_a_list_checks_itself_when_made(name: str, value: Any, error: type[Excep
         dataclasses.replace(X.images, **{name: value})
 
 
-def edited(edit: Callable[[cf.ImageList], Any]) -> cf.ImageList:
-    images = X.images
-    images = dataclasses.replace(images, col=images.col.clone(), shift=images.shift.clone())
-    changed = edit(images)
-    return changed if isinstance(changed, cf.ImageList) else images
-
-
-def without_selves(images: cf.ImageList) -> cf.ImageList:
-    row = torch.repeat_interleave(images.row_ptr.diff())
-    kept = (row != images.col) | images.shift.any(1)
-    row_ptr = torch.nn.functional.pad(torch.bincount(row[kept], minlength=6).cumsum(0), (1, 0))
-    return dataclasses.replace(images, row_ptr=row_ptr, col=images.col[kept], shift=images.shift[kept])
-
-
-# The backends look in another order, so what is wrong in two ways may be called either.
-USED: dict[str, tuple[Callable[[cf.ImageList], Any], str]] = {
-    "far col": (lambda x: x.col.__setitem__(3, 1 << 30), ""),
-    "negative col": (lambda x: x.col.__setitem__(3, -5), ""),
-    "col of another crystal": (lambda x: x.col.__setitem__(-1, 0), ""),
-    "unsorted col": (lambda x: x.col.copy_(x.col.flip(0)), ""),
-    "twice": (lambda x: x.shift[6].copy_(x.shift[5]), r"be sorted by \(col, shift\) in each row, no image twice"),
-    "unsorted shift": (lambda x: x.shift.copy_(-x.shift), r"be sorted by \(col, shift\) in each row, no image twice"),
-    "not symmetric": (lambda x: x.shift[0].sub_(1), "be symmetric"),
-    "extreme": (lambda x: x.shift[0].fill_(-(1 << 31)), "be symmetric"),
-    "no selves": (without_selves, "hold each atom itself"),
-}
-
-
-@pytest.mark.parametrize("name", USED)
-def test_a_list_checks_itself_when_used(backend, name: str):
-    edit, message = USED[name]
-    x = dataclasses.replace(X, images=edited(edit))
-    for op in (x.attention, x.encoding):
-        with pytest.raises(ValueError, match=f"^images must {message}.*, but they are not$"):
-            op(backend=backend)
-
-
 def test_row_ptr_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match=r"^ptr must run from 0 to the number of atoms 7"):
         dataclasses.replace(X.images, row_ptr=torch.cat([X.images.row_ptr, X.images.row_ptr[-1:]]))
@@ -249,6 +154,11 @@ BAD_WAVES: list[tuple[str, Any, str]] = [
     ("max_atoms", 2, "max_atoms must be 3, that of the largest crystal, not 2"),
     ("max_vectors", 1, r"max_vectors must be \d+, that of the largest crystal, not 1"),
 ]
+
+
+def test_joined_wave_vectors_have_the_lattice_of_each():
+    joined = cf.WaveVectors.cat([cf.build_wave_vectors(x[None], torch.tensor([0, 2])) for x in X.lattice])
+    assert torch.equal(joined.lattice, X.lattice)
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD_WAVES)
