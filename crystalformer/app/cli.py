@@ -1,11 +1,13 @@
 """The command line: crystalformer train, predict, evaluate, info, convert, doctor.
 
-Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2, Ctrl-C in one and 130.
+Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2, Ctrl-C in one and 130,
+SIGTERM in one and 143.
 """
 
 import argparse
 import dataclasses
 import itertools
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.elements import SYMBOLS
-from ..common.process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
+from ..common.process import (
+    INTERRUPTED,
+    PROG,
+    TERMINATED,
+    Terminated,
+    finish_output,
+    ignore_signals,
+    interruptible,
+    leave,
+    prepare_streams,
+)
 from ..common.version import version
 from ..common.words import count, one_line, short, some
 from .metrics import not_learnt, read_metrics
@@ -32,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0, 1 where a part of the work could not be done, 2 for wrong input, 130 for Ctrl-C.
+        The exit code: 0, 1 where a part of the work could not be done, 2 for wrong input, 130 for Ctrl-C, 143 for
+        SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
@@ -47,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         except KeyboardInterrupt:
             stop = Stop("stopped", INTERRUPTED)
+        except Terminated:
+            stop = Stop("stopped", TERMINATED)
         except OSError as error:
             if error.filename is not None:  # a file's, which is never stdout
                 raise
@@ -55,6 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stop = error
         _say(stop)
         return stop.code
+
+
+def program() -> int:
+    """`main`, with a Python that ends behind it: a signal that comes then does not change the exit code."""
+    try:
+        return main()
+    except (KeyboardInterrupt, Terminated) as error:  # between two lines of main
+        leave(signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+        raise
+    finally:
+        ignore_signals()
 
 
 def _say(message: object) -> None:
