@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def train(
         unit: of the target, as "eV/atom", or one for each; for plots, tables and the model card.
         seed: of the split, the first weights, the order of the crystals and dropout.
         resume: go on with the training in `out`, behind its last whole epoch.
-        accelerator, devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
+        accelerator: "auto", "cpu" or "gpu".
+        devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
         loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
 
     Returns:
@@ -167,6 +169,9 @@ def train(
     if units and len(units) != len(names):
         raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
+    cache = None if resume or source.cache is None else Path(realpath(source.cache))
+    if cache is not None and cache.is_relative_to(realpath(out)):
+        raise DataError(f"cache must be a folder outside of out, which is this training's alone, not {source.cache}")
     with run_folder(out, resume) if _rank() == 0 else nullcontext():
         recipe = Recipe() if recipe is None else recipe
         model = CrystalformerConfig() if model is None else model
@@ -184,7 +189,7 @@ def _train(
     resume: bool,
     machine: dict[str, Any],
 ) -> Predictor:
-    accelerator, loaders, first = machine["accelerator"], machine["loaders"], _rank() == 0
+    loaders, first = machine["loaders"], _rank() == 0
     try:
         config = dataclasses.replace(
             config,
@@ -197,7 +202,7 @@ def _train(
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
-        device = check_machine(accelerator, machine["devices"], machine["nodes"])
+        device = check_machine(machine["accelerator"], machine["devices"], machine["nodes"])
     except ValueError as error:
         raise DataError(str(error)) from error
     parts, problems = source.read(names, seed)
@@ -252,7 +257,7 @@ def _train(
         gradient_norm=recipe.gradient_norm,
         checkpoints=out / CHECKPOINTS,
         identity=identity,
-        accelerator=accelerator,
+        accelerator=device,
         devices=machine["devices"],
         nodes=machine["nodes"],
     )
