@@ -31,7 +31,7 @@ from ..common.process import (
 from ..common.version import version
 from ..common.words import count, one_line, short, some
 from .metrics import not_learnt, read_metrics
-from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
+from .options import add_fields, argument_errors, config_files, make_parser, parse, read_yaml, with_underscores
 from .user_errors import Stop, training_errors, user_errors
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def train(arguments: list[str]) -> int:
     add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
     parser.add_argument("--seed", type=int, default=0, help="of split, first weights, order and dropout")
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out; needs no other option")
-    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu", "mps"], default="auto", help="what computes")
+    parser.add_argument("--accelerator", type=str, default="auto", help="what computes: auto, cpu or gpu")
     parser.add_argument("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
     parser.add_argument("--nodes", type=int, default=1, help="machines; under torchrun as it says")
     parser.add_argument("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
@@ -170,7 +170,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
     options = parse(parser, arguments)
-    _check_file(options.out, options.model, *options.files)
+    _check_file(options.out, options.model, *options.files, *config_files(arguments))
     predictor = _load(options.model, options.device)
     ids: list[tuple[str, str]] = []
     structures: list[Any] = []
@@ -213,7 +213,7 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.set and options.split is None:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
-    _check_file(options.out, options.model, options.data, options.split)
+    _check_file(options.out, options.model, options.data, options.split, *config_files(arguments))
     predictor = _load(options.model, options.device)
     columns = options.target or list(predictor.names)
     if len(columns) != len(predictor.names):
@@ -371,19 +371,21 @@ def _load(path: Path, device: str) -> "Predictor":
 def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequence[Any]) -> "Tensor":
     """(C,T). On stderr: the backend, elements that the model does not know, and what cannot be predicted."""
     from ..common.backends import describe_backend
+    from ..model.structures import read_structure
     from .predictor import not_finite
 
     weight = next(predictor.model.parameters())
     _say(describe_backend(weight.device, weight.dtype))
     with user_errors():
+        crystals = [read_structure(x, id) for id, x in zip(ids, structures, strict=True)]  # once for what follows
         unseen: dict[int, list[str]] = {}
-        for id, elements in zip(ids, predictor.unseen_elements(structures), strict=True):
+        for id, elements in zip(ids, predictor.unseen_elements(crystals), strict=True):
             for z in elements:
                 unseen.setdefault(z, []).append(id)
         for z, where in sorted(unseen.items()):
             _say(f"no crystal of the training had {SYMBOLS[z - 1]}, predictions are guesses for {some(where)}")
         with _bar("predicting", len(structures)) as advance:
-            predictions = predictor.predict(structures, advance)
+            predictions = predictor.predict(crystals, advance)
     for id in not_finite(ids, predictions):
         _say(f"{id}: the prediction is not finite")
     return predictions

@@ -90,6 +90,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def memory() -> float:
+    """Bytes that this machine has; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Processes that are started within know no Ctrl-C, of which a terminal tells all: their parent ends them."""

@@ -16,6 +16,7 @@ from ..geometry.truncation import MAX_LOGIT_RANGE
 # Of config.json: one more whenever an older version could not read it, or would read it wrongly.
 FORMAT = 1
 # Of blocks, and of layers behind the pooling. A config may come from a damaged file: what it asks for is bounded.
+LEAST_TOL = 1e-16
 MAX_LAYERS = 128
 # Trained numbers, some thousand times the paper's: 4 GB in fp32.
 MAX_WEIGHTS = 10**9
@@ -49,7 +50,7 @@ class CrystalformerConfig:
         decay_bound: b, lower bound of rho(x), so that a >= b / (2 r0²).
         decay_bound_reciprocal: that of reciprocal heads, so that c >= b r0_reciprocal² / 2.
         tol: largest fraction of the attention's weight that the truncation may leave out, and in reciprocal heads the
-            largest part of a sum over G.
+            largest part of a sum over G. At least 1e-16: fp64 itself is no nearer.
         logit_range: largest difference of content scores for which that is certified; see `build_images`.
         target_names: of the properties that are predicted, all different; none if they are not known.
         target_units: theirs, "" for one without; none if they are not known.
@@ -103,7 +104,7 @@ class CrystalformerConfig:
         checks.check_between("basis_width", self.basis_width, *WIDTH)
         checks.check_number("decay_bound", self.decay_bound, high=1.0)
         checks.check_number("decay_bound_reciprocal", self.decay_bound_reciprocal, high=1.0)
-        checks.check_number("tol", self.tol, high=1.0)
+        checks.check_number("tol", self.tol, low=LEAST_TOL, high=1.0, closed=True)
         checks.check_number("logit_range", self.logit_range, high=MAX_LOGIT_RANGE, closed=True)
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
