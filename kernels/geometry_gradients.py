@@ -6,8 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer.common.ragged import crystal_of_atom
+from crystalformer.geometry.image_list import ImageList
 
-from .layout import Layout, power_of_2
+from .launch import power_of_2
+from .layout import Layout
 
 
 @triton.jit
@@ -91,17 +93,9 @@ def sum_segments(x: Tensor, first: Tensor) -> Tensor:
     return total
 
 
-def spread(
-    force: Tensor,
-    positions: Tensor,
-    lattice: Tensor,
-    ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
-    layout: Layout,
-) -> tuple[Tensor, Tensor]:
+def spread(force: Tensor, positions: Tensor, lattice: Tensor, images: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """The gradients of positions and lattice, from f (T·G·BG, head blocks) at the places of a layout."""
+    ptr, row_ptr, col, shift = ImageList.views(images, len(positions), len(lattice))
     positions, lattice, crystal = positions.contiguous(), lattice.contiguous(), crystal_of_atom(ptr, len(positions))
     d_positions, d_cell = torch.empty_like(positions), positions.new_empty(len(positions), 9)
     geometry_rows[(len(positions),)](

@@ -56,7 +56,7 @@ def reciprocal_alpha(decay: Tensor, positions: Tensor, lattice: Tensor, images: 
     waves.check_built_for(lattice, "images", "build_images")
     a, p, cell = decay.double(), positions.double(), lattice.double()
     backend = choose_backend(backend, decay.device, "reciprocal_sum", a.dtype)
-    lists = (waves.ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors, images.num_pairs)
+    lists = (waves.packed(), waves.largest, images.num_pairs)
     total = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_reciprocal_sum")(1 / (4 * a), p, cell, *lists)
     row = 1.5 * (math.pi / a).log() - volume(cell).log()[crystal_of_atom(images.ptr, images.num_atoms), None]
     return (total.log() + row[pair_atoms(images)[0]]).to(decay.dtype)

@@ -8,6 +8,7 @@ from ..common import checks
 from ..geometry.image_list import ImageList
 from ..geometry.wave_vectors import WaveVectors
 from .basis import RadialBasis
+from .settings import Settings
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -101,13 +102,13 @@ def check_precision(precision: str) -> None:
 
 def check_value_encoding(
     edge_weight: Tensor | None, basis: RadialBasis | None, known: dict[str, int], like: Tensor
-) -> tuple[Tensor, tuple[float, ...]]:
-    """The weight and the basis as the op takes them: of no functions and no numbers without an edge_weight."""
+) -> tuple[Tensor, Settings]:
+    """The weight as the op takes it, of no functions without an edge_weight, and the settings of the basis."""
     if edge_weight is None:
-        return like.new_empty(known["H"], known.get("Dv", 0), 0), ()
+        return like.new_empty(known["H"], known.get("Dv", 0), 0), Settings()
     if not isinstance(basis, RadialBasis):
         raise TypeError(f"basis must be a RadialBasis when edge_weight is given, not {type(basis).__name__}")
     known["K"] = basis.num
     checks.check_tensor("edge_weight", edge_weight, "H Dv K", known, like=like)
     checks.check_finite("edge_weight", edge_weight)
-    return edge_weight, (float(basis.r_max), float(basis.width))
+    return edge_weight, Settings(r_max=float(basis.r_max), width=float(basis.width))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.ragged import cat_ptr, crystal_of_atom, ordinals
-from ..common.tensor_struct import TensorStruct, check_parts, weakest
+from ..common.tensor_struct import TensorStruct, check_parts, split_words, weakest
 from .lattice import triangular
 from .movement import Geometry
 from .truncation import BEYOND, bearable_movement
@@ -20,6 +20,8 @@ from .wave_vectors import WaveVectors
 # A cutoff that the caller chose has no certificate to go by: atoms may move by this fraction of it, which is about what
 # a certificate bears.
 BEARABLE_FRACTION = 1 / 200
+# Of a packed list, for each image: col and shift.
+WORDS = 4
 NOT_SYMMETRIC = "images must be symmetric, (j, i, -n) there with each (i, j, n), but they are not"
 
 
@@ -56,6 +58,8 @@ class ImageList(TensorStruct):
         TypeError, ValueError: for tensors that are no list, naming the attribute. What is of the size of M is looked at
             when the list is first used.
     """
+
+    PACKED = ("ptr", "row_ptr", "col", "shift")
 
     row_ptr: Tensor
     col: Tensor
@@ -102,7 +106,25 @@ class ImageList(TensorStruct):
             checks.check_tensor("geometry.lattice", self.geometry.lattice, "C 3 3", known)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"layouts": {}}
+        return super().__getstate__() | {"layouts": {}}
+
+    @staticmethod
+    def views(words: Tensor, num_atoms: int, num_crystals: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ptr, row_ptr, col and shift of what `packed` made of them."""
+        ptr, row_ptr, rest = split_words(words, num_crystals + 1, num_atoms + 1)
+        number = len(rest) // WORDS  # fewer than four words of padding come between col and shift
+        return ptr, row_ptr, rest[:number], rest[len(rest) - (WORDS - 1) * number :].view(number, WORDS - 1)
+
+    @staticmethod
+    def count(words: Tensor, num_atoms: int, num_crystals: int) -> int:
+        """M of what `packed` made, from its length."""
+        return len(split_words(words, num_crystals + 1, num_atoms + 1)[-1]) // WORDS
+
+    @staticmethod
+    def unpack(words: Tensor, num_atoms: int, num_crystals: int, num_pairs: int = 0) -> "ImageList":
+        """The list that `packed` made one tensor of, in views; what it is certified for is not there."""
+        ptr, row_ptr, col, shift = ImageList.views(words, num_atoms, num_crystals)
+        return ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_zeros(num_crystals), num_pairs=num_pairs)
 
     @property
     def real_decay_min(self) -> float | None:
