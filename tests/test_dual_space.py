@@ -62,7 +62,7 @@ def test_is_the_two_ops(backend, real, encoded):
 def test_gradients(backend):
     x = both(kinds=(("cubic", 2), ("left_handed", 2)), dim=2, value_dim=2, num_basis=3, tol=1e-3)
     inputs = [t.detach().clone().requires_grad_() for t in x.inputs]
-    run = lambda *t: x.together(*t, backend=backend)  # noqa: E731
+    run = lambda *t: x.together(*t, backend=backend)
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
 

@@ -25,28 +25,28 @@ def encoding_inputs(inputs):
 
 def test_attention(backend):
     x, inputs = tiny()
-    run = lambda *t: x.attention(*t, backend=backend, return_lse=True)  # noqa: E731
+    run = lambda *t: x.attention(*t, backend=backend, return_lse=True)
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
 def test_attention_without_edge_weight(backend):
     x, inputs = tiny()
-    run = lambda *t: x.attention(*t, t[0].new_zeros(0), backend=backend, edge_weight=None, basis=None)  # noqa: E731
+    run = lambda *t: x.attention(*t, t[0].new_zeros(0), backend=backend, edge_weight=None, basis=None)
     assert torch.autograd.gradcheck(run, inputs[:6])
     assert torch.autograd.gradgradcheck(run, inputs[:6])
 
 
 def test_encoding(backend):
     x, inputs = tiny(every_pair=True)
-    run = lambda *t: x.encoding(*t, backend=backend)  # noqa: E731
+    run = lambda *t: x.encoding(*t, backend=backend)
     assert torch.autograd.gradcheck(run, encoding_inputs(inputs))
     assert torch.autograd.gradgradcheck(run, encoding_inputs(inputs))
 
 
 def test_encoding_without_edge_weight(backend):
     x, (_, _, _, *inputs, _) = tiny(every_pair=True)
-    run = lambda *t: cf.periodic_encoding(*t, x.images, backend=backend)[0]  # noqa: E731
+    run = lambda *t: cf.periodic_encoding(*t, x.images, backend=backend)[0]
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
 
@@ -54,7 +54,7 @@ def test_encoding_without_edge_weight(backend):
 def test_reciprocal(backend):
     x, inputs = tiny()
     waves = cf.build_wave_vectors(x.lattice, x.ptr, decay_min=1.0)
-    run = lambda *t: x.reciprocal(*t, backend=backend, wave_vectors=waves)  # noqa: E731
+    run = lambda *t: x.reciprocal(*t, backend=backend, wave_vectors=waves)
     assert torch.autograd.gradcheck(run, inputs[:6])
     assert torch.autograd.gradgradcheck(run, inputs[:6])
 
@@ -69,7 +69,7 @@ def test_clamped_reciprocal_pairs_have_no_gradient(backend):
     x = problem(kinds=(("needle", 4),), dim=2, value_dim=2, decay_min=2.0)
     waves = cf.build_wave_vectors(x.lattice, x.ptr, decay_min=2.0, tol=1e-13)
     inputs = [t.requires_grad_() for t in x.inputs[:6]]
-    run = lambda *t: x.reciprocal(*t, backend=backend, wave_vectors=waves)  # noqa: E731
+    run = lambda *t: x.reciprocal(*t, backend=backend, wave_vectors=waves)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
@@ -213,7 +213,7 @@ def test_forces_and_stress_of_the_model_are_differences_of_its_output():
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own forward mode uses it
 def test_forward_mode_is_refused_not_dropped(backend):
     x = problem(**TINY)
-    along = lambda p: x.attention(*x.inputs[:4], p, *x.inputs[5:], backend=backend)  # noqa: E731
+    along = lambda p: x.attention(*x.inputs[:4], p, *x.inputs[5:], backend=backend)
     with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
         torch.func.jvp(along, (x.positions,), (x.positions,))
     with torch.autograd.forward_ad.dual_level():

@@ -26,7 +26,7 @@ def batch(**options) -> cf.CrystalBatch:
 
 def test_size_of_the_paper():
     assert cf.CrystalformerConfig().num_layer_weights == 853_505 - 98 * 128
-    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)  # noqa: E731
+    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count(cf.Crystalformer()) == 853_505
     assert count(cf.Crystalformer(cf.CrystalformerConfig(num_basis=0))) == 820_737
 
@@ -35,7 +35,7 @@ def test_t_fixup_initialisation():
     torch.manual_seed(0)
     config = cf.CrystalformerConfig()
     model, fixup = cf.Crystalformer(config), 0.67 * config.num_blocks**-0.25
-    uniform = lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5  # noqa: E731  deviation of Xavier's
+    uniform = lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5  # deviation of Xavier's
     attention = model.blocks[0].attention
     expected = {
         model.embedding.weight: config.model_dim**-0.5 * (9 * config.num_blocks) ** -0.25,

@@ -90,6 +90,14 @@ def test_one_fit_at_a_time_in_a_folder_of_checkpoints(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("wrong", ["source", "recipe", "model"])
+def test_arguments_of_another_type_are_named(tmp_path, wrong):
+    given = {"source": train.DataSource(data="salts.csv"), "recipe": None, "model": None} | {wrong: 3}
+    with pytest.raises(TypeError, match=rf"^{wrong} must be a (DataSource|Recipe|CrystalformerConfig), not int"):
+        train.train(tmp_path / "run", "energy", **given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_within_a_process_too(tmp_path):
     with run_folder(tmp_path / "run", resume=False):
         with pytest.raises(FileExistsError, match="but one does"), run_folder(tmp_path / "run", resume=False):

@@ -161,9 +161,11 @@ def train(
         FileExistsError: if `out` holds something already, and is not to be resumed, or while another training runs
             in it.
         CheckpointError: if the training cannot be resumed.
+        TypeError: for a source, recipe or model that is none.
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
+    _check_types(source, recipe, model)
     if not names:
         raise DataError("target must name at least one column")
     if units and len(units) != len(names):
@@ -176,6 +178,13 @@ def train(
         recipe = Recipe() if recipe is None else recipe
         model = CrystalformerConfig() if model is None else model
         return _train(out, names, units, source, recipe, model, seed, resume, machine)
+
+
+def _check_types(source: Any, recipe: Any, model: Any) -> None:
+    kinds = {"source": DataSource, "recipe": Recipe, "model": CrystalformerConfig}
+    for (name, kind), value in zip(kinds.items(), (source, recipe, model), strict=True):
+        if not isinstance(value, kind) and (value is not None or name == "source"):
+            raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
 
 
 def _train(
