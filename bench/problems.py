@@ -151,7 +151,7 @@ def make(
     """A problem by its name; with `smoke` on so few atoms that everything takes milliseconds.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name that is not a problem's.
     """
     exact, size = crystals(name, smoke), SIZES[size_name]
     rng = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-// Whether an image list is one: sorted, symmetric, of atoms of one crystal. geometry/image_list.py says the same.
+// Whether an image list is valid: sorted, symmetric, of atoms of one crystal. geometry/image_list.py checks the same.
 #pragma once
 
 #include "layout.h"

@@ -198,7 +198,7 @@ def attention_backward(
         d_edge_weight = torch.einsum("nhd,nhk->hdk", grad_y, c)
         inputs = (q, k, v, decay, y, lse, grad_y, grad_lse, grad_c, tiles.records, tiles.first, tiles.mu)
         blocks = row_blocks(q, v, num, tiles.shape, geometry)
-        attention_bwd_rows[grid](*inputs, *results, *scales, **blocks, TF32=told.tf32)
+        attention_bwd_rows[grid](*inputs, *results, *scales, **blocks, TF32=bool(told.tf32))
         attention_bwd_columns[grid](
             *(q, grad_y, p_group, ds_group, tiles.records, tiles.first, dk, dv),
             q_scale,

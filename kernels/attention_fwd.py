@@ -112,7 +112,7 @@ def attention(
     tensors = (q, k, v, decay, tiles.records, tiles.first, tiles.mu, y, lse, c)
     with torch.cuda.device_of(q), without_autocast(q):
         attention_fwd[len(q), head_blocks(q.shape[1])](
-            *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape), TF32=told.tf32
+            *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape), TF32=bool(told.tf32)
         )
         if num:
             y.transpose(0, 1).baddbmm_(c.transpose(0, 1), edge_weight.mT)

@@ -202,9 +202,9 @@ def encoding_backward(
                 *(decay, pairs.records.view(torch.float32), pairs.first[some.start :], pairs.atom[some], pairs.mu),
                 *(alpha[some], beta[some], grad_alpha[some], g, u, d_pair[some], force),
                 *(-log2e / x_scale**2, 2 * x_scale**2 / log2e),
-                **sizes, FAR=FAR, GEOMETRY=geometry, TF32=told.tf32,
+                **sizes, FAR=FAR, GEOMETRY=geometry, TF32=bool(told.tf32),
             )  # fmt: skip
-        size = ImageList.views(images, len(decay), len(lattice))[0].diff()
+        size = ImageList.views(images, len(decay), len(lattice)).ptr.diff()
         pairs_of_atom = torch.repeat_interleave(size, size, output_size=len(decay))
         d_decay = sum_segments(d_pair, torch.nn.functional.pad(pairs_of_atom.cumsum(0), (1, 0)))
         if not geometry:
@@ -224,6 +224,6 @@ def _coefficients(decay: Tensor, pairs: Layout, some: slice, alpha: Tensor, num:
     encoding_fwd[len(alpha), head_blocks(alpha.shape[1])](
         *(decay, pairs.records.view(torch.float32), pairs.first[some.start :], pairs.atom[some], pairs.mu, alpha, c),
         *(-math.log2(math.e) / scale(num, told) ** 2,),
-        **encoding_blocks(decay, num), FAR=FAR, TF32=told.tf32,
+        **encoding_blocks(decay, num), FAR=FAR, TF32=bool(told.tf32),
     )  # fmt: skip
     return c

@@ -210,18 +210,19 @@ def pack(
     begin = pad(before, (1, 0))[found.row_ptr]
     first = offsets(-(-begin.diff() // groups))
     position = first[e.i] * groups + before - 1 - begin[e.i]
-    tile, lane = position // groups, position % groups
+    tile, column = position // groups, position % groups
     mirror = position[e.first_mirror] + e.rank // group
     records = position.new_zeros(_most_tiles(found, group, groups), _words(group, groups), dtype=torch.int32)
     records[:, groups : 2 * groups] = -1
     records[:, 2 * groups : (2 + group) * groups] = FAR_BITS
-    slot = e.rank % group * groups
-    records[tile, lane] = e.j.int()
-    records[tile, groups + lane] = mirror.int()
-    records[tile, 2 * groups + slot + lane] = e.x.view(torch.int32)
-    records[tile, (2 + group) * groups + slot + lane] = e.log_count.view(torch.int32)
-    place = tile * (group * groups) + slot + lane
-    mirror_place = mirror // groups * (group * groups) + slot + mirror % groups
+    # In a record the shells stand by their place in the group, the groups side by side.
+    start = e.rank % group * groups
+    records[tile, column] = e.j.int()
+    records[tile, groups + column] = mirror.int()
+    records[tile, 2 * groups + start + column] = e.x.view(torch.int32)
+    records[tile, (2 + group) * groups + start + column] = e.log_count.view(torch.int32)
+    place = tile * (group * groups) + start + column
+    mirror_place = mirror // groups * (group * groups) + start + mirror % groups
     return _join(records, num, told, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
 
 

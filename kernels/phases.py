@@ -1,6 +1,6 @@
 """What the kernels of reciprocal attention read: cos and sin of G·p, N times the wave vectors, made once a call.
 
-So no cosine is computed for a pair of atoms. Nothing waits for the device, but for batches that do not fit in SCRATCH.
+So no cosine is computed for a pair of atoms. Only batches that do not fit in SCRATCH wait for the device.
 """
 
 from collections.abc import Callable, Sequence

@@ -184,7 +184,7 @@ def test_ctrl_c_and_sigterm_wherever_they_come(model, capsys, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_when_all_is_written_changes_nothing(number):
-    """Behind its last line Python no longer knows handlers: a signal would kill it, and the exit code be another."""
+    """After its last line Python no longer knows handlers: a signal would kill it, and the exit code be another."""
     code = f"""
 import os, sys
 class Last:

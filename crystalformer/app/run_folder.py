@@ -1,4 +1,4 @@
-"""The folder of a training: one training's alone while it runs, and not there if it has nothing to show."""
+"""The folder of a training: it belongs to one training while this runs, and is removed if it holds no result."""
 
 import contextlib
 import tempfile
@@ -34,7 +34,7 @@ def check_folder(out: Path, resume: bool) -> None:
 def run_folder(out: Path, resume: bool) -> Iterator[None]:
     """Makes the folder and keeps other trainings out of it.
 
-    A new training that fails before its first checkpoint takes with it what it has written, so that it can be started
+    A new training that fails before its first checkpoint removes what it has written, so that it can be started
     again in the same folder, with other options too.
 
     Raises:

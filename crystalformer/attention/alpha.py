@@ -28,7 +28,7 @@ def cheaper_alpha(
 ) -> Tensor:
     """alpha (P,H) of a list built with reciprocal=True: decays below its crossover take the sum over wave vectors.
 
-    Where the decays can be seen, nobody makes a sum that nobody takes.
+    Where the values of the decays can be seen, a sum that no decay needs is not computed.
 
     Args:
         backend: of the sum over wave vectors.
@@ -42,7 +42,7 @@ def cheaper_alpha(
         return real_alpha(decay)
     if visible and slow.all():
         return reciprocal_alpha(decay, positions, lattice, images, backend)
-    # Each sum gets a decay that it serves where the other one is taken.
+    # Both sums are computed for all decays. Where one is not used, it gets a decay that it can handle.
     served = torch.where(crossover > 0, crossover, 1.0)
     alpha = reciprocal_alpha(torch.where(slow, decay, served), positions, lattice, images, backend)
     pair_slow = slow[pair_atoms(images)[0]]

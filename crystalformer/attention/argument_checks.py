@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments, as a whole: shapes that belong together, lists that serve."""
+"""Checks of the public functions' arguments: do their shapes fit each other, and do the lists fit the crystals?"""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """torch.library has no forward-mode formulas: without this the tangents would be dropped without a word."""
+    """torch.library has no forward-mode formulas: without this check the tangents would be dropped silently."""
     if torch.compiler.is_compiling():
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
@@ -48,7 +48,7 @@ def check_atoms(
 
 
 def check_images(images: ImageList, decay: Tensor, known: dict[str, int], reciprocal: bool = False) -> None:
-    """Checks the list; `reciprocal`: its wave vectors serve, too."""
+    """Checks the list; with `reciprocal` its wave vectors are used, too."""
     if not isinstance(images, ImageList):
         raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
     if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
@@ -84,7 +84,7 @@ def check_crystals(name: str, lists: ImageList | WaveVectors, of: str, ptr: Tens
 
 
 def check_smallest(name: str, decay: Tensor, decay_min: float, built: str) -> None:
-    """Decays below those that a list is certified for would be summed too short."""
+    """Refuses decays below those that a list is certified for: their sums would miss images."""
     if not checks.values_visible(decay) or not decay.numel():
         return
     smallest = float(decay.detach().min())

@@ -1,7 +1,7 @@
 """Heads in real space and heads in reciprocal space as one operator: `attention` and `reciprocal` side by side.
 
-One, because what surrounds an operator in Python costs as much as the sums of a small batch. A backend that has the two
-has this one.
+They are one operator because the Python code around an operator costs as much as the sums of a small batch. A backend
+that has the two operators also has this one.
 """
 
 from typing import Any

@@ -82,8 +82,8 @@ def _images(positions: Tensor, lattice: Tensor, images: Tensor, num_pairs: int =
 
 
 def _basis(edge_weight: Tensor, settings: Sequence[float]) -> RadialBasis | None:
-    num, (_, _, r_max, width) = edge_weight.shape[2], Settings.read(settings)
-    return RadialBasis(num, r_max, width) if num else None
+    num, told = edge_weight.shape[2], Settings.read(settings)
+    return RadialBasis(num, told.r_max, told.width) if num else None
 
 
 # The functions below take exactly what their schemas say, positionally: annotations would say it a second time.

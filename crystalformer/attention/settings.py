@@ -9,12 +9,12 @@ class Settings(NamedTuple):
 
     Attributes:
         tol: largest fraction of the weight that the op may leave out.
-        tf32: whether a backend may multiply in tf32.
+        tf32: whether a backend may multiply in tf32, 0 or 1.
         r_max, width: of the radial basis; its number of functions is the last dimension of edge_weight.
     """
 
     tol: float = 0.0
-    tf32: bool = False
+    tf32: float = False
     r_max: float = 1.0
     width: float = 1.0
 
@@ -23,5 +23,4 @@ class Settings(NamedTuple):
         """The settings that an operator was called with."""
         if len(numbers) != len(cls._fields):
             raise ValueError(f"settings must be {', '.join(cls._fields)}, not {list(numbers)}")
-        tol, tf32, r_max, width = numbers
-        return cls(tol, bool(tf32), r_max, width)
+        return cls(*numbers)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Held by the training that runs; freed by the system when that ends, however it does. It stays only behind a kill.
+# Held by the training that runs; freed by the system when that ends, however it does. The file stays only after a kill.
 LOCK = ".lock"
 
 

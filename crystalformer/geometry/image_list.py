@@ -4,7 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ BEARABLE_FRACTION = 1 / 200
 # Of a packed list, for each image: col and shift.
 WORDS = 4
 NOT_SYMMETRIC = "images must be symmetric, (j, i, -n) there with each (i, j, n), but they are not"
+
+
+class Views(NamedTuple):
+    """The tensors of a list that operators read."""
+
+    row_ptr: Tensor
+    col: Tensor
+    shift: Tensor
+    ptr: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +64,8 @@ class ImageList(TensorStruct):
         layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
 
     Raises:
-        TypeError, ValueError: for tensors that are no list, naming the attribute. What is of the size of M is looked at
-            when the list is first used.
+        TypeError, ValueError: for tensors that do not make a valid list, naming the attribute. Tensors of the size of M
+            are checked when the list is first used.
     """
 
     PACKED = ("ptr", "row_ptr", "col", "shift")
@@ -109,11 +118,12 @@ class ImageList(TensorStruct):
         return super().__getstate__() | {"layouts": {}}
 
     @staticmethod
-    def views(words: Tensor, num_atoms: int, num_crystals: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ptr, row_ptr, col and shift of what `packed` made of them."""
+    def views(words: Tensor, num_atoms: int, num_crystals: int) -> Views:
+        """The tensors that `packed` made one of, by name."""
         ptr, row_ptr, rest = split_words(words, num_crystals + 1, num_atoms + 1)
         number = len(rest) // WORDS  # fewer than four words of padding come between col and shift
-        return ptr, row_ptr, rest[:number], rest[len(rest) - (WORDS - 1) * number :].view(number, WORDS - 1)
+        shift = rest[len(rest) - (WORDS - 1) * number :].view(number, WORDS - 1)
+        return Views(row_ptr, rest[:number], shift, ptr)
 
     @staticmethod
     def count(words: Tensor, num_atoms: int, num_crystals: int) -> int:
@@ -123,8 +133,8 @@ class ImageList(TensorStruct):
     @staticmethod
     def unpack(words: Tensor, num_atoms: int, num_crystals: int, num_pairs: int = 0) -> "ImageList":
         """The list that `packed` made one tensor of, in views; what it is certified for is not there."""
-        ptr, row_ptr, col, shift = ImageList.views(words, num_atoms, num_crystals)
-        return ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_zeros(num_crystals), num_pairs=num_pairs)
+        found = ImageList.views(words, num_atoms, num_crystals)
+        return ImageList(*found, cutoff=words.new_zeros(num_crystals), num_pairs=num_pairs)
 
     @property
     def real_decay_min(self) -> float | None:

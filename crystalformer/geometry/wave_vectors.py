@@ -34,7 +34,7 @@ class WaveVectors(TensorStruct):
         accepted: another lattice, the last that the vectors were found to serve.
 
     Raises:
-        TypeError, ValueError: for tensors that are no wave vectors, naming the attribute.
+        TypeError, ValueError: for tensors that do not make valid wave vectors, naming the attribute.
     """
 
     PACKED = ("ptr", "g_ptr", "g")
@@ -139,7 +139,7 @@ class WaveVectors(TensorStruct):
         """Joins those of separate crystals, in order. The certificate of the result is the weakest of its parts.
 
         Raises:
-            ValueError: for no parts, parts on several devices, or some that know their lattice and some that do not.
+            ValueError: if there are no parts, if they are on several devices, or if only some know their lattice.
         """
         parts = list(parts)
         check_parts(parts, "parts", WaveVectors)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ..common import checks
 
-MOST_COUNT = 2**31 - 1  # of what is counted: what more would be is a mistake, not a training
-MOST = 1e6  # of a learning rate and a decay: fp32 holds their products with any weight
+MOST_COUNT = 2**31 - 1  # the most epochs, crystals, images or steps
+MOST = 1e6  # the largest learning rate and decay: fp32 holds their products with any weight
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Recipe:
             therefore has AdamW's default.
         decay_steps: T, steps after which the learning rate is lr / sqrt(2).
         gradient_norm: longer gradients are shortened to this.
-        average_epochs: the model is the mean of the weights over the steps of so many last epochs, in which the
-            learning rate is held; at most a third of all epochs.
+        average_epochs: the model is the mean of the weights over the steps of this many last epochs, in which the
+            learning rate is constant; at most a third of all epochs.
     """
 
     epochs: int = 500
