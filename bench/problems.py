@@ -155,7 +155,7 @@ def make(
     """
     exact, size = crystals(name, smoke), SIZES[size_name]
     rng = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
     n = exact.num_atoms
     q, k, v, upstream = (normal(n, size.heads, size.dim) for _ in range(4))
     decay = DECAY_MIN + DECAY_SPREAD * torch.rand(n, size.heads, generator=rng, dtype=torch.float64)

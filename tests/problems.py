@@ -96,7 +96,7 @@ def problem(
 ) -> Problem:
     """A fp64 problem on crystals of some kinds and sizes; decays from decay_min to three times that."""
     rng = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
     positions, lattice, ptr = pack([random_crystal(kind, seed, size) for kind, size in kinds])
     n = len(positions)
     decay = decay_min * (1 + 2 * torch.rand(n, heads, generator=rng, dtype=torch.float64))

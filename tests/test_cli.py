@@ -225,6 +225,20 @@ def test_out_is_none_of_the_files_that_are_read(run, folder, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"crystals", "soft.csv", "hard.csv", "out.csv"}
 
 
+def test_out_is_not_the_config(run, folder, capsys, tmp_path):
+    config = tmp_path / "options.yaml"
+    for command, text in (
+        (("predict", run, folder / "last.cif"), "{}"),
+        (("evaluate", run), f"data: {folder}/salts.csv"),
+    ):
+        config.write_text(text)
+        for given in (("--config", config), (f"--config={config}",)):
+            assert f"{config} is there already, and part of {config}" in refused(
+                capsys, *command, *given, "--out", config
+            )
+        assert config.read_text() == text
+
+
 def test_names_of_targets_that_are_no_names_of_files(folder, capsys, tmp_path):
     """None overwrites another's plots; a dollar is no mathematics; the command's last lines say what came out."""
     names = ["ΔE/atom $\\x$", "ΔE atom", "δe_atom", "V|atom"]
@@ -336,7 +350,7 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monke
         ((*data, *out), "target"),
         ((*data, *out, "--target", "gap"), "no column 'gap'"),
         ((*data, *out, "--target", "energy", "--epochs", "many"), "epochs"),
-        ((*data, *out, "--target", "energy", "--epochs", "0"), "epochs must be an integer, at least 1, not 0"),
+        ((*data, *out, "--target", "energy", "--epochs", "0"), "epochs must be an integer, at least 1 and at most"),
         ((*data, *out, "--target", "energy", "--model.num_heads", "3"), "model_dim must be a multiple of num_heads=3"),
         ((*data, *out, "--target", "energy", "--fractions", "0.5", "0.1", "0.1"), "fractions must be"),
         ((*data, *out, "--target", "energy", "--fractions", "0.9", "0", "0.1"), "val must hold at least one"),

@@ -30,7 +30,7 @@ PARAMS = {
 def official_state(seed: int = 0, scale: float = 2.0, heads: int = 4, basis: int = 8, targets: int = 1):
     """A state dict with the names and shapes of the paper's code, for PARAMS."""
     rng = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=rng) * 0.2  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=rng) * 0.2
     state = {"input_embeddings.weight": normal(16, 98)}
     for block in range(2):
         attention = f"encoder.layers.{block}.self_attn."

@@ -31,6 +31,24 @@ def test_energies_are_those_of_the_madelung_constants(label, ions, madelung):
     assert -energy_per_pair * distance / (COULOMB * charge**2) == pytest.approx(madelung, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--epochs", "-1", "epochs must be an integer, at least 1 and at most"),
+        ("--seconds", "nan", "seconds must be larger than 0"),
+        ("--seed", "-1", "seed must be an integer, at least 0"),
+        ("--out", "/dev/null/x", "Not a directory: '/dev/null/x'"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_work(option, value, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "show_backends", None)
+    with pytest.raises(SystemExit, match="2"):
+        demo.main([option, value])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_ionic_crystals_are_neutral_small_and_reproducible():
     crystals = ionic_crystals(60, seed=2)
     assert {x.prototype for x in crystals} == {name for name, _, _ in PROTOTYPES}

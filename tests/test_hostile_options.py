@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from crystal_files import cif, pair
 
 import crystalformer
 from crystalformer.app import cli
-from crystalformer.common.process import _is_program, uninterrupted
+from crystalformer.common.process import DEFAULTS, _is_program, uninterrupted
 from crystalformer.training.machine import check_machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -59,9 +60,15 @@ def test_wrong_options_are_refused_in_one_line(alone, model, capsys, tmp_path):
     for arguments, text in (
         ((*train, "--devices", "-1"), "devices must be an integer, at least 1, not -1"),
         ((*train, "--devices", "500"), "devices must be at most 2, the cores of this machine, not 500"),
-        ((*train, "--nodes", "0"), "nodes must be an integer, at least 1, not 0"),
+        ((*train, "--nodes", "0"), "nodes must be an integer, at least 1 and at most 65536, not 0"),
+        ((*train, "--nodes", 10**9), "nodes must be an integer, at least 1 and at most 65536, not 1000000000"),
+        ((*train, "--epochs", 10**30), "epochs must be an integer, at least 1 and at most 2147483647, not 1"),
+        ((*train, "--model.tol", "1e-300"), "tol must be at least 1e-16 and smaller than 1, not 1e-300"),
+        ((*train, "--cache", tmp_path / "out" / "cache"), "cache must be a folder outside of out"),
         ((*train, "--nodes", "2"), "nodes must be 1, not 2, where nothing says how to find the others"),
-        ((*train, "--accelerator", "mps"), "torch finds no GPU of Apple"),
+        ((*train, "--accelerator", "mps"), "accelerator must be cpu or auto, not mps: lists are certified in fp64"),
+        ((*train, "--accelerator", "abacus"), "accelerator must be auto, cpu or gpu, not 'abacus'"),
+        ((*predict, "--device", "mps"), "device must be cpu, not 'mps': lists are certified in fp64"),
         ((*train, "--seed", 10**22), "seed must be an integer, at least 0 and at most"),
         ((*train, "--workers", 10**6), "workers must be an integer, at least 0 and at most 1024, not 1000000"),
         ((*train, "--loaders", 10**6), "loaders must be an integer, at least 0 and at most 1024, not 1000000"),
@@ -141,50 +148,78 @@ def test_streams_that_are_full_or_gone(model, capsys, monkeypatch):
     assert narrow.buffer.getvalue().splitlines()[1].startswith(b"\\xe9,")
 
 
-def interrupt(*_, **__):
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(9)
+def test_ctrl_c_and_sigterm_wherever_they_come(model, capsys, monkeypatch, tmp_path):
+    """While files are read, structures predicted, a training has no checkpoint yet, and while its report is written."""
+    for number, default in ((signal.SIGINT, signal.getsignal(signal.SIGINT)), (signal.SIGTERM, signal.SIG_DFL)):
+        monkeypatch.setitem(DEFAULTS, number, default)
+    rows = [f'{i},{i},"{cif(pair()[0])}"' for i in range(4)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["id,x,cif", *rows]))
+    sizes = [f"--model.{x}" for x in SIZES.split()]
+    train = ["train", "--data", str(tmp_path / "pairs.csv"), "--target", "x", "--epochs", "1", *sizes]
+    train += ["--fractions", ".5", ".25", ".25", "--out", str(tmp_path / "out")]
+    resume = f"; go on with: crystalformer train --out {tmp_path / 'out'} --resume"
+    nothing = "; nothing was kept: no epoch was done"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+
+        def stop(*_, number=number, **__):
+            os.kill(os.getpid(), number)
+            time.sleep(9)
+
+        for place, arguments, kept in (
+            ("crystalformer.data.readers.read_table", ["predict", *model], ""),
+            ("crystalformer.app.predictor.build_crystals", ["predict", *model], ""),
+            ("crystalformer.app.train.read_samples", train, nothing),
+            ("crystalformer.app.report.plots.parity", train, resume),
+        ):
+            before = signal.getsignal(number)
+            with monkeypatch.context() as patch:
+                patch.setattr(place, stop)
+                assert cli.main(arguments) == code, (number, place)
+            assert signal.getsignal(number) is before
+            assert capsys.readouterr().err.splitlines()[-1] == f"crystalformer: stopped{kept}"
+            assert (tmp_path / "out").exists() == bool(kept == resume)
+        assert cli.main(["train", "--out", str(tmp_path / "out"), "--resume"]) == 0
+        shutil.rmtree(tmp_path / "out")
 
 
-def test_ctrl_c_wherever_it_comes(model, capsys, monkeypatch):
-    """While files are read, while structures are predicted, and in a training that has no checkpoint yet."""
-    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
-    for place, arguments in (
-        ("crystalformer.data.readers.read_table", ["predict", *model]),
-        ("crystalformer.app.predictor.build_crystals", ["predict", *model]),
-        (
-            "crystalformer.app.train.read_samples",
-            ["train", "--data", model[1], "--target", "x", "--out", model[0] + "-no"],
-        ),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, interrupt)
-            assert cli.main(arguments) == 130
-        kept = "; nothing was kept: no epoch was done" if arguments[0] == "train" else ""
-        assert capsys.readouterr().err.splitlines()[-1] == f"crystalformer: stopped{kept}"
-    assert not Path(model[0] + "-no").exists()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_when_all_is_written_changes_nothing(number):
+    """After its last line Python no longer knows handlers: a signal would kill it, and the exit code be another."""
+    code = f"""
+import os, sys
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid()):
+        kill(process, {number:d})
+last = Last()
+sys.argv = ["crystalformer", "--version"]
+from crystalformer.app.cli import program
+sys.exit(program())
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_ctrl_c_while_torch_is_imported():
-    code = """
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_torch_is_imported(number, code):
+    program = f"""
 import os, signal, sys, time
 sys.argv = ["crystalformer"]
 class Hook:
     @staticmethod
     def find_spec(name, *_):
         if name == "torch":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), {number:d})
             time.sleep(9)
 sys.meta_path.insert(0, Hook)
 import crystalformer
 """
-    for program, expected in ((code, (130, "crystalformer: stopped\n")), (code.replace('["cr', '["my-cr'), None)):
-        done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
-        if expected is None:  # to those who only import the library Ctrl-C is what it always is
-            assert done.returncode == -signal.SIGINT
-            assert "KeyboardInterrupt" in done.stderr
-        else:
-            assert (done.returncode, done.stderr) == expected
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "crystalformer: stopped\n")
+    # To those who only import the library a signal is what it always is.
+    program = program.replace('["cr', '["my-cr')
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == -number
+    assert ("KeyboardInterrupt" in done.stderr) == (number == signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,33 @@ def test_a_dataset_names_the_structure(domain: str) -> None:
         build_crystals(cells, config)
 
 
+def test_lists_that_memory_does_not_hold_together_are_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = import_or_skip("pymatgen.core", reason="structures are pymatgen's")
+    cells = [core.Structure(core.Lattice.cubic(a), ["Si"], [[0, 0, 0]]) for a in (3.0, 3.1, 3.2)]
+    needed = 16 * sum(x.images.num_images for x in build_crystals(cells, ImageSettings()) if x.images is not None)
+    monkeypatch.setattr(crystals_module, "memory", lambda: 3.0 * needed)
+    assert len(build_crystals(cells, ImageSettings())) == 3
+    monkeypatch.setattr(crystals_module, "memory", lambda: 0.5 * needed)
+    monkeypatch.setattr(crystals_module, "build_images", None)
+    message = r"^images of 3 structures must fit into memory, .* GiB, but about .* of them take .* GiB: raise decay_min"
+    with pytest.raises(ValueError, match=message):
+        build_crystals(cells, ImageSettings())
+
+
+def test_a_predictor_names_the_structure_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = import_or_skip("pymatgen.core", reason="structures are pymatgen's")
+    from crystalformer.app import predictor
+
+    monkeypatch.setattr(predictor, "STRUCTURES_AT_ONCE", 2)
+    cells = [core.Structure(core.Lattice.cubic(a), ["Si"], [[0, 0, 0]]) for a in (3.0, 4.0, 3.0, 4.0, 0.01)]
+    config = cf.CrystalformerConfig(num_blocks=1, model_dim=16, num_heads=2, ff_dim=16)
+    model = predictor.Predictor(cf.Crystalformer(config))
+    with pytest.raises(ValueError, match=r"^structures\[4\]: images must number at most "):
+        model.predict(cells)
+    with pytest.raises(TypeError, match=r"^structures\[3\] must be a pymatgen Structure"):
+        model.encode([*cells[:3], 7])
+
+
 def test_what_is_too_much_together_is_built_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     core = import_or_skip("pymatgen.core", reason="structures are pymatgen's")
     cells = [core.Structure(core.Lattice.cubic(a), ["Si"], [[0, 0, 0]]) for a in (3.0, 3.1, 3.2)]

@@ -94,7 +94,10 @@ def test_lists_of_parts_and_copies_know_their_geometry():
     whole = cf.ImageList.cat(parts)
     assert whole.geometry is not None
     torch.testing.assert_close(whole.geometry.positions, torch.cat([x.geometry.positions for x in parts]))
-    assert cf.ImageList.cat([parts[0], dataclasses.replace(parts[1], geometry=None)]).geometry is None
+    strangers = [dataclasses.replace(x, geometry=None) for x in parts]
+    assert cf.ImageList.cat(strangers).geometry is None
+    with pytest.raises(ValueError, match=r"^lists must all know what they were built for, their geometry, or none of"):
+        cf.ImageList.cat([parts[0], strangers[1]])  # the batch would be taken for any positions
     unknown = dataclasses.replace(X.images, geometry=None)
     unknown.check_built_for(X.positions * 2, X.lattice)  # any positions are taken
     moved = X.positions.clone()
@@ -159,6 +162,8 @@ BAD_WAVES: list[tuple[str, Any, str]] = [
 def test_joined_wave_vectors_have_the_lattice_of_each():
     joined = cf.WaveVectors.cat([cf.build_wave_vectors(x[None], torch.tensor([0, 2])) for x in X.lattice])
     assert torch.equal(joined.lattice, X.lattice)
+    with pytest.raises(ValueError, match=r"^parts must all know what they were built for, their lattice, or none of"):
+        cf.WaveVectors.cat([joined, dataclasses.replace(joined, lattice=None)])
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD_WAVES)

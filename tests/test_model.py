@@ -26,7 +26,7 @@ def batch(**options) -> cf.CrystalBatch:
 
 def test_size_of_the_paper():
     assert cf.CrystalformerConfig().num_layer_weights == 853_505 - 98 * 128
-    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)  # noqa: E731
+    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count(cf.Crystalformer()) == 853_505
     assert count(cf.Crystalformer(cf.CrystalformerConfig(num_basis=0))) == 820_737
 
@@ -35,7 +35,7 @@ def test_t_fixup_initialisation():
     torch.manual_seed(0)
     config = cf.CrystalformerConfig()
     model, fixup = cf.Crystalformer(config), 0.67 * config.num_blocks**-0.25
-    uniform = lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5  # noqa: E731  deviation of Xavier's
+    uniform = lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5  # deviation of Xavier's
     attention = model.blocks[0].attention
     expected = {
         model.embedding.weight: config.model_dim**-0.5 * (9 * config.num_blocks) ** -0.25,
@@ -208,7 +208,7 @@ def test_images_are_built_once_and_checked():
         ({"basis_width": "wide"}, "basis_width must be a number, not str"),
         ({"decay_bound": 1.0}, r"decay_bound must be larger than 0 and smaller than 1, not 1\.0"),
         ({"dropout": -0.1}, r"dropout must be at least 0 and smaller than 1, not -0\.1"),
-        ({"tol": 2.0}, r"tol must be larger than 0 and smaller than 1, not 2\.0"),
+        ({"tol": 2.0}, r"tol must be at least 1e-16 and smaller than 1, not 2\.0"),
         ({"logit_range": 800.0}, r"logit_range must be at least 0 and smaller than 500, not 800\.0"),
         ({"domain": "fourier"}, "domain must be one of real, reciprocal, multihead, real_reciprocal, not 'fourier'"),
         ({"num_heads": 3}, "model_dim must be a multiple of num_heads=3, not 128"),
@@ -221,6 +221,7 @@ def test_images_are_built_once_and_checked():
         ({"target_names": ("a", "a"), "num_targets": 2}, "target_names must be different names, not 'a', 'a'"),
         ({"target_names": ("a",), "num_targets": 2}, "target_names must be 2, as num_targets, not a"),
         ({"dropout": NAN}, "dropout must be at least 0 and smaller than 1, not nan"),
+        ({"tol": 1e-300}, "tol must be at least 1e-16 and smaller than 1, not 1e-300"),
         ({"tol": True}, "tol must be a number, not bool"),
         ({"domain": ["real"]}, r"domain must be one of real, .*, not \['real'\]"),
     ],

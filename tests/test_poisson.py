@@ -94,7 +94,7 @@ def test_each_takes_its_own(backend):
 def test_gradients(backend):
     inputs, images, _ = mixed()
     inputs = [x.requires_grad_() for x in inputs]
-    run = lambda *x: cf.periodic_encoding(*x, images, backend=backend)[0]  # noqa: E731
+    run = lambda *x: cf.periodic_encoding(*x, images, backend=backend)[0]
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 

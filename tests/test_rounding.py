@@ -13,8 +13,8 @@ ROUNDING = {"cpu": 4e-6, "reference": 2e-5}
 def test_reciprocal_sums_in_fp32(edge, backend):
     """S within so much of S_ii, and y within what that moves where scores of ±50 favour atoms that are far away."""
     rng = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
-    uniform = lambda *shape: torch.rand(*shape, generator=rng)  # noqa: E731
+    normal = lambda *shape: torch.randn(*shape, generator=rng)
+    uniform = lambda *shape: torch.rand(*shape, generator=rng)
     n, heads = (24, 2) if edge < 40 else (9, 1)
     lattice = (edge * torch.eye(3) + 0.05 * edge * normal(3, 3))[None]
     positions, ptr = uniform(n, 3) @ lattice[0], torch.tensor([0, n])

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_training
 
 from crystalformer.app import cli, train
-from crystalformer.app.run_folder import CHECKPOINTS, CONFIG, LOCK, PROBLEMS, run_folder
+from crystalformer.app.run_folder import CHECKPOINTS, CONFIG, PROBLEMS, run_folder
+from crystalformer.common.folder_lock import LOCK
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.samples import DataError
 from crystalformer.training.checkpoints import CheckpointError
@@ -56,6 +58,46 @@ def test_one_training_at_a_time_and_none_behind_a_kill(tmp_path, arguments, caps
     assert not {PROBLEMS, unfinished} & {path.name for path in out.iterdir()}
 
 
+def test_a_kill_while_the_first_checkpoint_is_written_costs_no_folder(tmp_path, arguments):
+    out = tmp_path / "new" / "run"
+    (out / CHECKPOINTS).mkdir(parents=True)
+    for name in (LOCK, CONFIG, f"{CHECKPOINTS}/{LOCK}", f"{CHECKPOINTS}/.last.ckpt.0.tmp"):
+        (out / name).touch()
+    with contextlib.suppress(DataError), run_folder(out, resume=False):
+        assert not (out / CHECKPOINTS).exists()
+        raise DataError("no data")
+    assert not out.exists() or not any(out.iterdir())
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    for name in (LOCK, f"{CHECKPOINTS}/last.ckpt"):
+        (out / name).touch()
+    with pytest.raises(FileExistsError, match="must be a new or an empty folder"), run_folder(out, resume=False):
+        pass
+    assert (out / CHECKPOINTS / "last.ckpt").exists()
+
+
+def test_one_fit_at_a_time_in_a_folder_of_checkpoints(tmp_path):
+    out = tmp_path / "checkpoints"
+    with holder(out) as process:
+        try:
+            with pytest.raises(FileExistsError, match=r"^checkpoints must be a folder in which no training runs, but"):
+                small_training.train(epochs=1, checkpoints=out)
+        finally:
+            process.kill()
+    assert len(small_training.train(epochs=1, checkpoints=out)[0]) == 1
+    assert [path.name for path in out.iterdir()] == ["last.ckpt"]
+    with pytest.raises(ValueError, match=r"^epochs must be an integer, at least 1 and at most 2147483647, not 0"):
+        small_training.train(epochs=0, checkpoints=tmp_path / "new" / "checkpoints")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("wrong", ["source", "recipe", "model"])
+def test_arguments_of_another_type_are_named(tmp_path, wrong):
+    given = {"source": train.DataSource(data="salts.csv"), "recipe": None, "model": None} | {wrong: 3}
+    with pytest.raises(TypeError, match=rf"^{wrong} must be a (DataSource|Recipe|CrystalformerConfig), not int"):
+        train.train(tmp_path / "run", "energy", **given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_within_a_process_too(tmp_path):
     with run_folder(tmp_path / "run", resume=False):
         with pytest.raises(FileExistsError, match="but one does"), run_folder(tmp_path / "run", resume=False):
@@ -76,7 +118,7 @@ def test_a_start_that_fails_leaves_nothing_and_can_be_corrected(tmp_path, argume
             assert cli.main(arguments) == (143 if isinstance(error, SystemExit) else 130)
             assert capsys.readouterr().err.endswith("crystalformer: stopped; nothing was kept: no epoch was done\n")
         except ValueError as raised:
-            assert raised is error  # noqa: PT017
+            assert raised is error  # noqa: PT017, exit codes are right, too
         assert [path.name for path in tmp_path.iterdir()] == ["salts.csv"]
     if where == "fit" and isinstance(error, ValueError):
         assert cli.main(arguments) == 0

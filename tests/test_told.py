@@ -16,6 +16,7 @@ from crystalformer.common import backends, words
 from crystalformer.common.elements import NUM_ELEMENTS, SYMBOLS
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.readers import read_samples
+from crystalformer.model import structures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
 SMALL = [f"--model.{x}" for x in SIZES.split()] + ["--batch-size=8", "--epochs=4", "--lr=0.02"]
@@ -144,6 +145,15 @@ def test_elements_that_the_training_never_saw(run, data, capsys, tmp_path):
     assert predictor.unseen_elements([known.structure, strange.structure]) == [(), (54,)]
     predictor.model.config = crystalformer.CrystalformerConfig()  # as of a model that was saved without them
     assert predictor.unseen_elements([strange.structure]) == [()]
+
+
+def test_predict_looks_at_each_structure_once(run, data, monkeypatch):
+    seen, look = [], structures._pymatgen_mixtures
+    samples, _ = read_samples(data)
+    monkeypatch.setattr(cli, "_bar", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(structures, "_pymatgen_mixtures", lambda x, name: seen.append(name) or look(x, name))
+    cli._predictions(crystalformer.load(run), samples.ids, samples.structures)
+    assert seen == list(samples.ids)
 
 
 def test_predictions_that_are_not_finite(run, data, capsys, monkeypatch):

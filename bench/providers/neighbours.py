@@ -64,7 +64,7 @@ def _truth(x: Problem, given: bool) -> Results:
 
 def _certified(x: Problem) -> Case:
     batch = x.crystals.to(torch.float64)
-    build = lambda: cf.build_images(batch.positions, batch.lattice, batch.ptr, **CERTIFICATE)  # noqa: E731
+    build = lambda: cf.build_images(batch.positions, batch.lattice, batch.ptr, **CERTIFICATE)
     return Case({"build": build}, lambda: _keys_of(build()), lambda: _truth(x, given=False))
 
 

@@ -60,8 +60,8 @@ def _require_cuda(x: Problem) -> None:
     if x.dtype != torch.float32:
         raise Absent("its kernels are fp32")
     try:
-        import cupy  # noqa: F401
-        import pytorch_pfn_extras  # noqa: F401
+        import cupy  # noqa: F401, its code needs it
+        import pytorch_pfn_extras  # noqa: F401, its code needs it
     except ImportError as error:
         raise Absent(f"its kernels need CuPy and pytorch-pfn-extras: {error}") from error
 

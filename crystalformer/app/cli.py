@@ -1,11 +1,13 @@
 """The command line: crystalformer train, predict, evaluate, info, convert, doctor.
 
-Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2, Ctrl-C in one and 130.
+Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2, Ctrl-C in one and 130,
+SIGTERM in one and 143.
 """
 
 import argparse
 import dataclasses
 import itertools
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.elements import SYMBOLS
-from ..common.process import INTERRUPTED, PROG, finish_output, interruptible, prepare_streams
+from ..common.process import (
+    INTERRUPTED,
+    PROG,
+    TERMINATED,
+    Terminated,
+    finish_output,
+    ignore_signals,
+    interruptible,
+    leave,
+    prepare_streams,
+)
 from ..common.version import version
 from ..common.words import count, one_line, short, some
 from .metrics import not_learnt, read_metrics
-from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
+from .options import add_fields, argument_errors, config_files, make_parser, parse, read_yaml, with_underscores
 from .user_errors import Stop, training_errors, user_errors
 
 if TYPE_CHECKING:
@@ -32,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0, 1 where a part of the work could not be done, 2 for wrong input, 130 for Ctrl-C.
+        The exit code: 0, 1 where a part of the work could not be done, 2 for wrong input, 130 for Ctrl-C, 143 for
+        SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
@@ -47,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         except KeyboardInterrupt:
             stop = Stop("stopped", INTERRUPTED)
+        except Terminated:
+            stop = Stop("stopped", TERMINATED)
         except OSError as error:
             if error.filename is not None:  # a file's, which is never stdout
                 raise
@@ -55,6 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stop = error
         _say(stop)
         return stop.code
+
+
+def program() -> int:
+    """`main`, with a Python that ends behind it: a signal that comes then does not change the exit code."""
+    try:
+        return main()
+    except (KeyboardInterrupt, Terminated) as error:  # between two lines of main
+        leave(signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+        raise
+    finally:
+        ignore_signals()
 
 
 def _say(message: object) -> None:
@@ -99,7 +125,7 @@ def train(arguments: list[str]) -> int:
     add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
     parser.add_argument("--seed", type=int, default=0, help="of split, first weights, order and dropout")
     parser.add_argument("--resume", action="store_true", help="go on with the training in --out; needs no other option")
-    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu", "mps"], default="auto", help="what computes")
+    parser.add_argument("--accelerator", type=str, default="auto", help="what computes: auto, cpu or gpu")
     parser.add_argument("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
     parser.add_argument("--nodes", type=int, default=1, help="machines; under torchrun as it says")
     parser.add_argument("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
@@ -144,7 +170,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
     options = parse(parser, arguments)
-    _check_file(options.out, options.model, *options.files)
+    _check_file(options.out, options.model, *options.files, *config_files(arguments))
     predictor = _load(options.model, options.device)
     ids: list[tuple[str, str]] = []
     structures: list[Any] = []
@@ -187,7 +213,7 @@ def evaluate(arguments: list[str]) -> int:
     options = parse(parser, arguments)
     if options.set and options.split is None:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
-    _check_file(options.out, options.model, options.data, options.split)
+    _check_file(options.out, options.model, options.data, options.split, *config_files(arguments))
     predictor = _load(options.model, options.device)
     columns = options.target or list(predictor.names)
     if len(columns) != len(predictor.names):
@@ -345,19 +371,21 @@ def _load(path: Path, device: str) -> "Predictor":
 def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequence[Any]) -> "Tensor":
     """(C,T). On stderr: the backend, elements that the model does not know, and what cannot be predicted."""
     from ..common.backends import describe_backend
+    from ..model.structures import read_structure
     from .predictor import not_finite
 
     weight = next(predictor.model.parameters())
     _say(describe_backend(weight.device, weight.dtype))
     with user_errors():
+        crystals = [read_structure(x, id) for id, x in zip(ids, structures, strict=True)]  # once for what follows
         unseen: dict[int, list[str]] = {}
-        for id, elements in zip(ids, predictor.unseen_elements(structures), strict=True):
+        for id, elements in zip(ids, predictor.unseen_elements(crystals), strict=True):
             for z in elements:
                 unseen.setdefault(z, []).append(id)
         for z, where in sorted(unseen.items()):
             _say(f"no crystal of the training had {SYMBOLS[z - 1]}, predictions are guesses for {some(where)}")
         with _bar("predicting", len(structures)) as advance:
-            predictions = predictor.predict(structures, advance)
+            predictions = predictor.predict(crystals, advance)
     for id in not_finite(ids, predictions):
         _say(f"{id}: the prediction is not finite")
     return predictions

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..attention.basis import RadialBasis
 from ..attention.functional import periodic_attention
-from ..common import storage
+from ..common import checks, storage
 from ..common.backends import available_backends, choose_backend
 from ..common.version import version
+from ..common.words import one_line
 from ..model.batch import CrystalBatch
 from ..model.config import CrystalformerConfig
 from ..model.layers import mean_pool
@@ -40,7 +41,7 @@ FP32_BOUND, PHYSICS_BOUND, CONTROL_BOUND = 2e-5, 1e-9, 1e-3
 SKEW = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [1.0, 2.0, 1.0]], dtype=torch.float64)  # determinant 1
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 400, 40, 100
-BATCH_SIZE, EPOCHS = 16, 20
+BATCH_SIZE, EPOCHS, MOST_EPOCHS = 16, 20, 10**6
 TIMES_BETTER = 4.0
 
 
@@ -51,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=150, help="stop training then at the latest (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    try:  # before minutes go into what a wrong option would end
+        checks.check_integer("epochs", options.epochs, 1, MOST_EPOCHS)
+        checks.check_integer("seed", options.seed, 0, 2**63 - 1)
+        checks.check_number("seconds", options.seconds, high=1e9)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(one_line(error))
 
     start = time.perf_counter()
     # Crystals this small gain little from threads, and lose much where these wait for cores that others keep busy.

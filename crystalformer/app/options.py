@@ -61,6 +61,11 @@ def with_underscores(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The files that --config names."""
+    return [x.removeprefix("--config=") for x in with_underscores(arguments) if x.startswith("--config=")]
+
+
 def _lists_in_config(parser: "ArgumentParser", argument: str, folder: str) -> str:
     """--config=FILE, or a copy of it in a folder where single values stand for lists, as in target: energy."""
     import yaml

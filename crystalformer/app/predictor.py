@@ -17,6 +17,7 @@ from ..common.words import one_line
 from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import BoundedBatches, sizes
+from ..geometry.limits import NO_MPS
 from ..model.layers import mean_pool
 from ..model.model import WEIGHTS_FILE, Crystalformer
 from ..model.structures import read_structure
@@ -49,7 +50,7 @@ class Predictor:
         """(C,T) fp64, the predictions, in the units of the targets, on the CPU; NaN where the model has none.
 
         Args:
-            structures: pymatgen Structures or ase Atoms, mixed as you like.
+            structures: pymatgen Structures or ase Atoms, mixed as you like, or what `read_structure` made of them.
             progress: called with the number of crystals done, after each batch.
 
         Raises:
@@ -112,7 +113,7 @@ class Predictor:
         dtype = next(self.model.parameters()).dtype
         for start in range(0, len(structures), STRUCTURES_AT_ONCE):
             chunk = structures[start : start + STRUCTURES_AT_ONCE]
-            crystals = build_crystals(chunk, self.model, dtype=dtype)
+            crystals = build_crystals(chunk, self.model, dtype=dtype, first=start)
             for batch in BoundedBatches(sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
                 yield [crystals[i] for i in batch]
 
@@ -148,6 +149,8 @@ def load(path: str | Path, device: str | torch.device = "auto", backend: str = "
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(device).partition(":")[0] == "mps":
+        raise ValueError(f"device must be cpu, not {str(device)!r}: {NO_MPS}")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

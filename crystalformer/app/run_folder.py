@@ -1,13 +1,12 @@
 """The folder of a training: it belongs to one training while this runs, and is removed if it holds no result."""
 
 import contextlib
-import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..common.folder_lock import LOCK, folder_lock
 from ..common.storage import UNFINISHED
 from ..data.samples import DataError
 from ..training.checkpoints import CheckpointError
@@ -15,8 +14,6 @@ from ..training.checkpoints import CheckpointError
 CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
 # What is there before the first checkpoint.
 BEGINNING = (CONFIG, PROBLEMS, SPLIT)
-# Held by the training that runs; freed by the system when that ends, however it does. The file stays only after a kill.
-LOCK = ".lock"
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -24,7 +21,7 @@ def check_folder(out: Path, resume: bool) -> None:
     if resume:
         if not (out / CONFIG).is_file():
             raise CheckpointError(f"out must be the folder of a training to resume it: no {out / CONFIG}")
-    elif out.exists() and not (out.is_dir() and _is_free({path.name for path in out.iterdir()})):
+    elif out.exists() and not (out.is_dir() and _is_free(out)):
         raise FileExistsError(f"out must be a new or an empty folder, not {out}; --resume goes on with its training")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     try:
@@ -47,7 +44,7 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
     made = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with _lock(out):
+        with folder_lock(out, "out"):
             check_folder(out, resume)  # again: another may have ended in between
             if not resume:
                 _clear(out)
@@ -56,46 +53,38 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
             except BaseException:
                 if not resume and not any((out / CHECKPOINTS).glob("*.ckpt")):
                     _clear(out)
-                    _remove_empty(out / CHECKPOINTS)
                 raise
     finally:
         for path in made:
             _remove_empty(path)
 
 
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    path = out / LOCK
-    with path.open("ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The training before may have removed the file after this one opened it.
-            mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except BlockingIOError:
-            mine = False
-        except (OSError, ImportError) as error:  # of systems without fcntl
-            reason = error.strerror if isinstance(error, OSError) else error
-            warnings.warn(f"{out} cannot be locked ({reason}): start no second training in it", stacklevel=4)
-            mine = True
-        if not mine:
-            raise FileExistsError(f"out must be a folder in which no training runs, but one does in {out}")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _is_free(names: set[str]) -> bool:
-    """Whether a folder with these files is empty, but for those of a training killed when it had just begun."""
+def _is_free(out: Path) -> bool:
+    """Whether a folder is empty, but for the files of a training killed before its first checkpoint was whole."""
+    names = {path.name for path in out.iterdir()}
     begun = {name for name in names if name in (LOCK, *BEGINNING) or fnmatch(name, UNFINISHED)}
+    if CHECKPOINTS in names and all(x.name == LOCK or fnmatch(x.name, UNFINISHED) for x in _checkpoints(out)):
+        begun.add(CHECKPOINTS)
     return not names or (LOCK in names and names == begun)
 
 
+def _checkpoints(out: Path) -> list[Path]:
+    """What is in the folder of the checkpoints, if there is one."""
+    folder = out / CHECKPOINTS
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def _clear(out: Path) -> None:
-    for path in (*(out / name for name in BEGINNING), *out.glob(UNFINISHED)):
+    """Removes what `_is_free` allows, but for the lock, which this training holds."""
+    lock = out / CHECKPOINTS / LOCK
+    for path in (
+        *(out / name for name in BEGINNING),
+        *out.glob(UNFINISHED),
+        *(out / CHECKPOINTS).glob(UNFINISHED),
+        lock,
+    ):
         path.unlink(missing_ok=True)
+    _remove_empty(out / CHECKPOINTS)
 
 
 def _remove_empty(folder: Path) -> None:

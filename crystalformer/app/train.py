@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def train(
         unit: of the target, as "eV/atom", or one for each; for plots, tables and the model card.
         seed: of the split, the first weights, the order of the crystals and dropout.
         resume: go on with the training in `out`, after its last whole epoch.
-        accelerator, devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
+        accelerator: "auto", "cpu" or "gpu".
+        devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
         loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
 
     Returns:
@@ -159,18 +161,30 @@ def train(
         FileExistsError: if `out` holds something already, and is not to be resumed, or while another training runs
             in it.
         CheckpointError: if the training cannot be resumed.
+        TypeError: for a source, recipe or model that is none.
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
+    _check_types(source, recipe, model)
     if not names:
         raise DataError("target must name at least one column")
     if units and len(units) != len(names):
         raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
+    cache = None if resume or source.cache is None else Path(realpath(source.cache))
+    if cache is not None and cache.is_relative_to(realpath(out)):
+        raise DataError(f"cache must be a folder outside of out, which is this training's alone, not {source.cache}")
     with run_folder(out, resume) if _rank() == 0 else nullcontext():
         recipe = Recipe() if recipe is None else recipe
         model = CrystalformerConfig() if model is None else model
         return _train(out, names, units, source, recipe, model, seed, resume, machine)
+
+
+def _check_types(source: Any, recipe: Any, model: Any) -> None:
+    kinds = {"source": DataSource, "recipe": Recipe, "model": CrystalformerConfig}
+    for (name, kind), value in zip(kinds.items(), (source, recipe, model), strict=True):
+        if not isinstance(value, kind) and (value is not None or name == "source"):
+            raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
 
 
 def _train(
@@ -184,7 +198,7 @@ def _train(
     resume: bool,
     machine: dict[str, Any],
 ) -> Predictor:
-    accelerator, loaders, first = machine["accelerator"], machine["loaders"], _rank() == 0
+    loaders, first = machine["loaders"], _rank() == 0
     try:
         config = dataclasses.replace(
             config,
@@ -197,7 +211,7 @@ def _train(
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
-        device = check_machine(accelerator, machine["devices"], machine["nodes"])
+        device = check_machine(machine["accelerator"], machine["devices"], machine["nodes"])
     except ValueError as error:
         raise DataError(str(error)) from error
     parts, problems = source.read(names, seed)
@@ -252,7 +266,7 @@ def _train(
         gradient_norm=recipe.gradient_norm,
         checkpoints=out / CHECKPOINTS,
         identity=identity,
-        accelerator=accelerator,
+        accelerator=device,
         devices=machine["devices"],
         nodes=machine["nodes"],
     )

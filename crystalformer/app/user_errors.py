@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..common.process import INTERRUPTED, PROG
+from ..common.process import INTERRUPTED, PROG, TERMINATED
 from ..common.words import one_line
 
 
@@ -66,7 +66,7 @@ def training_errors(out: Path) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise Stop(f"stopped{_again(out)}", INTERRUPTED) from error
     except SystemExit as error:  # how lightning ends for SIGTERM, and with code 1 for Ctrl-C
-        raise Stop(f"stopped{_again(out)}", INTERRUPTED if error.code == 1 else 143) from error
+        raise Stop(f"stopped{_again(out)}", INTERRUPTED if error.code == 1 else TERMINATED) from error
 
 
 def _again(out: Path) -> str:

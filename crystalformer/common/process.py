@@ -1,4 +1,4 @@
-"""The program `crystalformer` as a process: Ctrl-C, and streams that are closed or full."""
+"""The program `crystalformer` as a process: Ctrl-C and SIGTERM, and streams that are closed or full."""
 
 import contextlib
 import os
@@ -8,14 +8,30 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 PROG = "crystalformer"
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+# What each signal does in a Python that nobody has told otherwise.
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
-def leave(*_: Any) -> None:
-    """Ends the process at once, for a Ctrl-C after which nothing has to be cleaned up."""
+class Terminated(SystemExit):
+    """SIGTERM has come: from `timeout`, a batch system or a container that is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(TERMINATED)
+
+
+def leave(number: int, *_: Any) -> None:
+    """Ends the process at once, for a signal after which nothing has to be cleaned up."""
     with contextlib.suppress(OSError):
         os.write(2, f"{PROG}: stopped\n".encode())
-    os._exit(INTERRUPTED)
+    os._exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """For the end of the process, when all is written: Python would be killed by a signal that comes now."""
+    for number in DEFAULTS:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _is_program(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
@@ -29,46 +45,60 @@ def _is_program(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
 
 
 def _leave_while_importing() -> None:
-    """Lets Ctrl-C end this program at once while it imports torch, which takes seconds.
+    """Lets Ctrl-C and SIGTERM end this program at once while it imports torch, which takes seconds.
 
-    Other programs, which only import the library, keep their own Ctrl-C.
+    Other programs, which only import the library, keep their own handlers.
     """
     # The parent takes care of processes that multiprocessing has started.
     parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", lambda: None)()
-    if _is_program(getattr(sys, "argv", []), sys.orig_argv) and parent is None and _by_default():
-        with contextlib.suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, leave)
+    if not _is_program(getattr(sys, "argv", []), sys.orig_argv) or parent is not None:
+        return
+    for number, default in DEFAULTS.items():
+        if signal.getsignal(number) is default:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, leave)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """The first Ctrl-C raises KeyboardInterrupt; the second does not wait for what that has begun to clean up."""
+    """The first Ctrl-C raises KeyboardInterrupt, the first SIGTERM `Terminated`.
 
-    def first(*_: Any) -> None:
-        signal.signal(signal.SIGINT, leave)
-        raise KeyboardInterrupt
+    A Ctrl-C behind either does not wait for what has begun to clean up. A second SIGTERM changes nothing: `timeout`
+    sends two.
+    """
 
-    before = signal.getsignal(signal.SIGINT)
+    def first(number: int, _: Any) -> None:
+        for x in ours:
+            signal.signal(x, leave if x == signal.SIGINT else signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    before = {number: signal.getsignal(number) for number in DEFAULTS}
+    ours = [number for number, x in before.items() if x is DEFAULTS[number] or x is leave]  # else the caller has plans
     try:
-        if not (_by_default() or before is leave):
-            raise ValueError("the caller has other plans")
-        signal.signal(signal.SIGINT, first)
-    except ValueError:  # also of threads but the main one, which gets the signals
+        for number in ours:
+            signal.signal(number, first)
+    except ValueError:  # of threads but the main one, which gets the signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _by_default() -> bool:
-    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        for number in before:
+            if before[number] is not None:  # a handler that C has set, which Python cannot
+                signal.signal(number, before[number])
 
 
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> float:
+    """Bytes that this machine has; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 @contextlib.contextmanager

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..common import checks
+from ..common.process import memory
 from ..common.version import version
+from ..common.words import count
 from ..geometry.image_list import ImageList
 from ..geometry.images import build_images
+from ..geometry.limits import MAX_IMAGES, Extent
 from ..geometry.movement import Geometry
 from ..geometry.wave_vectors import build_wave_vectors
 from ..model.batch import CrystalBatch
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 LIST_FORMAT = 1
 # Atoms whose images are built, and written, at once: some 10 million images, 200 MB.
 ATOMS_AT_ONCE = 1 << 15
+BYTES_PER_IMAGE = 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def build_crystals(
     workers: int = 0,
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], object] | None = None,
+    first: int = 0,
 ) -> list[CrystalBatch]:
     """One CrystalBatch for each structure, with the images and wave vectors that the model certifies.
 
@@ -65,18 +70,19 @@ def build_crystals(
         workers: threads that build; 0 takes torch's number of threads.
         dtype: fp32 or fp64; torch's default dtype if None.
         progress: called with the number of crystals done and of all, now and then.
+        first: number of structures[0] in the caller's own list, by which errors name structures.
 
     Raises:
         TypeError, ValueError: as `CrystalBatch.from_structures`, `build_images` and `build_wave_vectors`, naming the
-            structure.
+            structure; for lists that together are larger than this machine's memory, too.
     """
     checks.check_workers("workers", workers)
     dtype = dtype or torch.get_default_dtype()
-    crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures)]
+    crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures, first)]
     if not isinstance(settings, ImageSettings):
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
         for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):
-            with _named(i):
+            with _named(first + i):
                 crystal.wave_vectors = build_wave_vectors(
                     crystal.lattice, crystal.ptr, config.decay_reciprocal_min, config.tol
                 )
@@ -98,10 +104,11 @@ def build_crystals(
             crystal.images = _list(found[keys[i]], crystal, certified)
         else:
             missing.append(i)
+    _check_memory(missing, crystals, settings)
     done = len(crystals) - len(missing)
     with _threads(workers):
         for chunk in _chunks(missing, crystals):
-            items = _build_named(chunk, crystals, certified)
+            items = _build_named(chunk, crystals, certified, first)
             for i, item in zip(chunk, items, strict=True):
                 crystals[i].images = _list(item, crystals[i], certified)
             if store is not None:
@@ -114,6 +121,25 @@ def build_crystals(
     if progress is not None and not missing:
         progress(done, len(crystals))
     return crystals
+
+
+def _check_memory(index: Sequence[int], crystals: Sequence[CrystalBatch], settings: ImageSettings) -> None:
+    """Refuses lists that memory cannot hold all at once, before time goes into the first of them."""
+    number = 0.0
+    for chunk in _chunks(index, crystals):
+        batch = CrystalBatch.cat([crystals[i] for i in chunk])
+        decay = torch.full((len(batch),), settings.decay_min, dtype=torch.float64)
+        geometry = (batch.positions.double(), batch.lattice.double(), batch.ptr)
+        images = Extent.of(
+            *geometry, decay, settings.tol, settings.logit_range, None, settings.every_pair, all_pairs=False
+        ).images
+        number += float(images[images <= MAX_IMAGES].sum())  # a crystal with more is refused by its name
+    if number * BYTES_PER_IMAGE > memory():
+        needed, there = (x / 2**30 for x in (number * BYTES_PER_IMAGE, memory()))
+        raise ValueError(
+            f"images of {count(len(index), 'structure')} must fit into memory, {there:.4g} GiB, but about {number:.3g} "
+            f"of them take {needed:.4g} GiB: raise decay_min (in a model lower r0) or tol, or take fewer structures"
+        )
 
 
 def _pack(structure: Any, name: str, dtype: torch.dtype) -> CrystalBatch:
@@ -139,14 +165,16 @@ def _build(crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[I
     ]
 
 
-def _build_named(chunk: list[int], crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[Item]:
+def _build_named(
+    chunk: list[int], crystals: Sequence[CrystalBatch], settings: dict[str, Any], first: int
+) -> list[Item]:
     """`_build` of some crystals. If they are refused, each is built alone, so that the error names one crystal."""
     try:
         return _build([crystals[i] for i in chunk], settings)
     except ValueError:
         items = list[Item]()
         for i in chunk:
-            with _named(i):
+            with _named(first + i):
                 items += _build([crystals[i]], settings)
         return items
 

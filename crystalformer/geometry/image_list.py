@@ -163,10 +163,11 @@ class ImageList(TensorStruct):
     def cat(lists: "list[ImageList]") -> "ImageList":
         """Joins lists of separate crystals into the list of their batch, in order.
 
-        The certificate of the result is the weakest of its parts; what it was built for is known if it is of each part.
+        The certificate of the result is the weakest of its parts.
 
         Raises:
-            ValueError: for no lists, lists on several devices, or some built with reciprocal=True and some without.
+            ValueError: for no lists, lists on several devices, some built with reciprocal=True and some without, or
+                some with a geometry and some without: nobody could say any more which crystals they serve.
         """
         lists = list(lists)
         check_parts(lists, "lists", ImageList)
@@ -245,8 +246,10 @@ class ImageList(TensorStruct):
 
 def _cat_geometry(parts: list[Geometry | None]) -> Geometry | None:
     known = [x for x in parts if x is not None]
-    if len(known) < len(parts):
+    if not known:
         return None
+    if len(known) < len(parts):
+        raise ValueError("lists must all know what they were built for, their geometry, or none of them")
     return Geometry(torch.cat([x.positions for x in known]), torch.cat([x.lattice for x in known]))
 
 

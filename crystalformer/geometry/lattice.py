@@ -52,8 +52,12 @@ def check_lattice(lattice: Tensor) -> None:
 
 
 def reciprocal(lattice: Tensor) -> Tensor:
-    """Rows are the reciprocal lattice vectors, Å^-1, 2 pi included: lattice @ result.mT = 2 pi."""
-    return 2 * math.pi * torch.linalg.inv_ex(lattice).inverse.mT
+    """Rows are the reciprocal lattice vectors, Å^-1, 2 pi included: lattice @ result.mT = 2 pi.
+
+    All are NaN where an edge is infinite; LAPACK finds an inverse for such a cell, too.
+    """
+    unknown = (0 * lattice).sum((-2, -1), keepdim=True)
+    return 2 * math.pi * torch.linalg.inv_ex(lattice).inverse.mT + unknown
 
 
 def points_in_spheres(t: Tensor, cell: Tensor, center: Tensor, radius2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ MAX_IMAGES = 1 << 27
 # Wave vectors of a batch, all its crystals counted as the one with the most: the sums that choose them take 1/2 GiB.
 MAX_VECTORS = 1 << 26
 INT32 = 2**31
+NO_MPS = "lists are certified in fp64, which Apple's GPUs do not have"
 
 
 def expected_images(steps: Tensor, atoms: Tensor, radius2: Tensor, all_pairs: bool) -> Tensor:

@@ -139,12 +139,15 @@ class WaveVectors(TensorStruct):
         """Joins those of separate crystals, in order. The certificate of the result is the weakest of its parts.
 
         Raises:
-            ValueError: if there are no parts, or they are on several devices.
+            ValueError: if there are no parts, if they are on several devices, or if only some know their lattice.
         """
         parts = list(parts)
         check_parts(parts, "parts", WaveVectors)
         lattices = [x.lattice for x in parts if x.lattice is not None]
         bearable = [x.bearable for x in parts if x.bearable is not None]
+        for name, known in (("lattice", lattices), ("bearable", bearable)):
+            if 0 < len(known) < len(parts):
+                raise ValueError(f"parts must all know what they were built for, their {name}, or none of them")
         return WaveVectors(
             g=torch.cat([x.g for x in parts]),
             g_ptr=cat_ptr([x.g_ptr for x in parts]),
@@ -153,8 +156,8 @@ class WaveVectors(TensorStruct):
             max_vectors=max(x.max_vectors for x in parts),
             decay_min=max(x.decay_min for x in parts),
             tol=max(x.tol for x in parts),
-            lattice=torch.cat(lattices) if len(lattices) == len(parts) else None,
-            bearable=torch.cat(bearable) if len(bearable) == len(parts) else None,
+            lattice=torch.cat(lattices) if lattices else None,
+            bearable=torch.cat(bearable) if bearable else None,
         )
 
 

@@ -15,6 +15,8 @@ from ..geometry.truncation import MAX_LOGIT_RANGE
 
 # The version of config.json. It is raised when an older program could not read the file, or would read it wrongly.
 FORMAT = 1
+# The rounding of fp64 is no smaller.
+LEAST_TOL = 1e-16
 # The most blocks, and the most layers after the pooling. A config may come from a damaged file, hence the bounds.
 MAX_LAYERS = 128
 # The most trained numbers, some thousand times the paper's: 4 GB in fp32.
@@ -49,7 +51,7 @@ class CrystalformerConfig:
         decay_bound: b, lower bound of rho(x), so that a >= b / (2 r0²).
         decay_bound_reciprocal: that of reciprocal heads, so that c >= b r0_reciprocal² / 2.
         tol: largest fraction of the attention's weight that the truncation may leave out, and in reciprocal heads the
-            largest part of a sum over G.
+            largest part of a sum over G. At least 1e-16: fp64 itself is no nearer.
         logit_range: largest difference of content scores for which that is certified; see `build_images`.
         target_names: of the properties that are predicted, all different; none if they are not known.
         target_units: theirs, "" for one without; none if they are not known.
@@ -103,7 +105,7 @@ class CrystalformerConfig:
         checks.check_between("basis_width", self.basis_width, *WIDTH)
         checks.check_number("decay_bound", self.decay_bound, high=1.0)
         checks.check_number("decay_bound_reciprocal", self.decay_bound_reciprocal, high=1.0)
-        checks.check_number("tol", self.tol, high=1.0)
+        checks.check_number("tol", self.tol, low=LEAST_TOL, high=1.0, closed=True)
         checks.check_number("logit_range", self.logit_range, high=MAX_LOGIT_RANGE, closed=True)
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:

@@ -39,12 +39,14 @@ class Crystal:
 
 
 def read_structure(structure: Any, name: str) -> Crystal:
-    """The crystal that a pymatgen Structure or an ase Atoms holds; `name` names it in errors.
+    """The crystal that a pymatgen Structure or an ase Atoms holds; `name` names it in errors. A Crystal is itself.
 
     Raises:
         TypeError: for anything else.
         ValueError: if it is not a crystal, or fp32 cannot hold it: see `CrystalBatch.from_structures`.
     """
+    if isinstance(structure, Crystal):
+        return structure
     if hasattr(structure, "get_pbc") and hasattr(structure, "get_atomic_numbers"):
         mixtures, positions = _ase_mixtures(structure, name), structure.get_positions()
         lattice, periodic = structure.cell.array, structure.get_pbc()

@@ -13,16 +13,19 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..common import checks
+from ..common.folder_lock import folder_lock
 from ..common.words import one_line
 from ..data.dataset import BoundedBatches, CrystalDataset, Example
 from ..model.model import Crystalformer
 from .callbacks import History, SeedEpochs
 from .checkpoints import AtomicIO, CheckpointError, Checkpoints, latest
 from .machine import check_machine
-from .recipe import Recipe
+from .recipe import MOST_COUNT, Recipe
 from .regression import Regression
 
 
@@ -38,7 +41,7 @@ def fit(
     gradient_norm: float = Recipe.gradient_norm,
     checkpoints: Path | None = None,
     identity: Mapping[str, Any] | None = None,
-    accelerator: str = "auto",
+    accelerator: str | torch.device = "auto",
     devices: int = 1,
     nodes: int = 1,
 ) -> list[dict[str, float]]:
@@ -56,16 +59,58 @@ def fit(
         checkpoints: a folder to save the training in after every epoch. If it holds one already, that is gone on
             with; on the CPU it ends with the same bits as if it had never been stopped.
         identity: what tells this training from others, for its checkpoints.
-        accelerator, devices, nodes: as lightning's Trainer takes them; under torchrun, its processes.
+        accelerator: "auto", "cpu" or "gpu"; or the device that `check_machine` has found for these devices and nodes.
+        devices, nodes: as lightning's Trainer takes them; under torchrun, its processes.
 
     Returns:
         One row an epoch: epoch, step, what the task logs, and the seconds that it took.
 
     Raises:
         CheckpointError: for checkpoints of another training, or that cannot be read.
+        FileExistsError: while another training runs in the folder of the checkpoints.
         FloatingPointError: if the loss is not finite.
         ValueError: for accelerators, devices or nodes that are not there.
     """
+    checks.check_integer("epochs", epochs, 1, MOST_COUNT)
+    device = accelerator if isinstance(accelerator, torch.device) else check_machine(accelerator, devices, nodes)
+    settings = (epochs, callbacks, max_seconds, seed, gradient_norm, checkpoints, identity, device, devices, nodes)
+    with _only_one(checkpoints):
+        return _fit(task, train, val, *settings)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path | None) -> Iterator[None]:
+    """Keeps other trainings out of a folder of checkpoints, and takes away what it has made if none was written."""
+    if folder is None or getattr(rank_zero_only, "rank", 0) != 0:  # the first process keeps it for all of them
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with folder_lock(folder, "checkpoints"):
+            yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _fit(
+    task: Regression,
+    train: DataLoader[Example],
+    val: DataLoader[Example],
+    epochs: int,
+    callbacks: Sequence[Callback],
+    max_seconds: float | None,
+    seed: int,
+    gradient_norm: float,
+    checkpoints: Path | None,
+    identity: Mapping[str, Any] | None,
+    device: torch.device,
+    devices: int,
+    nodes: int,
+) -> list[dict[str, float]]:
+    """`fit` of checked arguments, alone in its folder."""
     assert isinstance(train.dataset, CrystalDataset)
     elements = train.dataset.elements
     history = History()
@@ -86,13 +131,12 @@ def fit(
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.
     assert isinstance(train.sampler, BoundedBatches)
     train.sampler.set_epoch(len(history.rows))
-    check_machine(accelerator, devices, nodes)
     if TorchElasticEnvironment.detect():
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
     with quiet_lightning():
         trainer = lightning.Trainer(
-            accelerator=accelerator,
+            accelerator=device.type,
             devices=devices,
             num_nodes=nodes,
             strategy="ddp" if devices * nodes > 1 else "auto",

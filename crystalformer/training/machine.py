@@ -7,7 +7,9 @@ from lightning.fabric.plugins import environments
 
 from ..common import checks
 from ..common.process import cores
+from ..geometry.limits import NO_MPS
 
+MOST_NODES = 1 << 16
 CLUSTERS = (environments.SLURMEnvironment, environments.LSFEnvironment, environments.MPIEnvironment)
 
 
@@ -20,20 +22,18 @@ def check_machine(accelerator: str, devices: int, nodes: int) -> torch.device:
         ValueError: for accelerators, devices or nodes that are not there.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    apple = torch.backends.mps.is_available()
-    if accelerator not in ("auto", "cpu", "gpu", "mps"):
-        raise ValueError(f"accelerator must be auto, cpu, gpu or mps, not {accelerator!r}")
+    if accelerator == "mps":
+        raise ValueError(f"accelerator must be cpu or auto, not mps: {NO_MPS}")
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"accelerator must be auto, cpu or gpu, not {accelerator!r}")
     if accelerator == "gpu" and not gpus:
         raise ValueError("accelerator must be cpu or auto, not gpu: torch finds no GPU")
-    if accelerator == "mps" and not apple:
-        raise ValueError("accelerator must be cpu or auto, not mps: torch finds no GPU of Apple")
-    on_gpus = gpus > 0 and accelerator in ("auto", "gpu")
-    device = torch.device("cuda" if on_gpus else "mps" if apple and accelerator != "cpu" else "cpu")
+    device = torch.device("cuda" if gpus and accelerator != "cpu" else "cpu")
     checks.check_integer("devices", devices, 1)
-    checks.check_integer("nodes", nodes, 1)
+    checks.check_integer("nodes", nodes, 1, MOST_NODES)
     if environments.TorchElasticEnvironment.detect():
         return device  # the processes are there already, whatever the options say
-    there, what = {"cuda": (gpus, "GPUs"), "mps": (1, "GPUs"), "cpu": (cores(), "cores")}[device.type]
+    there, what = (gpus, "GPUs") if device.type == "cuda" else (cores(), "cores")
     if devices > there:
         raise ValueError(f"devices must be at most {there}, the {what} of this machine, not {devices}")
     clustered = "MASTER_ADDR" in os.environ or any(x.detect() for x in CLUSTERS)

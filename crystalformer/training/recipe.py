@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..common import checks
 
+MOST_COUNT = 2**31 - 1  # the most epochs, crystals, images or steps
 MOST = 1e6  # the largest learning rate and decay: fp32 holds their products with any weight
 
 
@@ -41,8 +42,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_images_per_batch", "decay_steps"):
-            checks.check_integer(name, getattr(self, name), 1)
-        checks.check_integer("average_epochs", self.average_epochs, 0)
+            checks.check_integer(name, getattr(self, name), 1, MOST_COUNT)
+        checks.check_integer("average_epochs", self.average_epochs, 0, MOST_COUNT)
         checks.check_number("gradient_norm", self.gradient_norm)
         checks.check_number("lr", self.lr, high=MOST)
         for name in ("weight_decay", "bias_decay"):

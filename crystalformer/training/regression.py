@@ -16,8 +16,7 @@ from ..data.dataset import Example
 from ..model.model import Crystalformer, in_units
 from .recipe import Recipe
 
-# Of the means over an epoch; Apple's GPUs have no fp64.
-MEANS = torch.float32 if torch.backends.mps.is_available() else torch.float64
+MEANS = torch.float64  # over an epoch
 
 
 def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def test_forward_mode_is_refused_not_dropped(op, way):
     x = op.problem(way, **TINY)
     run, given = function(op, x, way.backend)
     place = op.inputs.index(GEOMETRY[0])
-    along = lambda p: run(*given[:place], p, *given[place + 1 :])  # noqa: E731
+    along = lambda p: run(*given[:place], p, *given[place + 1 :])
     with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
         torch.func.jvp(along, (x.positions,), (x.positions,))
     with torch.autograd.forward_ad.dual_level():

@@ -56,7 +56,7 @@ def test_one_nan_shows_in_all_that_the_reference_shows_it_in(name, kernels):
 def test_one_nan_in_a_gradient_shows_too(name, kernels):
     x = example(name, kernels)
     for k, output in enumerate(OPS[name].outputs):
-        spoil = lambda grads: grads[k].view(-1)[2:3].fill_(NAN)  # noqa: B023, E731
+        spoil = lambda grads: grads[k].view(-1)[2:3].fill_(NAN)  # noqa: B023, called before k changes
         found, wanted = both(name, x, kernels, inputs_of(name, x), spoil)
         assert any(value.isnan().any() for value in wanted.values())
         assert_shown(found, wanted, kernels, output)
@@ -64,13 +64,11 @@ def test_one_nan_in_a_gradient_shows_too(name, kernels):
 
 @pytest.mark.parametrize("value", [INF, -INF])
 def test_what_is_infinite_spoils_no_more_than_in_the_reference(name, value, kernels):
-    """A score of minus infinity is a weight of zero. No cell has an infinite edge."""
+    """A score of minus infinity is a weight of zero."""
     if kernels.backend == "triton":
         kernels.skip("heads and images of a tile are one matrix product: an infinity times a zero of it is NaN")
     x = example(name, kernels)
     for spoiled in OPS[name].inputs:
-        if spoiled == "lattice":
-            continue
         inputs = inputs_of(name, x)
         inputs[spoiled].view(-1)[1] = value
         found, wanted = both(name, x, kernels, inputs)

@@ -46,7 +46,7 @@ def test_compiles_whole(op, way):
     x = op.problem(way, kinds=(("cubic", 2), ("skewed", 1)), decay_min=1.0)
     given = [getattr(x, name) for name in op.inputs]
     options = {"backend": way.backend} | ({"waves": x.waves()} if op is RECIPROCAL else {})
-    run = lambda *t: op.run(x, dict(zip(op.inputs, t, strict=True)), **options)  # noqa: E731
+    run = lambda *t: op.run(x, dict(zip(op.inputs, t, strict=True)), **options)
     expected = run(*given)
     torch._dynamo.reset()
     found = torch.compile(run, fullgraph=True, backend="aot_eager")(*given)
