@@ -36,29 +36,49 @@ namespace {
 
 struct Image {
     double d;
-    int32_t slot;
-    int64_t entry;
+    int32_t slot, place;  // place: in the segment
 };
 
-// Sorts by distance. Shells grow as d^2, so buckets of equal volume hold about one image each.
-void sort_by_distance(std::vector<Image>& images, std::vector<Image>& sorted, std::vector<int32_t>& start) {
-    const auto nearer = [](const Image& a, const Image& b) { return a.d != b.d ? a.d < b.d : a.entry < b.entry; };
-    const size_t count = images.size();
-    double longest = 0;
-    for (const Image& x : images) longest = std::max(longest, x.d);
-    const double inverse = 1 / longest;
-    const auto bucket = [&](const Image& x) {
-        const double part = x.d * inverse;  // 0/0 or infinite over infinite: all of those in the last bucket
-        return part < 1 ? size_t(part * part * part * double(count)) : count;
-    };
-    start.assign(count + 2, 0);
-    for (const Image& x : images) ++start[bucket(x) + 1];
-    for (size_t b = 0; b <= count; ++b) start[b + 1] += start[b];
-    sorted.resize(count);
-    for (const Image& x : images) sorted[size_t(start[bucket(x)]++)] = x;
-    for (size_t b = 0, first = 0; b <= count; first = size_t(start[b++]))
-        if (size_t(start[b]) > first + 1) std::sort(sorted.begin() + int64_t(first), sorted.begin() + start[b], nearer);
+// A stable sort. Of a few, most of them in order already, as they are here, it takes a fraction of std::sort's time.
+template <class Less>
+void sort_few(Image* first, Image* last, Less less) {
+    if (last - first > 32) return std::stable_sort(first, last, less);
+    for (Image* next = first + 1; next < last; ++next) {
+        const Image x = *next;
+        Image* to = next;
+        for (; to > first && less(x, to[-1]); --to) *to = to[-1];
+        *to = x;
+    }
 }
+
+// Sorts images by distance, those of one distance as they were. Shells grow as d^2, so buckets of equal volume hold
+// about one image each.
+class SortByDistance {
+  public:
+    void operator()(const std::vector<Image>& images, std::vector<Image>& sorted) {
+        const size_t count = images.size();
+        double longest = 0;
+        for (const Image& x : images) longest = std::max(longest, x.d);
+        const double inverse = 1 / longest;
+        bucket_.resize(count);
+        start_.assign(count + 2, 0);
+        for (size_t k = 0; k < count; ++k) {
+            const double part = images[k].d * inverse;  // 0/0 or infinite over infinite: all of those in the last one
+            bucket_[k] = part < 1 ? int32_t(part * part * part * double(count)) : int32_t(count);
+            ++start_[size_t(bucket_[k]) + 1];
+        }
+        for (size_t b = 0; b <= count; ++b) start_[b + 1] += start_[b];
+        sorted.resize(count);
+        for (size_t k = 0; k < count; ++k) sorted[size_t(start_[size_t(bucket_[k])]++)] = images[k];
+        const auto nearer = [](const Image& a, const Image& b) { return a.d < b.d; };
+        int32_t first = 0;
+        for (size_t b = 0; b <= count; first = start_[b++])
+            if (start_[b] > first + 1) sort_few(sorted.data() + first, sorted.data() + start_[b], nearer);
+    }
+
+  private:
+    std::vector<int32_t> bucket_, start_;
+};
 
 template <class T>
 class Builder {
@@ -85,12 +105,12 @@ class Builder {
                     d2 += r * r;
                 }
                 numbers = numbers && !std::isnan(d2);
-                *to++ = {std::sqrt(d2), int32_t(pair - begin), e};
+                *to++ = {std::sqrt(d2), int32_t(pair - begin), int32_t(e - first)};
             }
         }
         if (found_.empty()) layout_.pair_near2[begin] = 0;  // a pair with no images: nothing reads it
         if (numbers) {
-            sort_by_distance(found_, sorted_, start_);
+            sort_(found_, sorted_);
         } else {  // one NaN makes every sum of the segment NaN, and distances of which some are NaN have no order
             sorted_ = found_;
             for (Image& x : sorted_) x.d = std::numeric_limits<double>::quiet_NaN();
@@ -120,8 +140,8 @@ class Builder {
             layout_.offset[shell] = T(t - bin * window_.step);
             layout_.bin[shell] = bin;
             if (!layout_.entry)
-                std::sort(sorted_.begin() + int64_t(begin), sorted_.begin() + int64_t(end),
-                          [](const Image& a, const Image& b) { return a.slot < b.slot; });
+                sort_few(sorted_.data() + begin, sorted_.data() + end,
+                         [](const Image& a, const Image& b) { return a.slot < b.slot; });
             for (size_t x = begin; x < end; ++x) {
                 if (!layout_.entry && x > begin && sorted_[x].slot == sorted_[x - 1].slot) {
                     layout_.count[member - 1] += T(1);
@@ -131,7 +151,7 @@ class Builder {
                 layout_.pair_near2[pair + sorted_[x].slot] = layout_.d2[shell];  // nearer shells come later
                 layout_.shell[member] = int32_t(shell - first);
                 layout_.count[member] = T(1);
-                if (layout_.entry) layout_.entry[member] = sorted_[x].entry;
+                if (layout_.entry) layout_.entry[member] = first + sorted_[x].place;
                 ++member;
             }
             layout_.member_end[shell] = member;
@@ -144,6 +164,7 @@ class Builder {
     const Window& window_;
     const double spread_;
     const Layout<T>& layout_;
+    SortByDistance sort_;
     std::vector<Image> found_, sorted_;
     std::vector<int32_t> start_;
 };
