@@ -396,3 +396,19 @@ def test_one_nan_shows_in_all_that_the_reference_shows_it_in(name):
         found, wanted = (results(op, x, backend, inputs) for backend in ("triton", "reference"))
         for key, value in wanted.items():
             assert not (value.isnan() & ~found[key].isnan()).any(), f"{spoiled}: {key}"
+
+
+@pytest.mark.parametrize("score", [1e4, 1e5])
+def test_large_scores(score):
+    """The forward keeps distances at any score; the backward takes weights from lse, which is rounded as a score is."""
+    x = problem(kinds=(("cubic", 1), ("skewed", 3)), heads=4, dim=4, value_dim=8, num_basis=16, decay_min=1.0)
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randint(-4, 5, t.shape, generator=rng) / 4.0 for t in (x.q, x.k))  # exact, and so are all products
+    q[..., 0], k[..., 0] = 2.0, score + k[..., 0]
+    x = replace(x, q=q.double(), k=k.double())
+    exact, found = attention(x, "reference"), attention(on_device(x), "triton")
+    for name, one in found.items():
+        assert relative_error(one.cpu(), exact[name]) < 2e-7 * score, name
+    alike = replace(x, k=torch.full_like(x.k, 1e25 * score))
+    y = on_device(alike).attention(backend="triton")
+    assert relative_error(y.cpu(), alike.attention(backend="reference")) < 1e-5
