@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test sanitize lint bench bench-results gpu aot-36 clean
+.PHONY: demo test sanitize lint docs bench bench-results gpu aot-36 clean
 
 demo: $(INSTALLED)  ## the main job on real crystals, in under five minutes
 	$(BIN)/python -m crystalformer.app.demo --out demo-output
@@ -28,10 +28,14 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
+docs: $(INSTALLED)  ## the site, in build/site: pages, mathematics and the reference of the public functions
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the first page is build/site/index.html"
+
 bench: $(INSTALLED)  ## is it still as fast? ratios between providers on this machine
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
-bench-results: $(INSTALLED)  ## bench/results/ and the README's table and plots; OFFICIAL=checkout adds the paper's code
+bench-results: $(INSTALLED)  ## bench/results/ and the pages that show it; OFFICIAL=checkout adds the paper's code
 	$(BIN)/python -m bench all --out bench/results
 	$(BIN)/python -m bench report
 
@@ -54,7 +58,7 @@ aot-36:  ## the Triton kernels on Triton 3.6.0, without a GPU
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel ninja
-	$(PIP) --no-build-isolation --editable '.[data,train,dev]'
+	$(PIP) --no-build-isolation --editable '.[data,train,dev,docs]'
 	touch $@
 
 clean:

@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("training", "times and memory of training steps"),
         ("gradients", "errors of all outputs and gradients against fp64; exit code 1 if a bound is broken"),
         ("error", "error against the cutoff and the tolerance"),
-        ("all", "everything above, as the README has it"),
-        ("report", "the README's table and plots from the results"),
+        ("all", "everything above, as docs/benchmarks.md has it"),
+        ("report", "tables and plots of docs/benchmarks.md and README, from the results"),
     ):
         _arguments(commands.add_parser(name, help=what, description=what), name)
     options = parser.parse_args(arguments)
@@ -150,7 +150,7 @@ def _gradients(options: argparse.Namespace, problem: str) -> int:
 
 
 def _all(options: argparse.Namespace) -> int:
-    """Every part, whatever happens to those before; 1 if a bound is broken or a part could not go on."""
+    """Runs every part, also after one has failed; 1 if a bound is broken or a part failed."""
     kind = torch.device(options.device).type
     parts = [lambda: _gradients(options, "w32")]
     if kind == "cpu":

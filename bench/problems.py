@@ -131,10 +131,9 @@ class Problem:
         from crystalformer.kernels.layout import pack, unpack
 
         x, images, basis = self.crystals, self.images, self.size.basis
-        lists = (images.ptr, images.row_ptr, images.col, images.shift, images.num_pairs)
-        settings = (basis.num, (basis.r_max, basis.width)) if basis else (0, ())
-        layout = pack(x.positions, x.lattice, *lists, *settings, by_pair=False)
-        return unpack(layout, x.num_atoms, images.num_images, settings[0])
+        num, settings = (basis.num, (0.0, 0.0, basis.r_max, basis.width)) if basis else (0, (0.0, 0.0, 1.0, 1.0))
+        layout = pack(x.positions, x.lattice, images.packed(), images.num_pairs, num, settings, by_pair=False)
+        return unpack(layout, x.num_atoms, images.num_images, num)
 
     @property
     def shells(self) -> int:
@@ -152,7 +151,7 @@ def make(
     """A problem by its name; with `smoke` on so few atoms that everything takes milliseconds.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name that is not a problem's.
     """
     exact, size = crystals(name, smoke), SIZES[size_name]
     rng = torch.Generator().manual_seed(0)

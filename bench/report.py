@@ -1,4 +1,4 @@
-"""README's table and the plots in bench/results/, from the CSV files there: `report`. Nobody edits them by hand."""
+"""The tables of docs/benchmarks.md and README and the plots, from the CSV files of bench/results/: `report`."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -6,8 +6,10 @@ from pathlib import Path
 
 from .results import FOLDER, Row, read
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 START, END = "<!-- written by python -m bench report -->", "<!-- end of the report -->"
+CALL = "One attention call of the paper's size, forward and backward, fp32, milliseconds:"
 PLOTS = ("time.svg", "memory.svg", "error.svg")
 ATTENTION_PROBLEMS = ("w32", "jarvis256", "mp128", "bigcell-1000", "bigcell-4000")
 IMAGE_PROBLEMS = ("w32", "jarvis256", "mp128")
@@ -18,18 +20,29 @@ COLORS = {
 }  # fmt: skip
 
 
-def write(folder: Path = FOLDER, readme: Path = README) -> None:
-    """Puts the tables between the markers of the README and the plots into the folder.
+def write(folder: Path = FOLDER, readme: Path = README, benchmarks: Path = BENCHMARKS) -> None:
+    """Puts the tables between the markers of the two pages and the plots into the folder.
 
     Raises:
-        ValueError: if the README has no markers.
+        ValueError: if a page has no markers.
     """
-    text = readme.read_text()
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} must hold {START!r} and {END!r}, each once")
-    before, rest = text.split(START)
-    readme.write_text(f"{before}{START}\n\n{tables(folder)}\n\n{END}{rest.split(END)[1]}")
+    pages = {benchmarks: tables(folder), readme: first_table(folder)}
+    texts = {page: page.read_text() for page in pages}
+    for page, text in texts.items():
+        if text.count(START) != 1 or text.count(END) != 1:
+            raise ValueError(f"{page} must hold {START!r} and {END!r}, each once")
+    for page, written in pages.items():
+        before, rest = texts[page].split(START)
+        page.write_text(f"{before}{START}\n\n{written}\n\n{END}{rest.split(END)[1]}")
     plots(folder)
+
+
+def first_table(folder: Path = FOLDER) -> str:
+    """The attention call of the paper's size on the first device, a GPU where one was measured, without the reasons."""
+    speed = _rows(folder, "speed")
+    rows = _of_device(speed, _devices(speed)[0])
+    table = _table([row for row in rows if _attention(row)], ATTENTION_PROBLEMS, "forward and backward")
+    return "\n\n".join([_title(rows[0]), CALL, table.split("\n\n")[0]])
 
 
 def tables(folder: Path = FOLDER) -> str:
@@ -45,23 +58,9 @@ def tables(folder: Path = FOLDER) -> str:
 
 
 def _device(device: str, speed: Sequence[Row], training: Sequence[Row]) -> str:
-    speed = [row for row in speed if row["device"] == device and row["dtype"] == "fp32"]
-    training = [row for row in training if row["device"] == device and row["dtype"] == "fp32"]
-    x = speed[0]
-    versions = f"torch {x['torch']}" + (
-        f", triton {x['triton']}, driver {x['driver']}" if x["driver"] != "none" else ""
-    )
-    threads = "" if x["driver"] != "none" else f", {x['threads']} thread{'s' if x['threads'] != '1' else ''}"
-    title = f"**{device}**{threads}; {versions}; commit {x['commit']}, {x['date']}."
-
-    def attention(row: Row) -> bool:
-        return row["op"] == "attention" and row["size"] == "paper"
-
-    parts = [
-        title,
-        "One attention call of the paper's size, forward and backward, fp32, milliseconds:",
-        _table([row for row in speed if attention(row)], ATTENTION_PROBLEMS, "forward and backward"),
-    ]
+    speed, training = _of_device(speed, device), _of_device(training, device)
+    attention = [row for row in speed if _attention(row)]
+    parts = [_title(speed[0]), CALL, _table(attention, ATTENTION_PROBLEMS, "forward and backward")]
     if training:
         parts += [
             "One training step of the paper's model (forward, backward, AdamW), milliseconds; in every row but the "
@@ -88,8 +87,24 @@ def _device(device: str, speed: Sequence[Row], training: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def _of_device(rows: Sequence[Row], device: str) -> list[Row]:
+    return [row for row in rows if row["device"] == device and row["dtype"] == "fp32"]
+
+
+def _attention(row: Row) -> bool:
+    return row["op"] == "attention" and row["size"] == "paper"
+
+
+def _title(row: Row) -> str:
+    """What was measured where and when."""
+    gpu = row["driver"] != "none"
+    versions = f"torch {row['torch']}" + (f", triton {row['triton']}, driver {row['driver']}" if gpu else "")
+    threads = "" if gpu else f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}"
+    return f"**{row['device']}**{threads}; {versions}; commit {row['commit']}, {row['date']}."
+
+
 def _table(rows: Sequence[Row], problems: Iterable[str], direction: str) -> str:
-    """Providers down, problems across; the largest error on the first problem behind them; then why cells are empty."""
+    """Providers down, problems across, then the largest error; below it, why cells are empty."""
     names = list(dict.fromkeys(row["provider"] for row in rows))
     found = {(row["provider"], row["problem"]): row for row in rows if row["direction"] == direction and row["ms"]}
     problems = [name for name in problems if any(problem == name for _, problem in found)]

@@ -1,4 +1,4 @@
-"""Right first: what is not as exact as it says is not timed."""
+"""A provider that is not as exact as its bound says is not timed."""
 
 from .cases import Provider, Results, relative_error
 

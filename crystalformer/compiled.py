@@ -24,7 +24,7 @@ def _load_cpu() -> bool | str:
 
 
 def _reason(folder: Path, error: ImportError) -> str:
-    """What is wrong with the file; Python itself speaks of a circular import where there is none."""
+    """What is wrong with the file. Python's own message speaks of a circular import, which is not the cause."""
     files = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
     if not files:
         return f"there is no file _C{EXTENSION_SUFFIXES[0]} in {folder}, so they have not been built"

@@ -24,7 +24,7 @@ struct AttentionOutputs {
     T *y, *lse, *c;  // (N,H,Dv) (N,H) (N,H,K); c = sum p b(d) has no gradient, it is there for the backward
 };
 
-// Gradients of the inputs; the last two are null when nobody wants them.
+// Gradients of the inputs; the last two are null if they are not wanted.
 template <class T>
 struct AttentionGrads {
     T *q, *k, *v, *decay, *edge_weight, *positions, *lattice;

@@ -10,6 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <chrono>
 #include <functional>
 #include <thread>
@@ -80,6 +81,33 @@ inline int64_t segments(const char* name, const Tensor& offsets) {
                       offsets.sizes());
     return offsets.numel() - 1;
 }
+
+// Integers that join_words (common/tensor_struct.py) made one tensor of: parts of 32-bit words, each of which begins at
+// a multiple of 16 bytes, taken from the first to the last.
+class Words {
+  public:
+    Words(const char* name, const Tensor& packed) : name_(name), at_(pointer<int32_t>(packed)), left_(packed.numel()) {
+        TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(at_) % alignof(int64_t) == 0, name, " must be aligned");
+    }
+    int64_t left() const { return left_; }
+    template <class Integer>
+    const Integer* take(int64_t number) {
+        const int64_t words = number * int64_t(sizeof(Integer) / sizeof(int32_t));
+        TORCH_CHECK_VALUE(words <= left_, name_, MADE_FOR, "but it ends");
+        const Integer* taken = reinterpret_cast<const Integer*>(at_);
+        const int64_t used = std::min(left_, (words + 3) / 4 * 4);
+        at_ += used;
+        left_ -= used;
+        return taken;
+    }
+    void check_end() const { TORCH_CHECK_VALUE(!left_, name_, MADE_FOR, "but it has ", left_, " words too many"); }
+
+  private:
+    static constexpr const char* MADE_FOR = " must be what packed() makes of a list for this geometry, ";
+    const char* name_;
+    const int32_t* at_;
+    int64_t left_;
+};
 
 // What a fresh tensor of an operator's result, or of a private layout, points to.
 template <class T>

@@ -9,6 +9,7 @@
 #include "images.h"
 #include "list_check.h"
 #include "memory.h"
+#include "settings.h"
 
 namespace crystalformer {
 
@@ -74,42 +75,37 @@ double at_least_rounding(double tol, const Tensor& x) {
     return std::max(tol, x.scalar_type() == at::kFloat ? 0x1p-24 : 0x1p-53);
 }
 
-// The radial basis of `num` functions, of which r_max and width are `basis`; none of it when num = 0.
-Window window_of(int64_t num, at::ArrayRef<double> basis, double smallest) {
-    if (!num) return Window::make(0, 1, 1, smallest);
-    TORCH_CHECK_VALUE(basis.size() == 2, "basis must be r_max and width, not ", basis);
-    return Window::make(num, basis[0], basis[1], smallest);
+// The radial basis of `num` functions, of which `smallest` is the smallest value that counts.
+Window window_of(int64_t num, const Settings& settings, double smallest) {
+    return num ? Window::make(num, settings.r_max, settings.width, smallest) : Window::make(0, 1, 1, smallest);
 }
 
-// The image list as the caller has it, and the geometry.
+// The image list as ImageList.packed makes one tensor of it, and the geometry.
 template <class T>
-Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
-                    const Tensor& col, const Tensor& shift) {
-    const int64_t atoms = segments("row_ptr", row_ptr), crystals = segments("ptr", ptr);
+Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor& packed) {
+    TORCH_CHECK_VALUE(positions.dim() == 2 && lattice.dim() == 3,
+                      "positions must have two and lattice three dimensions, not shapes ", positions.sizes(), ", ",
+                      lattice.sizes());
+    const int64_t atoms = positions.size(0), crystals = lattice.size(0);
     check_shape("positions", positions, {atoms, 3});
     check_shape("lattice", lattice, {crystals, 3, 3});
-    check_shape("col", col, {col.numel()});
-    check_shape("shift", shift, {col.numel(), 3});
-    return {atoms,
-            crystals,
-            col.numel(),
-            pointer<int64_t>(ptr),
-            pointer<int64_t>(row_ptr),
-            pointer<int32_t>(col),
-            pointer<int32_t>(shift),
-            pointer<T>(positions),
-            pointer<T>(lattice)};
+    Words words("images", packed);
+    const int64_t *ptr = words.take<int64_t>(crystals + 1), *row_ptr = words.take<int64_t>(atoms + 1);
+    const int64_t images = words.left() / 4;
+    const int32_t *col = words.take<int32_t>(images), *shift = words.take<int32_t>(3 * images);
+    words.check_end();
+    return {atoms, crystals, images, ptr, row_ptr, col, shift, pointer<T>(positions), pointer<T>(lattice)};
 }
 
-Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
-                  const Tensor& col, const Tensor& shift, int64_t num, at::ArrayRef<double> basis, double tol,
-                  bool by_pair, bool merge) {
+Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& packed, int64_t num,
+                  at::ArrayRef<double> numbers, bool by_pair, bool merge) {
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
-    tol = at_least_rounding(tol, positions);
-    const Window window = window_of(num, basis, tol);
+    const Settings settings = Settings::read(numbers);
+    const double tol = at_least_rounding(settings.tol, positions);
+    const Window window = window_of(num, settings, tol);
     Tensor block;
     AT_DISPATCH_FLOATING_TYPES(positions.scalar_type(), "cpu_layout", [&] {
-        const auto images = images_of<scalar_t>(p, l, ptr, row_ptr, col, shift);
+        const auto images = images_of<scalar_t>(p, l, packed);
         const Pairs pairs = find_pairs(images, by_pair);
         const LayoutHeader header = layout_header(images, window, by_pair, merge, pairs.number());
         int64_t bytes;
@@ -145,9 +141,8 @@ Layout<T> layout_of(const Tensor& block, const Images<T>& images, const Window& 
 // All arguments of the attention operators that the core reads, contiguous and alive.
 struct AttentionArguments {
     Tensor q, k, v, decay, edge_weight, positions, lattice;
-    const Tensor &ptr, &row_ptr, &col, &shift, &layout;
-    at::ArrayRef<double> basis;
-    double tol;
+    const Tensor &packed, &layout;
+    Settings settings;
 
     // geometry: whether its gradients are wanted.
     template <class T>
@@ -155,15 +150,15 @@ struct AttentionArguments {
         TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3 && edge_weight.dim() == 3,
                           "q, v and edge_weight must have three dimensions, not shapes ", q.sizes(), ", ", v.sizes(),
                           ", ", edge_weight.sizes());
-        const auto images = images_of<T>(positions, lattice, ptr, row_ptr, col, shift);
+        const auto images = images_of<T>(positions, lattice, packed);
         const int64_t atoms = images.atoms, heads = q.size(1), dim = q.size(2), value_dim = v.size(2);
         check_shape("q", q, {atoms, heads, dim});
         check_shape("k", k, {atoms, heads, dim});
         check_shape("v", v, {atoms, heads, value_dim});
         check_shape("decay", decay, {atoms, heads});
         check_shape("edge_weight", edge_weight, {heads, value_dim, edge_weight.size(2)});
-        const double bound = at_least_rounding(tol, q);
-        const Window window = window_of(edge_weight.size(2), basis, bound);
+        const double bound = at_least_rounding(settings.tol, q);
+        const Window window = window_of(edge_weight.size(2), settings, bound);
         return {
             .atoms = atoms,
             .crystals = images.crystals,
@@ -188,9 +183,8 @@ struct AttentionArguments {
 
 std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay,
                                                  const Tensor& edge_weight, const Tensor& positions,
-                                                 const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
-                                                 const Tensor& col, const Tensor& shift, const Tensor& layout,
-                                                 at::ArrayRef<double> basis, double tol, bool /*tf32*/) {
+                                                 const Tensor& lattice, const Tensor& images, const Tensor& layout,
+                                                 at::ArrayRef<double> settings) {
     const AttentionArguments x{q.contiguous(),
                                k.contiguous(),
                                v.contiguous(),
@@ -198,13 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& 
                                edge_weight.contiguous(),
                                positions.contiguous(),
                                lattice.contiguous(),
-                               ptr,
-                               row_ptr,
-                               col,
-                               shift,
+                               images,
                                layout,
-                               basis,
-                               tol};
+                               Settings::read(settings)};
     const Tensor y = at::empty(v.sizes(), v.options()), lse = at::empty(decay.sizes(), v.options());
     const Tensor c = at::empty({v.size(0), v.size(1), edge_weight.size(2)}, v.options());
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention", [&] {
@@ -220,9 +210,8 @@ using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
                                     const Tensor& v, const Tensor& decay, const Tensor& edge_weight,
-                                    const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
-                                    const Tensor& row_ptr, const Tensor& col, const Tensor& shift, const Tensor& layout,
-                                    at::ArrayRef<double> basis, double tol, bool /*tf32*/, const Tensor& y,
+                                    const Tensor& positions, const Tensor& lattice, const Tensor& images,
+                                    const Tensor& layout, at::ArrayRef<double> settings, const Tensor& y,
                                     const Tensor& lse, const Tensor& c, bool geometry) {
     const AttentionArguments x{q.contiguous(),
                                k.contiguous(),
@@ -231,13 +220,9 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
                                edge_weight.contiguous(),
                                positions.contiguous(),
                                lattice.contiguous(),
-                               ptr,
-                               row_ptr,
-                               col,
-                               shift,
+                               images,
                                layout,
-                               basis,
-                               tol};
+                               Settings::read(settings)};
     const Tensor grads[] = {grad_y.contiguous(), grad_lse.contiguous()};
     const Tensor outputs[] = {y.contiguous(), lse.contiguous(), c.contiguous()};
     const SevenTensors result{like(q),
@@ -274,16 +259,15 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
 
 template <class T>
 EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight, const Images<T>& images,
-                                  const Tensor& layout, int64_t num_pairs, at::ArrayRef<double> basis, double tol,
-                                  bool geometry) {
+                                  const Tensor& layout, int64_t num_pairs, const Settings& settings, bool geometry) {
     TORCH_CHECK_VALUE(decay.dim() == 2 && edge_weight.dim() == 3,
                       "decay must have two and edge_weight three dimensions, not shapes ", decay.sizes(), ", ",
                       edge_weight.sizes());
     const int64_t heads = decay.size(1), value_dim = edge_weight.size(1);
     check_shape("decay", decay, {images.atoms, heads});
     check_shape("edge_weight", edge_weight, {heads, value_dim, edge_weight.size(2)});
-    const double bound = at_least_rounding(tol, decay);
-    const Window window = window_of(edge_weight.size(2), basis, bound);
+    const double bound = at_least_rounding(settings.tol, decay);
+    const Window window = window_of(edge_weight.size(2), settings, bound);
     const Layout<T> found = layout_of(layout, images, window, true, !geometry);
     TORCH_CHECK_VALUE(num_pairs == found.segments, "num_pairs must be ", found.segments, ", not ", num_pairs);
     return {
@@ -304,16 +288,15 @@ EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight
 }
 
 std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
-                                        const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr,
-                                        const Tensor& col, const Tensor& shift, const Tensor& layout, int64_t num_pairs,
-                                        at::ArrayRef<double> basis, double tol, bool /*tf32*/) {
+                                        const Tensor& lattice, const Tensor& images, const Tensor& layout,
+                                        int64_t num_pairs, at::ArrayRef<double> settings) {
     const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const Tensor alpha = at::empty({num_pairs, decay.size(1)}, decay.options());
     const Tensor beta = at::empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding", [&] {
-        const auto images = images_of<scalar_t>(p, l, ptr, row_ptr, col, shift);
-        const auto in = encoding_inputs(a, w, images, layout, num_pairs, basis, tol, false);
+        const auto list = images_of<scalar_t>(p, l, images);
+        const auto in = encoding_inputs(a, w, list, layout, num_pairs, Settings::read(settings), false);
         const EncodingOutputs<scalar_t> out{output<scalar_t>(alpha), output<scalar_t>(beta)};
         const ReleaseGil release;
         encoding(in, out, torch_threads());
@@ -323,16 +306,15 @@ std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor& grad_alpha, const Tensor& grad_beta, const Tensor& decay, const Tensor& edge_weight,
-    const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& row_ptr, const Tensor& col,
-    const Tensor& shift, const Tensor& layout, int64_t num_pairs, at::ArrayRef<double> basis, double tol, bool /*tf32*/,
-    const Tensor& alpha, const Tensor& beta, bool geometry) {
+    const Tensor& positions, const Tensor& lattice, const Tensor& images, const Tensor& layout, int64_t num_pairs,
+    at::ArrayRef<double> settings, const Tensor& alpha, const Tensor& beta, bool geometry) {
     const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
     const Tensor p = positions.contiguous(), l = lattice.contiguous();
     const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};
     const auto result = std::make_tuple(like(a), like(w), like_if(geometry, p), like_if(geometry, l));
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding_backward", [&] {
-        const auto images = images_of<scalar_t>(p, l, ptr, row_ptr, col, shift);
-        const auto in = encoding_inputs(a, w, images, layout, num_pairs, basis, tol, geometry);
+        const auto list = images_of<scalar_t>(p, l, images);
+        const auto in = encoding_inputs(a, w, list, layout, num_pairs, Settings::read(settings), geometry);
         const int64_t heads = in.heads, values = in.value_dim;
         check_shape("grad_alpha", tensors[0], {num_pairs, heads});
         check_shape("grad_beta", tensors[1], {num_pairs, heads, values});

@@ -17,22 +17,24 @@ void check_total(const char* name, const Tensor& total, const ReciprocalInputs<T
     check_shape(name, total, {pairs, in.heads});
 }
 
-// What the sums S read; q, k and v are null.
+// What the sums S read, of wave vectors as WaveVectors.packed makes one tensor of them; q, k and v are null.
 template <class T>
-ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
-                               const Tensor& g_ptr, const Tensor& g) {
-    TORCH_CHECK_VALUE(decay.dim() == 2, "decay must have two dimensions, not shape ", decay.sizes());
-    const int64_t atoms = decay.size(0), crystals = segments("ptr", ptr);
+ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice,
+                               const Tensor& waves) {
+    TORCH_CHECK_VALUE(decay.dim() == 2 && lattice.dim() == 3,
+                      "decay must have two and lattice three dimensions, not shapes ", decay.sizes(), ", ",
+                      lattice.sizes());
+    const int64_t atoms = decay.size(0), crystals = lattice.size(0);
     check_shape("positions", positions, {atoms, 3});
     check_shape("lattice", lattice, {crystals, 3, 3});
-    check_shape("g_ptr", g_ptr, {crystals + 1});
-    TORCH_CHECK_VALUE(g.dim() == 2, "g must have two dimensions, not shape ", g.sizes());
-    check_shape("g", g, {g.size(0), 3});
-    const int64_t *first = pointer<int64_t>(ptr), *first_vector = pointer<int64_t>(g_ptr);
+    Words words("waves", waves);
+    const int64_t *first = words.take<int64_t>(crystals + 1), *first_vector = words.take<int64_t>(crystals + 1);
+    const int64_t vectors = words.left() / 3;
+    const int32_t* n = words.take<int32_t>(3 * vectors);
+    words.check_end();
     check_offsets("ptr", first, crystals, atoms);
-    check_offsets("g_ptr", first_vector, crystals, g.size(0));
-    const int32_t* n = pointer<int32_t>(g);
-    for (int64_t m = 0; m < g.numel(); ++m)  // memory is taken for powers up to these
+    check_offsets("g_ptr", first_vector, crystals, vectors);
+    for (int64_t m = 0; m < 3 * vectors; ++m)  // memory is taken for powers up to these
         TORCH_CHECK_VALUE(std::abs(int64_t(n[m])) <= LARGEST, "g must hold integers within ", LARGEST, ", not ", n[m]);
     return {
         .atoms = atoms,
@@ -50,11 +52,11 @@ ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, con
 // All arguments of the reciprocal operators, contiguous and alive.
 struct ReciprocalArguments {
     Tensor q, k, v, decay, positions, lattice;
-    const Tensor &ptr, &g_ptr, &g;
+    const Tensor& waves;
 
     template <class T>
     ReciprocalInputs<T> inputs() const {
-        ReciprocalInputs<T> in = sum_inputs<T>(decay, positions, lattice, ptr, g_ptr, g);
+        ReciprocalInputs<T> in = sum_inputs<T>(decay, positions, lattice, waves);
         TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3, "q and v must have three dimensions, not shapes ", q.sizes(),
                           ", ", v.sizes());
         check_shape("q", q, {in.atoms, in.heads, q.size(2)});
@@ -70,17 +72,9 @@ struct ReciprocalArguments {
 };
 
 Tensor cpu_reciprocal(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& positions,
-                      const Tensor& lattice, const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t,
-                      int64_t) {
-    const ReciprocalArguments x{q.contiguous(),
-                                k.contiguous(),
-                                v.contiguous(),
-                                decay.contiguous(),
-                                positions.contiguous(),
-                                lattice.contiguous(),
-                                ptr,
-                                g_ptr,
-                                g};
+                      const Tensor& lattice, const Tensor& waves, at::IntArrayRef) {
+    const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
+                                positions.contiguous(), lattice.contiguous(), waves};
     const Tensor y = at::empty(v.sizes(), v.options());
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal", [&] {
         const auto inputs = x.inputs<scalar_t>();
@@ -95,17 +89,9 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& decay, const Tensor& positions, const Tensor& lattice,
-                                   const Tensor& ptr, const Tensor& g_ptr, const Tensor& g, int64_t, int64_t,
-                                   const Tensor&, bool geometry) {
-    const ReciprocalArguments x{q.contiguous(),
-                                k.contiguous(),
-                                v.contiguous(),
-                                decay.contiguous(),
-                                positions.contiguous(),
-                                lattice.contiguous(),
-                                ptr,
-                                g_ptr,
-                                g};
+                                   const Tensor& waves, at::IntArrayRef, const Tensor&, bool geometry) {
+    const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
+                                positions.contiguous(), lattice.contiguous(), waves};
     const Tensor grad = grad_y.contiguous();
     check_shape("grad_y", grad, v.sizes());
     const SixTensors result{
@@ -127,12 +113,12 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
     return result;
 }
 
-Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& ptr,
-                          const Tensor& g_ptr, const Tensor& g, int64_t, int64_t, int64_t num_pairs) {
+Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& waves,
+                          at::IntArrayRef, int64_t num_pairs) {
     const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
     const Tensor total = at::empty({num_pairs, decay.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum", [&] {
-        const auto inputs = sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
+        const auto inputs = sum_inputs<scalar_t>(c, p, l, waves);
         check_total("total", total, inputs);
         scalar_t* to = output<scalar_t>(total);
         const ReleaseGil release;
@@ -143,14 +129,13 @@ Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Te
 
 std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& grad_total, const Tensor& decay,
                                                                const Tensor& positions, const Tensor& lattice,
-                                                               const Tensor& ptr, const Tensor& g_ptr, const Tensor& g,
-                                                               int64_t, int64_t, int64_t, const Tensor&,
-                                                               bool geometry) {
+                                                               const Tensor& waves, at::IntArrayRef, int64_t,
+                                                               const Tensor&, bool geometry) {
     const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
     const Tensor grad = grad_total.contiguous();
     const auto result = std::make_tuple(like(c), like_if(geometry, p), like_if(geometry, l));
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum_backward", [&] {
-        const auto inputs = sum_inputs<scalar_t>(c, p, l, ptr, g_ptr, g);
+        const auto inputs = sum_inputs<scalar_t>(c, p, l, waves);
         const ReciprocalGrads<scalar_t> to{
             .decay = output<scalar_t>(std::get<0>(result)),
             .positions = geometry ? output<scalar_t>(std::get<1>(result)) : nullptr,

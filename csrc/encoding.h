@@ -23,7 +23,7 @@ struct EncodingOutputs {
     T *alpha, *beta;  // (P,H) (P,H,Dv)
 };
 
-// Gradients of the inputs; the last two are null when nobody wants them.
+// Gradients of the inputs; the last two are null if they are not wanted.
 template <class T>
 struct EncodingGrads {
     T *decay, *edge_weight, *positions, *lattice;

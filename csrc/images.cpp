@@ -58,7 +58,7 @@ double expected_images(const Cell& cell, double atoms, double radius2, bool ever
     throw std::invalid_argument(message.str());
 }
 
-// What ends a row's search before its end: that it is given up, or that there are too many images.
+// Ends a row's search early, when it is given up or there are too many images.
 struct Watch {
     static constexpr size_t OFTEN = 1 << 16;
     const ImageRequest& in;
@@ -68,7 +68,7 @@ struct Watch {
     const double radius2;
     size_t next = OFTEN;
 
-    // For a row that has so many images by now.
+    // To be called during a row's search, with its number of images so far.
     void operator()(size_t images) {
         if (images >= next) look(images);
     }

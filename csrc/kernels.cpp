@@ -1,4 +1,4 @@
-// The kernels in the instruction set that every machine has, and the choice of a better one.
+// The kernels in the instruction set that every machine has, and the choice of a better one at run time.
 #define LEVEL baseline
 #include "kernels.inc"
 

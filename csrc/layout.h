@@ -74,7 +74,7 @@ struct LayoutHeader {
     uint64_t list, geometry;  // hashes: of the offsets and some images, of positions and lattice
 };
 
-// The header of a layout. It takes no time beside a sum over the images: of these it looks at a few.
+// The header of a layout. It takes little time beside a sum over the images, because it hashes only some of them.
 template <class T>
 LayoutHeader layout_header(const Images<T>& images, const Window& window, bool by_pair, bool merge, int64_t pairs);
 

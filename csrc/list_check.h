@@ -1,5 +1,5 @@
-// Whether an image list is one: sorted, symmetric, of atoms of one crystal. geometry/image_list.py says the same. The
-// pairs are looked at when they are counted, the translations of a row when its distances are computed.
+// Whether an image list is valid: sorted, symmetric, of atoms of one crystal. geometry/image_list.py checks the same.
+// The pairs are checked when they are counted, the translations of a row when its distances are computed.
 #pragma once
 
 #include <vector>

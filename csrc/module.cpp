@@ -1,4 +1,4 @@
-// The Python module. It is empty: what importing it is for, the bindings, register themselves.
+// The Python module. It is empty: importing it is enough for the bindings to register themselves.
 #include <Python.h>
 
 namespace {

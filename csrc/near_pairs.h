@@ -9,7 +9,7 @@
 
 namespace crystalformer {
 
-// Numbers that come in any order, and leave in theirs.
+// Takes numbers in any order and returns them sorted, each once.
 class Sorter {
   public:
     // For numbers below `size`; it is empty.

@@ -15,7 +15,7 @@ struct ReciprocalInputs {
     const int32_t* g;              // (M,3) half of the wave vectors, of each crystal by length
 };
 
-// Gradients of the inputs; the last two are null when nobody wants them.
+// Gradients of the inputs; the last two are null if they are not wanted.
 template <class T>
 struct ReciprocalGrads {
     T *q, *k, *v, *decay, *positions, *lattice;

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer.attention.ops import without_autocast
+from crystalformer.attention.settings import Settings
+from crystalformer.geometry.image_list import ImageList
 
 from .device_functions import LOG2E, basis, dot, gather_heads, load_columns, load_heads, store_heads
 from .geometry_gradients import spread
@@ -170,29 +172,24 @@ def attention_backward(
     edge_weight: Tensor,
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
+    images: Tensor,
     layout: Tensor,
-    basis: list[float],
-    tol: float,
-    tf32: bool,
+    settings: list[float],
     y: Tensor,
     lse: Tensor,
     c: Tensor,
     geometry: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k, v, decay, edge_weight, positions and lattice: the operator `triton_attention_backward`."""
-    num = edge_weight.shape[2]
+    num, told = edge_weight.shape[2], Settings.read(settings)
     q, k, v, decay, grad_y, grad_lse, y, lse = (x.contiguous() for x in (q, k, v, decay, grad_y, grad_lse, y, lse))
-    tiles = unpack(layout, len(q), len(col), num)
+    tiles = unpack(layout, len(q), ImageList.count(images, len(q), len(lattice)), num)
     group, groups = tiles.shape
     grid = (len(q), head_blocks(q.shape[1]))
     dq, dk, dv, d_decay = (torch.empty_like(x) for x in (q, k, v, decay))
     p_group, ds_group = decay.new_empty(2, len(tiles.records) * groups, q.shape[1])
     force = decay.new_empty(len(tiles.records) * group * groups if geometry else 0, grid[1])
-    x_scale, log2e = scale(num, basis), math.log2(math.e)
+    x_scale, log2e = scale(num, told), math.log2(math.e)
     q_scale = 1 / math.sqrt(q.shape[2])
     results = (dq, d_decay, p_group, ds_group, force)
     scales = (q_scale * log2e, -log2e / x_scale**2, 2 * x_scale**2 / log2e)
@@ -201,7 +198,7 @@ def attention_backward(
         d_edge_weight = torch.einsum("nhd,nhk->hdk", grad_y, c)
         inputs = (q, k, v, decay, y, lse, grad_y, grad_lse, grad_c, tiles.records, tiles.first, tiles.mu)
         blocks = row_blocks(q, v, num, tiles.shape, geometry)
-        attention_bwd_rows[grid](*inputs, *results, *scales, **blocks, TF32=tf32)
+        attention_bwd_rows[grid](*inputs, *results, *scales, **blocks, TF32=bool(told.tf32))
         attention_bwd_columns[grid](
             *(q, grad_y, p_group, ds_group, tiles.records, tiles.first, dk, dv),
             q_scale,
@@ -209,4 +206,4 @@ def attention_backward(
         )
         if not geometry:
             return dq, dk, dv, d_decay, d_edge_weight, positions.new_empty(0), lattice.new_empty(0)
-        return dq, dk, dv, d_decay, d_edge_weight, *spread(force, positions, lattice, ptr, row_ptr, col, shift, tiles)
+        return dq, dk, dv, d_decay, d_edge_weight, *spread(force, positions, lattice, images, tiles)

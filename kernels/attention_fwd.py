@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer.attention.ops import without_autocast
+from crystalformer.attention.settings import Settings
+from crystalformer.geometry.image_list import ImageList
 
 from .device_functions import LN2, basis, dot, gather_heads, load_heads, store_heads
 from .launch import forward_blocks, head_blocks
@@ -96,26 +98,21 @@ def attention(
     edge_weight: Tensor,
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
+    images: Tensor,
     layout: Tensor,
-    basis: list[float],
-    tol: float,
-    tf32: bool,
+    settings: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N,H,Dv), lse (N,H), c (N,H,K): the operator `triton_attention`."""
-    num = edge_weight.shape[2]
+    num, told = edge_weight.shape[2], Settings.read(settings)
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
-    tiles = unpack(layout, len(q), len(col), num)
+    tiles = unpack(layout, len(q), ImageList.count(images, len(q), len(lattice)), num)
     y, lse, c = (decay.new_empty(shape) for shape in (v.shape, decay.shape, (*decay.shape, num)))
     q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
-    decay_scale = -math.log2(math.e) / scale(num, basis) ** 2
+    decay_scale = -math.log2(math.e) / scale(num, told) ** 2
     tensors = (q, k, v, decay, tiles.records, tiles.first, tiles.mu, y, lse, c)
     with torch.cuda.device_of(q), without_autocast(q):
         attention_fwd[len(q), head_blocks(q.shape[1])](
-            *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape), TF32=tf32
+            *tensors, q_scale, decay_scale, **forward_blocks(q, v, num, tiles.shape), TF32=bool(told.tf32)
         )
         if num:
             y.transpose(0, 1).baddbmm_(c.transpose(0, 1), edge_weight.mT)

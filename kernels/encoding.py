@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer.attention.ops import without_autocast
+from crystalformer.attention.settings import Settings
+from crystalformer.geometry.image_list import ImageList
 
 from .device_functions import LN2, LOG2E, basis, dot, load_columns, load_heads
 from .geometry_gradients import spread, sum_segments
@@ -146,24 +148,19 @@ def encoding(
     edge_weight: Tensor,
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
+    images: Tensor,
     layout: Tensor,
     num_pairs: int,
-    basis: list[float],
-    tol: float,
-    tf32: bool,
+    settings: list[float],
 ) -> tuple[Tensor, Tensor]:
     """alpha (P,H) and beta (P,H,Dv): the operator `triton_encoding`."""
-    num = edge_weight.shape[2]
-    decay, pairs = decay.contiguous(), unpack(layout, num_pairs, len(col), num)
+    num, told = edge_weight.shape[2], Settings.read(settings)
+    decay, pairs = decay.contiguous(), unpack(layout, num_pairs, ImageList.count(images, len(decay), len(lattice)), num)
     alpha = decay.new_empty(num_pairs, decay.shape[1])
     beta = decay.new_empty(*alpha.shape, edge_weight.shape[1])
     with torch.cuda.device_of(decay), without_autocast(decay):
         for some in _chunks(alpha, num):
-            c = _coefficients(decay, pairs, some, alpha[some], num, basis, tf32)
+            c = _coefficients(decay, pairs, some, alpha[some], num, told)
             if num:
                 beta[some] = torch.einsum("hdk,nhk->nhd", edge_weight, c)
     return alpha, beta
@@ -176,47 +173,43 @@ def encoding_backward(
     edge_weight: Tensor,
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
+    images: Tensor,
     layout: Tensor,
     num_pairs: int,
-    basis: list[float],
-    tol: float,
-    tf32: bool,
+    settings: list[float],
     alpha: Tensor,
     beta: Tensor,
     geometry: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of decay, edge_weight, positions and lattice: the operator `triton_encoding_backward`."""
-    num = edge_weight.shape[2]
+    num, told = edge_weight.shape[2], Settings.read(settings)
+    found = ImageList.count(images, len(decay), len(lattice))
     decay, grad_alpha, grad_beta, alpha, beta = (x.contiguous() for x in (decay, grad_alpha, grad_beta, alpha, beta))
-    pairs = unpack(layout, num_pairs, len(col), num)
+    pairs = unpack(layout, num_pairs, found, num)
     d_pair, d_edge_weight = torch.empty_like(alpha), torch.zeros_like(edge_weight)
     blocks = head_blocks(decay.shape[1])
-    force = decay.new_empty(len(col) if geometry else 0, blocks)
-    x_scale, log2e = scale(num, basis), math.log2(math.e)
+    force = decay.new_empty(found if geometry else 0, blocks)
+    x_scale, log2e = scale(num, told), math.log2(math.e)
     sizes = encoding_backward_blocks(decay, beta, num)
     with torch.cuda.device_of(decay), without_autocast(decay):
         for some in _chunks(alpha, num):
             g, u = grad_beta[some], alpha.new_empty(0)
             if num:
-                c = _coefficients(decay, pairs, some, torch.empty_like(alpha[some]), num, basis, tf32)
+                c = _coefficients(decay, pairs, some, torch.empty_like(alpha[some]), num, told)
                 d_edge_weight += torch.einsum("nhd,nhk->hdk", g, c)
                 u = torch.einsum("hdk,nhd->nhk", edge_weight, g).contiguous()
             encoding_bwd[len(g), blocks](
                 *(decay, pairs.records.view(torch.float32), pairs.first[some.start :], pairs.atom[some], pairs.mu),
                 *(alpha[some], beta[some], grad_alpha[some], g, u, d_pair[some], force),
                 *(-log2e / x_scale**2, 2 * x_scale**2 / log2e),
-                **sizes, FAR=FAR, GEOMETRY=geometry, TF32=tf32,
+                **sizes, FAR=FAR, GEOMETRY=geometry, TF32=bool(told.tf32),
             )  # fmt: skip
-        size = ptr.diff()
+        size = ImageList.views(images, len(decay), len(lattice)).ptr.diff()
         pairs_of_atom = torch.repeat_interleave(size, size, output_size=len(decay))
         d_decay = sum_segments(d_pair, torch.nn.functional.pad(pairs_of_atom.cumsum(0), (1, 0)))
         if not geometry:
             return d_decay, d_edge_weight, positions.new_empty(0), lattice.new_empty(0)
-        return d_decay, d_edge_weight, *spread(force, positions, lattice, ptr, row_ptr, col, shift, pairs)
+        return d_decay, d_edge_weight, *spread(force, positions, lattice, images, pairs)
 
 
 def _chunks(alpha: Tensor, num: int) -> list[slice]:
@@ -225,14 +218,12 @@ def _chunks(alpha: Tensor, num: int) -> list[slice]:
     return [slice(first, min(first + step, len(alpha))) for first in range(0, len(alpha), step)]
 
 
-def _coefficients(
-    decay: Tensor, pairs: Layout, some: slice, alpha: Tensor, num: int, basis: list[float], tf32: bool
-) -> Tensor:
+def _coefficients(decay: Tensor, pairs: Layout, some: slice, alpha: Tensor, num: int, told: Settings) -> Tensor:
     """c (n,H,K) of some pairs, whose alpha is written to `alpha`."""
     c = alpha.new_empty(*alpha.shape, num)
     encoding_fwd[len(alpha), head_blocks(alpha.shape[1])](
         *(decay, pairs.records.view(torch.float32), pairs.first[some.start :], pairs.atom[some], pairs.mu, alpha, c),
-        *(-math.log2(math.e) / scale(num, basis) ** 2,),
-        **encoding_blocks(decay, num), FAR=FAR, TF32=tf32,
+        *(-math.log2(math.e) / scale(num, told) ** 2,),
+        **encoding_blocks(decay, num), FAR=FAR, TF32=bool(told.tf32),
     )  # fmt: skip
     return c

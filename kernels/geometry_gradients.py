@@ -6,8 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer.common.ragged import crystal_of_atom
+from crystalformer.geometry.image_list import ImageList
 
-from .layout import Layout, power_of_2
+from .launch import power_of_2
+from .layout import Layout
 
 
 @triton.jit
@@ -91,21 +93,15 @@ def sum_segments(x: Tensor, first: Tensor) -> Tensor:
     return total
 
 
-def spread(
-    force: Tensor,
-    positions: Tensor,
-    lattice: Tensor,
-    ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
-    layout: Layout,
-) -> tuple[Tensor, Tensor]:
+def spread(force: Tensor, positions: Tensor, lattice: Tensor, images: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """The gradients of positions and lattice, from f (T·G·BG, head blocks) at the places of a layout."""
-    positions, lattice, crystal = positions.contiguous(), lattice.contiguous(), crystal_of_atom(ptr, len(positions))
+    found = ImageList.views(images, len(positions), len(lattice))
+    positions, lattice = positions.contiguous(), lattice.contiguous()
+    crystal = crystal_of_atom(found.ptr, len(positions))
     d_positions, d_cell = torch.empty_like(positions), positions.new_empty(len(positions), 9)
     geometry_rows[(len(positions),)](
-        positions, lattice, crystal, row_ptr, col, shift, layout.place, layout.mirror, force, d_positions, d_cell,
+        positions, lattice, crystal, found.row_ptr, found.col, found.shift, layout.place, layout.mirror, force,
+        d_positions, d_cell,
         HEAD_BLOCKS=force.shape[1], BE=32, num_warps=1,
     )  # fmt: skip
-    return d_positions, sum_segments(d_cell, ptr).view_as(lattice)
+    return d_positions, sum_segments(d_cell, found.ptr).view_as(lattice)

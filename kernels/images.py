@@ -84,7 +84,7 @@ def displacements(positions_p, i, j, q):
 def box_around(radius2, t):
     """The boxes around spheres of squared radii [BJ]: half their width, candidates along the last two axes, and in all.
 
-    None in all where something is not finite, or they are too many: every loop ends.
+    No candidates at all where something is not finite or there would be too many, so that every loop ends.
     """
     t_00, _, _, t_11, _, t_22 = t
     # A little wider, so that what an image's own d² admits is never outside by rounding.
@@ -281,7 +281,7 @@ def list_rows(
     BJ: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One row's number of images, -1 where the geometry is none; with WRITE, its images from row_p[i] on, by (j, n).
+    """One row's number of images, -1 where the geometry is invalid; with WRITE, its images from row_p[i] on, by (j, n).
 
     cutoff2_p: (C) squared cutoffs; with EVERY_PAIR (N), to which the longest of the row's pairs is written.
     """
@@ -396,7 +396,7 @@ def build(
 
 
 def _refuse(positions: Tensor, lattice: Tensor, extent: Extent, max_images: int) -> NoReturn:
-    """Says what is wrong with a geometry, in the words of the checks: waiting for the GPU matters no more."""
+    """Raises the error of the usual checks for an invalid geometry. It may wait for the GPU: the call fails anyway."""
     with checks.debug_checks(True):
         check_geometry(positions, lattice)
     if bool(extent.refused(max_images)):

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from crystalformer.attention.settings import Settings
 from crystalformer.common.ragged import crystal_of_atom, offsets
 from crystalformer.geometry.image_list import ImageList
+
+from .launch import padded
 
 # (G, BG): many shells a pair in small cells, one in large ones. R = 2 BG + 2 G BG tells them apart.
 SHAPES = ((8, 4), (4, 4), (2, 8), (1, 16))
@@ -66,22 +69,11 @@ def _words(group: int, groups: int) -> int:
 ROWS = {SHELL, *(_words(*shape) for shape in SHAPES)}
 
 
-def power_of_2(num: int) -> int:
-    """The first that is not below num >= 1. Triton's own takes 1.8 µs, not 0.05, and a call asks for a dozen."""
-    return 1 << (num - 1).bit_length()
-
-
-def padded(num: int) -> int:
-    """K padded to what a matrix product takes, or 0 for no basis."""
-    return max(16, power_of_2(num)) if num else 0
-
-
-def scale(num: int, basis: Sequence[float]) -> float:
-    """x / d, Å^-1, for K = num basis functions of (r_max, width)."""
+def scale(num: int, settings: Settings) -> float:
+    """x / d, Å^-1, for K = num basis functions."""
     if not num:
         return 1.0
-    r_max, width = basis
-    return math.sqrt(0.5 * math.log2(math.e)) * num / (width * r_max)
+    return math.sqrt(0.5 * math.log2(math.e)) * num / (settings.width * settings.r_max)
 
 
 def unpack(layout: Tensor, num_rows: int, num_images: int, num: int) -> Layout:
@@ -110,8 +102,8 @@ def _aligned(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _join(records: Tensor, num: int, basis: Sequence[float], *tables: Tensor) -> Tensor:
-    width = basis[1] if num else 1.0
+def _join(records: Tensor, num: int, settings: Settings, *tables: Tensor) -> Tensor:
+    width = settings.width
     centers = torch.arange(1, padded(num) + 1, device=records.device)
     mu = torch.where(centers <= num, centers * (math.sqrt(0.5 * math.log2(math.e)) / width), -FAR)
     parts = [records.flatten(), mu.float().view(torch.int32), *(x.int() for x in tables)]
@@ -196,13 +188,10 @@ def _most_tiles(images: ImageList, group: int, groups: int) -> int:
 def pack(
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    row_ptr: Tensor,
-    col: Tensor,
-    shift: Tensor,
+    images: Tensor,
     num_pairs: int,
     num: int,
-    basis: Sequence[float],
+    settings: Sequence[float],
     by_pair: bool,
 ) -> Tensor:
     """The layout of a list: (rows, R) int32, the operator `triton_layout`.
@@ -211,32 +200,33 @@ def pack(
     does not need come last and are never read. A layout serves with and without the gradients of the geometry: images
     of one shell have the same force.
     """
-    images = ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_zeros(len(ptr) - 1), num_pairs=num_pairs)
-    e = _sort(images, positions, lattice, scale(num, basis))
+    found, told = ImageList.unpack(images, len(positions), len(lattice), num_pairs), Settings.read(settings)
+    e = _sort(found, positions, lattice, scale(num, told))
     if by_pair:
-        return _pack_pairs(e, images, num, basis)
-    group, groups = min(SHAPES, key=lambda shape: _expected_cost(images, *shape))
+        return _pack_pairs(e, found, num, told)
+    group, groups = min(SHAPES, key=lambda shape: _expected_cost(found, *shape))
 
     before = (e.is_first & (e.rank % group == 0)).cumsum(0)  # groups up to each image, of all atoms
-    begin = pad(before, (1, 0))[row_ptr]
+    begin = pad(before, (1, 0))[found.row_ptr]
     first = offsets(-(-begin.diff() // groups))
     position = first[e.i] * groups + before - 1 - begin[e.i]
-    tile, lane = position // groups, position % groups
+    tile, column = position // groups, position % groups
     mirror = position[e.first_mirror] + e.rank // group
-    records = position.new_zeros(_most_tiles(images, group, groups), _words(group, groups), dtype=torch.int32)
+    records = position.new_zeros(_most_tiles(found, group, groups), _words(group, groups), dtype=torch.int32)
     records[:, groups : 2 * groups] = -1
     records[:, 2 * groups : (2 + group) * groups] = FAR_BITS
-    slot = e.rank % group * groups
-    records[tile, lane] = e.j.int()
-    records[tile, groups + lane] = mirror.int()
-    records[tile, 2 * groups + slot + lane] = e.x.view(torch.int32)
-    records[tile, (2 + group) * groups + slot + lane] = e.log_count.view(torch.int32)
-    place = tile * (group * groups) + slot + lane
-    mirror_place = mirror // groups * (group * groups) + slot + mirror % groups
-    return _join(records, num, basis, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
+    # In a record the shells stand by their place in the group, the groups side by side.
+    start = e.rank % group * groups
+    records[tile, column] = e.j.int()
+    records[tile, groups + column] = mirror.int()
+    records[tile, 2 * groups + start + column] = e.x.view(torch.int32)
+    records[tile, (2 + group) * groups + start + column] = e.log_count.view(torch.int32)
+    place = tile * (group * groups) + start + column
+    mirror_place = mirror // groups * (group * groups) + start + mirror % groups
+    return _join(records, num, told, first, _back(e.order, place), _back(e.order, mirror_place), first[:0])
 
 
-def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float]) -> Tensor:
+def _pack_pairs(e: _Sorted, images: ImageList, num: int, settings: Settings) -> Tensor:
     """The encoding's layout."""
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
     partners = images.ptr.diff()[crystal]
@@ -248,4 +238,4 @@ def _pack_pairs(e: _Sorted, images: ImageList, num: int, basis: Sequence[float])
     records = e.order.new_zeros(len(e.x), SHELL, dtype=torch.int32)
     records[e.shell] = torch.stack((e.x, e.log_count), 1).view(torch.int32)
     mirror = e.shell[e.first_mirror] + e.rank
-    return _join(records, num, basis, first, _back(e.order, e.shell), _back(e.order, mirror), atom)
+    return _join(records, num, settings, first, _back(e.order, e.shell), _back(e.order, mirror), atom)

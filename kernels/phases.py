@@ -1,6 +1,6 @@
 """What the kernels of reciprocal attention read: cos and sin of G·p, N times the wave vectors, made once a call.
 
-So no cosine is computed for a pair of atoms. Nothing waits for the device, but for batches that do not fit in SCRATCH.
+So no cosine is computed for a pair of atoms. Only batches that do not fit in SCRATCH wait for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from crystalformer.common.ragged import crystal_of_atom
+from crystalformer.common.tensor_struct import join_words
+from crystalformer.geometry.wave_vectors import WaveVectors
 
 from .launch import VECTORS
 
@@ -153,14 +155,11 @@ def in_parts(
     reference: Callable[..., tuple[Tensor, ...]],
     by_atom: Sequence[Tensor],
     lattice: Tensor,
-    ptr: Tensor,
-    g_ptr: Tensor,
-    g: Tensor,
-    max_atoms: int,
-    max_vectors: int,
+    waves: Tensor,
+    largest: Sequence[int],
 ) -> tuple[Tensor, ...]:
     """run(*by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors), of as many consecutive crystals at a time as fit,
-    joined. `reference` serves a crystal that is too large by itself.
+    joined. `reference`, which takes packed lists, serves a crystal that is too large by itself.
 
     Only if one part does not hold them all is the device asked for the sizes of the crystals.
 
@@ -168,8 +167,9 @@ def in_parts(
         by_atom: tensors (N,...), the first one (N,H,...).
     """
     num_atoms, heads = by_atom[0].shape[:2]
-    if fits(num_atoms, heads, max_atoms, max_vectors):
-        return run(*by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors)
+    ptr, g_ptr, g = WaveVectors.views(waves, len(lattice))
+    if fits(num_atoms, heads, *largest):
+        return run(*by_atom, lattice, ptr, g_ptr, g, *largest)
     atom, vector = ptr.tolist(), g_ptr.tolist()
     made: list[tuple[Tensor, ...]] = []
     first = 0
@@ -181,9 +181,12 @@ def in_parts(
                 break
             last, size = last + 1, larger
         a, b, u, v = atom[first], atom[last], vector[first], vector[last]
-        serve = run if fits(b - a, heads, *size) else reference
+        inputs = (*(x[a:b] for x in by_atom), lattice[first:last])
         lists = (ptr[first : last + 1] - a, g_ptr[first : last + 1] - u, g[u:v])
-        made.append(serve(*(x[a:b] for x in by_atom), lattice[first:last], *lists, *size))
+        if fits(b - a, heads, *size):
+            made.append(run(*inputs, *lists, *size))
+        else:
+            made.append(reference(*inputs, join_words(lists), size))
         first = last
     return tuple(map(torch.cat, zip(*made, strict=True)))
 

@@ -6,6 +6,7 @@ atomics. For the gradients of positions and lattice the row kernel writes dS, to
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -193,11 +194,8 @@ def reciprocal_backward(
     decay_reciprocal: Tensor,
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    g_ptr: Tensor,
-    g: Tensor,
-    max_atoms: int,
-    max_vectors: int,
+    waves: Tensor,
+    largest: Sequence[int],
     y: Tensor,
     geometry: bool,
 ) -> tuple[Tensor, ...]:
@@ -210,4 +208,4 @@ def reciprocal_backward(
     by_atom = (q, k, v, decay_reciprocal, positions, grad_y, y)
     with torch.cuda.device_of(q):
         kernels = partial(_backward, geometry=geometry)
-        return in_parts(kernels, by_products, by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors)
+        return in_parts(kernels, by_products, by_atom, lattice, waves, largest)

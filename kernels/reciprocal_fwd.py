@@ -6,6 +6,7 @@ leave the registers.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -142,16 +143,13 @@ def reciprocal(
     decay_reciprocal: Tensor,
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    g_ptr: Tensor,
-    g: Tensor,
-    max_atoms: int,
-    max_vectors: int,
+    waves: Tensor,
+    largest: Sequence[int],
 ) -> Tensor:
     """y (N,H,Dv): the operator `triton_reciprocal`."""
     by_atom = (q, k, v, decay_reciprocal, positions)
     with torch.cuda.device_of(q):
-        return in_parts(_forward, _by_products, by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors)[0]
+        return in_parts(_forward, _by_products, by_atom, lattice, waves, largest)[0]
 
 
 def _by_products(*inputs: Any) -> tuple[Tensor]:

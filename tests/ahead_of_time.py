@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from crystalformer import kernels
+from crystalformer.attention.settings import Settings
 from crystalformer.geometry.limits import MAX_IMAGES
 from crystalformer.kernels import layout as packing
 
@@ -69,15 +70,15 @@ def launches():
             .to(torch.float32)
             .half(dtype)
         )
-        geometry = (x.positions, x.lattice, x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
+        geometry = (x.positions, x.lattice, x.images.packed())
         c = x.decay.new_zeros(*x.decay.shape, num)
         y, weight, settings = (
             torch.zeros_like(x.v, dtype=torch.float32),
             x.edge_weight[..., :num],
-            ((6.0, 1.0), 0.0, tf32),
+            Settings(tf32=tf32, r_max=6.0),
         )
-        layout = packing.pack(*geometry, x.images.num_pairs, num, settings[0], by_pair=False)
-        inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, *settings)
+        layout = packing.pack(*geometry, x.images.num_pairs, num, settings, by_pair=False)
+        inputs = (x.q, x.k, x.v, x.decay, weight, *geometry, layout, settings)
         kernels.OPERATORS["attention"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["attention_backward"](y, x.decay, *inputs, y, x.decay, c, moving)
@@ -85,8 +86,8 @@ def launches():
             continue
         if dtype == FP32 and not tf32:
             launch_reciprocal(x)
-        layout = packing.pack(*geometry, x.images.num_pairs, num, settings[0], by_pair=True)
-        inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, *settings)
+        layout = packing.pack(*geometry, x.images.num_pairs, num, settings, by_pair=True)
+        inputs = (x.decay, weight, *geometry, layout, x.images.num_pairs, settings)
         alpha, beta = kernels.OPERATORS["encoding"](*inputs)
         for moving in (False, True):
             kernels.OPERATORS["encoding_backward"](alpha, beta, *inputs, alpha, beta, moving)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import crystalformer as cf
 from crystalformer.attention.layouts import layout as make_layout
+from crystalformer.attention.settings import Settings
 
 MIXED = (("cubic", 1), ("skewed", 3), ("left_handed", 2))
 
@@ -38,20 +39,20 @@ class Problem:
         return (self.q, self.k, self.v, self.decay, self.edge_weight, self.positions, self.lattice)
 
     @property
-    def settings(self) -> tuple[tuple[float, float], float, bool]:
-        """The last arguments of the ops; they may leave out nothing but what rounding loses."""
-        return (self.basis.r_max, self.basis.width), 0.0, False
+    def settings(self) -> Settings:
+        """Of the ops; they may leave out nothing but what rounding loses."""
+        return Settings(r_max=self.basis.r_max, width=self.basis.width)
 
-    def lists(self, backend: str, by_pair: bool = False) -> tuple[Tensor, ...]:
+    def lists(self, backend: str, by_pair: bool = False) -> tuple[Tensor, Tensor]:
         """The image list as the ops of a backend take it."""
-        settings = (self.basis.num, *self.settings[:2], by_pair, False)
+        settings = (self.basis.num, self.settings, by_pair, False)
         layout = make_layout(backend, self.images, self.positions, self.lattice, *settings)
-        return (self.ptr, self.images.row_ptr, self.images.col, self.images.shift, layout)
+        return self.images.packed(), layout
 
-    def wave_vectors(self, decay_min: float = 0.5, tol: float = 1e-6) -> tuple:
-        """The wave vectors as the ops take them, with ptr."""
+    def wave_vectors(self, decay_min: float = 0.5, tol: float = 1e-6) -> tuple[Tensor, tuple[int, int]]:
+        """The wave vectors as the ops take them."""
         x = cf.build_wave_vectors(self.lattice, self.ptr, decay_min, tol)
-        return (self.ptr, x.g_ptr, x.g, x.max_atoms, x.max_vectors)
+        return x.packed(), x.largest
 
     def attention(self, *inputs: Tensor, backend: str = "reference", **options):
         q, k, v, decay, positions, lattice, edge_weight = inputs or self.inputs

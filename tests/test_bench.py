@@ -1,4 +1,4 @@
-"""The benchmarks: that they run, say where, refuse what is wrong, and that the README says what they found."""
+"""The benchmarks: that they run, say where, refuse what is wrong, and that the pages say what they found."""
 
 import csv
 import json
@@ -287,22 +287,28 @@ def test_report_of_made_up_rows(tmp_path):
     errors = [about | {"rule": "tol", "value": tol, "max": tol} for tol in (1e-8, 1e-2)]
     errors.append(about | {"rule": "box", "value": 2.0, "max": 1e-3})
     results.write(tmp_path / "error-x.csv", error.COLUMNS, errors, machine)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    report.write(tmp_path, readme)
-    text, plots = readme.read_text(), [(tmp_path / name).read_bytes() for name in report.PLOTS]
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| **`cpu`** | 1000 |" in text.replace("1e+03", "1000")
-    assert "`paper-cuda`: no GPU" in text
-    assert "NVIDIA GPU**: absent" in text
-    report.write(tmp_path, readme)
-    assert readme.read_text() == text
+    pages = [tmp_path / "README.md", tmp_path / "benchmarks.md"]
+    for page in pages:
+        page.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    report.write(tmp_path, *pages)
+    texts, plots = [page.read_text() for page in pages], [(tmp_path / name).read_bytes() for name in report.PLOTS]
+    for text in texts:
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+        assert "| **`cpu`** | 1000 |" in text.replace("1e+03", "1000")
+    readme, benchmarks = texts
+    assert "`paper-cuda`: no GPU" in benchmarks
+    assert "`paper-cuda`" not in readme
+    assert "NVIDIA GPU**: absent" in benchmarks
+    report.write(tmp_path, *pages)
+    assert [page.read_text() for page in pages] == texts
     assert [(tmp_path / name).read_bytes() for name in report.PLOTS] == plots
     assert all(len(plot) < 100_000 for plot in plots)
-    with pytest.raises(ValueError, match="each once"):
-        report.write(tmp_path, _without_markers(tmp_path))
+    for wrong in ((pages[0], _without_markers(tmp_path)), (_without_markers(tmp_path), pages[1])):
+        with pytest.raises(ValueError, match="each once"):
+            report.write(tmp_path, *wrong)
+    assert [page.read_text() for page in pages] == texts
 
 
 def _without_markers(folder: Path) -> Path:
@@ -310,10 +316,15 @@ def _without_markers(folder: Path) -> Path:
     return folder / "other.md"
 
 
-def test_readme_has_what_report_writes():
-    text = report.README.read_text()
-    assert text.split(report.START)[1].split(report.END)[0].strip() == report.tables()
-    for name in report.PLOTS:
+@pytest.mark.parametrize(
+    ("page", "written"),
+    [(report.README, report.first_table), (report.BENCHMARKS, report.tables)],
+    ids=("README", "all"),
+)
+def test_pages_have_what_report_writes(page, written):
+    text = page.read_text()
+    assert text.split(report.START)[1].split(report.END)[0].strip() == written()
+    for name in report.PLOTS if page == report.BENCHMARKS else report.PLOTS[:1]:
         assert (results.FOLDER / name).is_file()
         assert f"bench/results/{name}" in text
 

@@ -221,22 +221,21 @@ def test_build_images_is_the_same_in_torch(options, monkeypatch):
 def test_operators_refuse_what_they_cannot_read():
     """Called directly, past the checks of the public functions."""
     x = exact(make(MIXED, (3, 4, 4, 8)))
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    basis = (x.basis.r_max, x.basis.width)
+    packed, settings = x.images.packed(), x.settings._replace(tol=1e-6)
     run, backward = torch.ops.crystalformer.cpu_attention, torch.ops.crystalformer.cpu_attention_backward
     with pytest.raises(ValueError, match="layout must be what cpu_layout makes of the image list, not 0 elements"):
-        run(*x.op_inputs, *lists, torch.empty(0, dtype=torch.uint8), basis, 1e-6, False)
-    merged = torch.ops.crystalformer.cpu_layout(*x.inputs[4:6], *lists, x.basis.num, basis, 1e-6, False, True)
-    outputs = run(*x.op_inputs, *lists, merged, basis, 1e-6, False)
+        run(*x.op_inputs, packed, torch.empty(0, dtype=torch.uint8), settings)
+    merged = torch.ops.crystalformer.cpu_layout(*x.inputs[4:6], packed, x.basis.num, settings, False, True)
+    outputs = run(*x.op_inputs, packed, merged, settings)
     with pytest.raises(ValueError, match="gradients of positions and lattice, with merge=False, but it was not"):
-        backward(*outputs[:2], *x.op_inputs, *lists, merged, basis, 1e-6, False, *outputs, True)
+        backward(*outputs[:2], *x.op_inputs, packed, merged, settings, *outputs, True)
     with pytest.raises(RuntimeError, match="needs contiguous CPU tensors"):
-        run(*x.op_inputs, *lists[:3], x.images.shift.T.contiguous().T, merged, basis, 1e-6, False)
-    g_ptr, g, *sizes = x.wave_vectors()[1:]
-    with pytest.raises(ValueError, match=r"g_ptr must have shape \[4\], not \[3\]"):
-        torch.ops.crystalformer.cpu_reciprocal(*x.inputs[:6], x.ptr, g_ptr[:-1], g, *sizes)
-    with pytest.raises(ValueError, match=r"g_ptr must have shape \[4\], not \[3\]"):
-        torch.ops.crystalformer.cpu_reciprocal_sum(*x.inputs[3:6], x.ptr, g_ptr[:-1], g, *sizes, 14)
+        run(*x.op_inputs, packed.repeat_interleave(2)[::2], merged, settings)
+    waves, largest = x.wave_vectors()
+    with pytest.raises(ValueError, match=r"waves must be what packed\(\) makes of a list for this geometry, but"):
+        torch.ops.crystalformer.cpu_reciprocal(*x.inputs[:6], waves[:-1], largest)
+    with pytest.raises(ValueError, match=r"waves must be what packed\(\) makes of a list .*, but it ends"):
+        torch.ops.crystalformer.cpu_reciprocal_sum(*x.inputs[3:6], waves[:9], largest, 14)
 
 
 def test_weights_of_thousands_of_images_add_up_to_one_in_fp32():

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 from functools import reduce
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATH = (ROOT / "docs" / "math.md").read_text()
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 SOURCES = sorted(
     path
-    for folder in ("crystalformer", "kernels", "csrc", "bench", "tests")
+    for folder in ("crystalformer", "kernels", "csrc", "bench", "tests", "examples")
     for path in (ROOT / folder).rglob("*.*")
     if path.suffix in (".py", ".cpp", ".h", ".inc") and path.name != Path(__file__).name
 )
@@ -60,7 +61,7 @@ def test_the_mathematics_names_functions_that_exist():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_a_document_names_files_and_commands_that_exist(document):
     text = document.read_text()
-    files = re.findall(r"(?<![\w/.-])((?:bench|tests|csrc|kernels|crystalformer|docs)/[\w/.-]*\w/?)", text)
+    files = re.findall(r"(?<![\w/.-])((?:bench|tests|csrc|kernels|crystalformer|docs|examples)/[\w/.-]*\w/?)", text)
     for name in files:
         assert (ROOT / name).exists(), name
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
@@ -68,6 +69,49 @@ def test_a_document_names_files_and_commands_that_exist(document):
     assert "python -m bench." not in text
     for command in re.findall(r"python -m bench (\w+)", text):
         assert f'("{command}",' in (ROOT / "bench" / "__main__.py").read_text(), command
+
+
+def test_make_targets_that_documents_name_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        assert {*re.findall(r"`make ([\w-]+)", document.read_text())} <= targets, document.name
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (called,) = re.findall(r"target: \[(.+)\]", workflow)
+    run = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert set(called.split(", ")) >= {"lint", "test", "docs"}
+    assert set(called.split(", ")) <= {*run}
+
+
+def test_the_site_has_every_page_and_every_public_name():
+    site, api = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs" / "api.md").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f": {page.relative_to(ROOT / 'docs')}\n" in site, page
+    described = {name.rpartition(".")[2] for name in re.findall(r"^::: (crystalformer\..+)$", api, re.MULTILINE)}
+    for module in ("", ".data", ".training", ".runs"):
+        names = set(importlib.import_module(f"crystalformer{module}").__all__)
+        assert names - described <= {"__version__", "NUM_ELEMENTS", "convert"}, module  # convert by its one function
+    assert "::: crystalformer.convert.from_official\n" in api
+
+
+def test_words_of_the_glossary_are_words_of_the_code():
+    words = re.findall(r"\*\*([\w ]+)\*\*", (ROOT / "docs" / "glossary.md").read_text())
+    assert len(words) > 45
+    code = "\n".join(path.read_text() for path in SOURCES).lower()
+    for word in words:
+        assert re.search(rf"\b{word.replace(' ', '[ _]')}", code), word
+
+
+def test_the_picture_is_what_its_program_draws():
+    program = ROOT / "docs" / "site" / "picture.py"
+    names = runpy.run_path(str(program))
+    assert names["FILE"].read_text() == names["picture"]()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lists_stand_apart_from_the_text_before(document):
+    """Without an empty line some renderers show a list as text, and others show text that begins with + as a list."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    assert re.findall(r"^(?!\s|[-+*] |\d+\. |\|).+\n(?:[-+*]|1\.) .*", text, re.MULTILINE) == []
 
 
 def test_every_promise_has_a_test_that_is_there():

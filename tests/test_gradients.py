@@ -97,10 +97,10 @@ def test_written_out_backward_is_the_derivative_of_the_reference(geometry):
     from crystalformer.attention import ops
 
     x = problem(heads=3, dim=5, value_dim=4, num_basis=7, every_pair=True)
-    lists, basis = x.lists("reference"), x.settings
+    lists, settings = x.lists("reference"), x.settings
     cases = (
-        (ops.ATTENTION, x.op_inputs, (*lists, *basis)),
-        (ops.ENCODING, (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)),
+        (ops.ATTENTION, x.op_inputs, (*lists, settings)),
+        (ops.ENCODING, (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, settings)),
         (ops.RECIPROCAL, x.inputs[:6], x.wave_vectors()),
         (ops.RECIPROCAL_SUM, x.inputs[3:6], (*x.wave_vectors(), x.images.num_pairs)),
     )

@@ -109,8 +109,8 @@ def test_packing_for_a_gpu_waits_never(by_pair: bool, waits: Waits, monkeypatch:
 
     batch = one_of_each()
     images = cf.build_images(*batch, every_pair=True)
-    lists = (images.ptr, images.row_ptr, images.col, images.shift, images.num_pairs)
+    lists = (images.packed(), images.num_pairs)
     monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
     with waits:
-        pack_layout(*batch[:2], *lists, 64, (14.0, 1.0), by_pair)
+        pack_layout(*batch[:2], *lists, 64, (0.0, 0.0, 14.0, 1.0), by_pair)
     assert waits.found == []

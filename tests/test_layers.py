@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("common", "geometry", "attention", "model", "data", "training", "app")
-# Kernels stand outside the folders: those that build and pack the list are of the layer of geometry.
-KERNELS = dict.fromkeys(("images", "layout", "launch", "device_functions"), "geometry")
+# Kernels stand outside the folders: those that build the list are of the layer of geometry.
+KERNELS = dict.fromkeys(("images", "launch", "device_functions"), "geometry")
 COMPILED = "crystalformer._C"
 
 

@@ -11,7 +11,9 @@ from problems import MIXED, Problem, problem
 from torch import Tensor
 
 import crystalformer as cf
+from crystalformer.attention.settings import Settings
 from crystalformer.common import checks
+from crystalformer.common.tensor_struct import join_words
 
 X = problem(every_pair=True)
 CPU = pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
@@ -258,12 +260,12 @@ def test_wave_vectors_check_themselves_when_made(name: str, value: Any, message:
 # Ops called directly --------------------------------------------------------------------------------------------------
 
 
-def call(x: Problem, lists: tuple[Tensor, ...], settings: tuple | None = None, op: str = "attention") -> Any:
+def call(x: Problem, lists: tuple[Tensor, ...], settings: Settings | None = None, op: str = "attention") -> Any:
     run = getattr(torch.ops.crystalformer, f"cpu_{op}")
     if op == "encoding":
         inputs = (x.decay, x.edge_weight, x.positions, x.lattice)
-        return run(*inputs, *lists, x.images.num_pairs, *(settings or x.settings))
-    return run(*x.op_inputs, *lists, *(settings or x.settings))
+        return run(*inputs, *lists, x.images.num_pairs, settings or x.settings)
+    return run(*x.op_inputs, *lists, settings or x.settings)
 
 
 @CPU
@@ -272,7 +274,7 @@ def test_a_layout_serves_what_it_was_made_for_alone():
     call(X, lists)
     layout, single, other = lists[-1], X.to(torch.float32), problem_of(1)
     moved = dataclasses.replace(X, positions=X.positions + spoil(X.positions, 1e-9))
-    wider = ((X.basis.r_max, 2 * X.basis.width), *X.settings[1:])
+    wider = X.settings._replace(width=2 * X.basis.width)
     made = r"^layout must be made by cpu_layout for "
     for problem_, layout_, settings, message in [
         (X, layout[:8], None, "layout must be what cpu_layout makes of the image list, not 8 elements"),
@@ -300,17 +302,22 @@ def test_ops_check_the_shapes_they_trust():
         ("v", X.v[:1]),
         ("decay", X.decay[:, :1]),
         ("edge_weight", X.edge_weight[:1]),
-        ("positions", X.positions[:2]),
-        ("lattice", X.lattice[:1]),
+        ("positions", X.positions[:, :2]),
+        ("lattice", X.lattice[:, :2]),
     ]:
         with pytest.raises(ValueError, match=rf"^{name} must have shape \["):
             call(dataclasses.replace(X, **{name: value}), lists)
-    ptr, row_ptr, col, shift, layout = lists
-    for bad in ((ptr[:-1], row_ptr, col, shift), (ptr, row_ptr[:-1], col, shift), (ptr, row_ptr, col, shift[:-1])):
+    for name, value in [("positions", X.positions[:2]), ("lattice", X.lattice[:1]), ("lattice", X.lattice[0])]:
         with pytest.raises(ValueError, match="must"):
-            call(X, (*bad, layout))
+            call(dataclasses.replace(X, **{name: value}), lists)
+    packed, layout = lists
+    for bad in (packed[:-1], packed[:4], packed[:0], packed[2:], packed[1:]):
         with pytest.raises(ValueError, match="must"):
-            torch.ops.crystalformer.cpu_layout(X.positions, X.lattice, *bad, 5, X.settings[0], 0.0, False, False)
+            call(X, (bad, layout))
+        with pytest.raises(ValueError, match="must"):
+            torch.ops.crystalformer.cpu_layout(X.positions, X.lattice, bad, 5, X.settings, False, False)
+    with pytest.raises(ValueError, match="settings must be tol, tf32, r_max, width, not"):
+        call(X, lists, X.settings[:2])
     build = torch.ops.crystalformer.cpu_images
     good = {"positions": X.positions, "lattice": X.lattice, "ptr": X.ptr, "decay_min": X.lattice[:, 0, 0].abs()}
     settings = (1e-6, 4.0, 0.01, None, False, 10**6)
@@ -325,13 +332,18 @@ def test_ops_check_the_shapes_they_trust():
                 build(*(good | {name: value}).values(), *settings)
     with pytest.raises(ValueError, match="tol must be larger than 0 and at most 1, not 2"):
         build(*good.values(), 2.0, *settings[1:])
-    waves = X.wave_vectors()
-    for place, value, message in [
-        (0, X.ptr * -1, "ptr must run from 0 to 6"),
-        (1, waves[1] * -1, r"g_ptr must run from 0 to \d+"),
-        (2, waves[2][:-1], r"g_ptr must run from 0 to \d+"),
-        (2, torch.full_like(waves[2], -(1 << 31)), "g must hold integers within 16777216, not -2147483648"),
+    waves, largest = X.wave_vectors()
+    ptr, g_ptr, g = cf.WaveVectors.views(waves, len(X.lattice))
+    for bad, message in [
+        ((ptr * -1, g_ptr, g), "ptr must run from 0 to 6"),
+        ((ptr, g_ptr * -1, g), r"g_ptr must run from 0 to \d+"),
+        ((ptr, g_ptr[:-1], g), r"must"),
+        ((ptr, g_ptr, g[:-1]), r"g_ptr must run from 0 to \d+"),
+        (
+            (ptr, g_ptr, g.flatten()[:-1]),
+            r"waves must be what packed\(\) makes of a list for .*, but it has",
+        ),
+        ((ptr, g_ptr, torch.full_like(g, -(1 << 31))), "g must hold integers within 16777216, not -2147483648"),
     ]:
-        bad = [*waves[:place], value, *waves[place + 1 :]]
         with pytest.raises(ValueError, match=message):
-            torch.ops.crystalformer.cpu_reciprocal(*X.inputs[:6], *bad)
+            torch.ops.crystalformer.cpu_reciprocal(*X.inputs[:6], join_words(bad), largest)

@@ -32,20 +32,19 @@ def inputs_of(op: ops.Op, x: Problem) -> dict[str, Tensor]:
 
 def results(op: ops.Op, x: Problem, backend: str, inputs: dict[str, Tensor], spoil=lambda grads: None) -> dict:
     """Outputs and gradients by name, of a list made for the finite geometry, as compiled code has it."""
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
-    tol, basis = 1e-3, (x.basis.r_max, x.basis.width)
+    packed, told = x.images.packed(), x.settings._replace(tol=1e-3)
     waves, pairs, by_pair = x.wave_vectors(1.0, 1e-3), x.images.num_pairs, op is ops.ENCODING
     layout = x.ptr.new_empty(0, dtype=torch.uint8)
     if backend != "reference":
-        of_backend = {"cpu": (x.basis.num, basis, tol, by_pair, False), "triton": (pairs, x.basis.num, basis, by_pair)}
+        of_backend = {"cpu": (x.basis.num, told, by_pair, False), "triton": (pairs, x.basis.num, told, by_pair)}
         make = getattr(torch.ops.crystalformer, f"{backend}_layout")
-        layout = make(inputs["positions"], inputs["lattice"], *lists, *of_backend[backend])
+        layout = make(inputs["positions"], inputs["lattice"], packed, *of_backend[backend])
     settings = {
-        "attention": (*lists, layout, basis, tol, False),
-        "encoding": (*lists, layout, pairs, basis, tol, False),
+        "attention": (packed, layout, told),
+        "encoding": (packed, layout, pairs, told),
         "reciprocal": waves,
         "reciprocal_sum": (*waves, pairs),
-        "dual_space": (*lists, layout, *waves[1:], basis, tol, False),
+        "dual_space": (packed, layout, *waves, told),
     }[op.name]
     arguments = (*inputs.values(), *settings)
     outputs = getattr(torch.ops.crystalformer, f"{backend}_{op.name}")(*arguments)

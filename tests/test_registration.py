@@ -11,15 +11,15 @@ from crystalformer.attention.dual_space import DUAL_SPACE
 
 def arguments(op: ops.Op, backend: str):
     x = problem(every_pair=True)
-    lists, basis = x.lists(backend, by_pair=op is ops.ENCODING), x.settings
+    lists, settings = x.lists(backend, by_pair=op is ops.ENCODING), x.settings
     if op is ops.ENCODING:
-        return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, *basis)
+        return (x.decay, x.edge_weight, x.positions, x.lattice), (*lists, x.images.num_pairs, settings)
     if op is ops.ATTENTION:
-        return x.op_inputs, (*lists, *basis)
+        return x.op_inputs, (*lists, settings)
     if op is DUAL_SPACE:
         q, k, v, decay, weight, *geometry = x.op_inputs
         inputs = (q, k, v, decay[:, :1].contiguous(), decay[:, 1:].contiguous(), weight[:1].contiguous(), *geometry)
-        return inputs, (*lists, *x.wave_vectors()[1:], *basis)
+        return inputs, (*lists, *x.wave_vectors(), settings)
     if op is ops.RECIPROCAL_SUM:
         return (x.decay, x.positions, x.lattice), (*x.wave_vectors(), x.images.num_pairs)
     return x.inputs[:6], x.wave_vectors()
@@ -53,10 +53,8 @@ def test_opcheck_of_lists_and_layouts():
     for cutoff, every_pair in ((None, False), (None, True), (5.0, False)):
         settings = (torch.full((3,), 0.5).double(), 1e-6, 4.0, 0.01, cutoff, every_pair, 1 << 20)
         torch.library.opcheck(torch.ops.crystalformer.cpu_images.default, (*geometry, x.ptr, *settings))
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift)
     for by_pair, merge in ((False, True), (False, False), (True, True)):
-        settings = (x.basis.num, (x.basis.r_max, x.basis.width), 1e-6, by_pair, merge)
-        arguments = (*geometry, *lists, *settings)
+        arguments = (*geometry, x.images.packed(), x.basis.num, x.settings._replace(tol=1e-6), by_pair, merge)
         # Some bytes of a layout are never written, so that two of them are not equal.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(torch.ops.crystalformer.cpu_layout.default, arguments, test_utils=tests)

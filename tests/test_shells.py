@@ -89,15 +89,15 @@ def test_forces_between_atoms_that_almost_coincide(op, dtype, tol):
     x = problem(kinds=(("cubic", 2),), heads=3, num_basis=20).to(dtype)
     apart = torch.tensor([[0.0, 0, 0], [0.6, 0, -0.8]], dtype=torch.float64)
     images = cf.build_images(1e-2 * apart, x.lattice.double(), x.ptr, decay_min=0.5, every_pair=by_pair)
-    lists, basis = (x.ptr, images.row_ptr, images.col, images.shift), (x.basis.r_max, x.basis.width)
+    packed, settings = images.packed(), x.settings._replace(tol=tol)
     pairs = (images.num_pairs,) if by_pair else ()
 
     def forces(backend, distance, dtype):
         geometry = (apart.to(x.q) * distance, x.lattice)
         inputs = (x.decay, x.edge_weight, *geometry) if by_pair else (*x.op_inputs[:5], *geometry)
         inputs = tuple(t.to(dtype) for t in inputs)
-        layout = torch.ops.crystalformer.cpu_layout(*inputs[-2:], *lists, x.basis.num, basis, tol, by_pair, False)
-        arguments = (*inputs, *lists, layout, *pairs, basis, tol, False)
+        layout = torch.ops.crystalformer.cpu_layout(*inputs[-2:], packed, x.basis.num, settings, by_pair, False)
+        arguments = (*inputs, packed, layout, *pairs, settings)
         run, backward = (getattr(torch.ops.crystalformer, f"{backend}_{op}{end}") for end in ("", "_backward"))
         outputs = run(*arguments)
         grads = [torch.cos(torch.arange(y.numel()).to(y)).view_as(y) for y in outputs[:2]]

@@ -166,7 +166,8 @@ def test_reciprocal_in_parts(monkeypatch):
 
     x = on_device(problem(kinds=(("cubic", 1), ("skewed", 2), ("cubic", 5), ("cubic", 1))))
     whole = {geometry: reciprocal(x, "triton", geometry) for geometry in (True, False)}
-    _, g_ptr, _, max_atoms, max_vectors = x.wave_vectors()
+    waves, (max_atoms, max_vectors) = x.wave_vectors()
+    g_ptr = cf.WaveVectors.views(waves, len(x.lattice))[1]
     single = max(module.padded(n) for n in g_ptr.diff().tolist())
     monkeypatch.setattr(module, "SCRATCH", 5 * (6 * single + 3 * module.padded(max_atoms) * 3))
     assert not module.fits(9, 2, max_atoms, max_vectors)
@@ -252,13 +253,12 @@ def test_same_bits_every_time(function):
 def test_a_layout_of_something_else_is_refused():
     """As far as its shape tells; on a GPU its values are not looked at."""
     x = on_device(problem(every_pair=True).to(torch.float32))
-    images, basis = x.images, (x.basis.r_max, x.basis.width)
-    lists = (images.ptr, images.row_ptr, images.col, images.shift)
+    packed = x.images.packed()
     make = torch.ops.crystalformer.triton_layout
-    pairs = make(x.positions, x.lattice, *lists, images.num_pairs, x.basis.num, basis, True)
+    pairs = make(x.positions, x.lattice, packed, x.images.num_pairs, x.basis.num, x.settings, True)
     for layout in (pairs.new_zeros(8, dtype=torch.uint8), pairs.view(-1), pairs[:, :1], pairs[:8]):
         with pytest.raises(ValueError, match=r"^layout must be made by triton_layout"):
-            torch.ops.crystalformer.triton_attention(*x.op_inputs, *lists, layout, basis, 0.0, False)
+            torch.ops.crystalformer.triton_attention(*x.op_inputs, packed, layout, x.settings)
 
 
 def test_encoding_in_chunks(monkeypatch):
@@ -303,11 +303,11 @@ def test_model_in_both_spaces():
 
 def attention_arguments(x):
     """Inputs and settings of the operators `triton_attention` and `reference_attention`."""
-    return x.op_inputs, (*x.lists("triton"), *x.settings)
+    return x.op_inputs, (*x.lists("triton"), x.settings)
 
 
 def encoding_arguments(x):
-    settings = (*x.lists("triton", by_pair=True), x.images.num_pairs, *x.settings)
+    settings = (*x.lists("triton", by_pair=True), x.images.num_pairs, x.settings)
     return (x.decay, x.edge_weight, x.positions, x.lattice), settings
 
 

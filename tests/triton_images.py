@@ -123,8 +123,8 @@ def test_layout_holds_every_image_once():
 
     for kinds in ((("cubic", 1),), (("skewed", 3),), (("cubic", 12),)):
         x = on_device(problem(kinds=kinds))
-        lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift, x.images.num_pairs)
-        packed = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
+        lists = (x.images.packed(), x.images.num_pairs)
+        packed = module.pack(x.positions, x.lattice, *lists, 5, x.settings, by_pair=False)
         layout = module.unpack(packed, len(x.q), x.images.num_images, 5)
         group, groups = layout.shape
         shells = layout.records[:, 2 * groups :].contiguous().view(torch.float32).unflatten(1, (2, -1))
@@ -156,11 +156,11 @@ def test_choice_of_the_shape_of_tiles(kind, decay_min, shape, most, monkeypatch)
     """From the numbers of images and pairs; here the tiles are counted."""
     module = import_module("crystalformer.kernels.layout")
     x = on_device(problem(kinds=(kind,), decay_min=decay_min))
-    lists = (x.ptr, x.images.row_ptr, x.images.col, x.images.shift, x.images.num_pairs)
+    lists = (x.images.packed(), x.images.num_pairs)
 
     def packed(*shapes):
         monkeypatch.setattr(module, "SHAPES", shapes)
-        layout = module.pack(x.positions, x.lattice, *lists, 5, (6.0, 1.1), by_pair=False)
+        layout = module.pack(x.positions, x.lattice, *lists, 5, x.settings, by_pair=False)
         return module.unpack(layout, len(x.q), x.images.num_images, 5)
 
     def cost(layout):

@@ -47,7 +47,7 @@ def _instructions(forward: float, backward: float, geometry: float) -> dict[str,
     return {"forward": forward, "forward and backward": backward, "with positions and lattice": geometry}
 
 
-# docs/kernels.md, sm_90: the row kernel, the column kernel and geometry_rows, which goes over images, not shells.
+# docs/backends/triton.md, sm_90: the row kernel, the column kernel and geometry_rows (over images, not shells).
 INSTRUCTIONS = {
     "triton": _instructions(23.6, 23.3 + 3.1, 44.9 + 3.1 + 4.8),
     "triton-tf32": _instructions(17.3, 17.6 + 3.1, 30.7 + 3.1 + 4.8),

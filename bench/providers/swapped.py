@@ -1,4 +1,4 @@
-"""A training step of our model with another's attention in it: what the network around costs is the same for all."""
+"""A training step of our model with another provider's attention: the network around it costs the same for all."""
 
 from collections.abc import Callable
 from unittest import mock

@@ -33,10 +33,10 @@ def not_learnt(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """What metrics.json in a folder says; nothing where there is none.
+    """What metrics.json in a folder says; empty where there is no such file.
 
     Raises:
-        ValueError: for a file that is no JSON, or says something else.
+        ValueError: for a file that is not JSON, or has other contents.
     """
     path = folder / METRICS
     try:

@@ -42,7 +42,7 @@ def parse(parser: "ArgumentParser", arguments: Sequence[str]) -> "Namespace":
 
 @contextmanager
 def argument_errors(parser: "ArgumentParser") -> Iterator[None]:
-    """Parsing depends on arguments alone: whatever they make of argparse and jsonargparse is an error of theirs."""
+    """Parsing depends on the arguments alone, so any error of argparse and jsonargparse is one of theirs."""
     try:
         yield
     except Stop:
@@ -117,7 +117,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise ValueError(f"longer than {LONGEST_CONFIG} characters")
         depth = 0
         for event in yaml.parse(text):
-            if isinstance(event, yaml.AliasEvent):  # a few of them can stand for more than any memory holds
+            if isinstance(event, yaml.AliasEvent):  # a few YAML aliases can stand for more than any memory holds
                 raise ValueError("it has an alias (*)")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST_CONFIG:

@@ -63,7 +63,7 @@ class Predictor:
         return torch.cat(results)
 
     def _outputs(self, crystals: Sequence[CrystalBatch]) -> Tensor:
-        """(C,T) fp64. What the attention refuses, as features are not finite, is NaN, and costs the others nothing."""
+        """(C,T) fp64. A crystal whose features are not finite gets NaN; the others are predicted all the same."""
         try:
             return self.model(self._joined(crystals)).cpu().double()
         except NotFinite:
@@ -75,7 +75,7 @@ class Predictor:
     def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
         """For each structure its elements, as atomic numbers, that no crystal of the training had.
 
-        What the model predicts for those is a guess. None are unseen where the model does not know what it has seen.
+        What the model predicts for those is a guess. Empty where the model does not know which elements it has seen.
 
         Args:
             structures: as for `predict`.

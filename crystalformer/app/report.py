@@ -84,7 +84,7 @@ def write(
     shown = "test" if "test" in predictions else "val"
     stems = file_stems(names)
     for column, (name, label) in enumerate(zip(names, predictor.labels, strict=True)):
-        stem, quantity = stems[name], label.replace("$", r"\$")  # a dollar, not matplotlib's mathematics
+        stem, quantity = stems[name], label.replace("$", r"\$")  # a plain dollar sign, no formula of matplotlib
         targets, predicted = parts[shown].targets[:, column], predictions[shown][:, column]
         plots.parity(out / f"parity_{stem}.png", targets, predicted, quantity)
         plots.residuals(out / f"residuals_{stem}.png", targets, predicted, quantity)

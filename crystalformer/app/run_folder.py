@@ -1,4 +1,4 @@
-"""The folder of a training: one training's alone while it runs, and not there if it has nothing to show."""
+"""The folder of a training: it belongs to one training while this runs, and is removed if it holds no result."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from ..training.checkpoints import CheckpointError
 CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
 # What is there before the first checkpoint.
 BEGINNING = (CONFIG, PROBLEMS, SPLIT)
-# Held by the training that runs; freed by the system when that ends, however it does. It stays only behind a kill.
+# Held by the training that runs; freed by the system when that ends, however it does. The file stays only after a kill.
 LOCK = ".lock"
 
 
@@ -37,7 +37,7 @@ def check_folder(out: Path, resume: bool) -> None:
 def run_folder(out: Path, resume: bool) -> Iterator[None]:
     """Makes the folder and keeps other trainings out of it.
 
-    A new training that fails before its first checkpoint takes with it what it has written, so that it can be started
+    A new training that fails before its first checkpoint removes what it has written, so that it can be started
     again in the same folder, with other options too.
 
     Raises:

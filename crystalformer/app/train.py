@@ -43,7 +43,7 @@ class DataSource:
         data: file or folder with all crystals: CSV, JSON, CIF, POSCAR, extxyz, an ase database. Split at random by
             `fractions` and the seed, or as `split` says.
         train: file or folder with the crystals to learn from, instead of `data`.
-        val: those to validate on, behind each epoch; with `train`.
+        val: those to validate on, after each epoch; with `train`.
         test: those to test the trained model on; with `train`, may be missing.
         split: JSON file with the ids of "train", "val" and "test".
         fractions: shares of train, val and test.
@@ -147,7 +147,7 @@ def train(
         model: its sizes and physics, the paper's if None; the targets are filled in.
         unit: of the target, as "eV/atom", or one for each; for plots, tables and the model card.
         seed: of the split, the first weights, the order of the crystals and dropout.
-        resume: go on with the training in `out`, behind its last whole epoch.
+        resume: go on with the training in `out`, after its last whole epoch.
         accelerator, devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
         loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
 
@@ -322,7 +322,7 @@ def _digest(data: CrystalDataset) -> str:
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[Callable[[int, int], object]]:
-    """A bar for what tells how many are done and of how many; on a terminal only."""
+    """A progress bar; yields what to call with the numbers done and in all. On a terminal only."""
     hidden = not sys.stderr.isatty() or _rank() > 0
     with tqdm(desc=text, unit=" crystals", disable=hidden, leave=False) as bar:
 

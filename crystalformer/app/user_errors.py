@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line on stderr, and an exit code."""
+"""Errors that the user can correct: one line on stderr, and an exit code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ class Stop(Exception):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """For what depends on arguments and files alone: an error is theirs, and its line is enough."""
+    """For work that depends on arguments and files alone: any error is one of theirs, and one line is enough."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -28,7 +28,7 @@ def cheaper_alpha(
 ) -> Tensor:
     """alpha (P,H) of a list built with reciprocal=True: decays below its crossover take the sum over wave vectors.
 
-    Where the decays can be seen, nobody makes a sum that nobody takes.
+    Where the values of the decays can be seen, a sum that no decay needs is not computed.
 
     Args:
         backend: of the sum over wave vectors.
@@ -42,7 +42,7 @@ def cheaper_alpha(
         return real_alpha(decay)
     if visible and slow.all():
         return reciprocal_alpha(decay, positions, lattice, images, backend)
-    # Each sum gets a decay that it serves where the other one is taken.
+    # Both sums are computed for all decays. Where one is not used, it gets a decay that it can handle.
     served = torch.where(crossover > 0, crossover, 1.0)
     alpha = reciprocal_alpha(torch.where(slow, decay, served), positions, lattice, images, backend)
     pair_slow = slow[pair_atoms(images)[0]]
@@ -56,7 +56,7 @@ def reciprocal_alpha(decay: Tensor, positions: Tensor, lattice: Tensor, images: 
     waves.check_built_for(lattice, "images", "build_images")
     a, p, cell = decay.double(), positions.double(), lattice.double()
     backend = choose_backend(backend, decay.device, "reciprocal_sum", a.dtype)
-    lists = (waves.ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors, images.num_pairs)
+    lists = (waves.packed(), waves.largest, images.num_pairs)
     total = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_reciprocal_sum")(1 / (4 * a), p, cell, *lists)
     row = 1.5 * (math.pi / a).log() - volume(cell).log()[crystal_of_atom(images.ptr, images.num_atoms), None]
     return (total.log() + row[pair_atoms(images)[0]]).to(decay.dtype)

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments, as a whole: shapes that belong together, lists that serve."""
+"""Checks of the public functions' arguments: do their shapes fit each other, and do the lists fit the crystals?"""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from ..common import checks
 from ..geometry.image_list import ImageList
 from ..geometry.wave_vectors import WaveVectors
 from .basis import RadialBasis
+from .settings import Settings
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -25,7 +26,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """torch.library has no forward-mode formulas: without this the tangents would be dropped without a word."""
+    """torch.library has no forward-mode formulas: without this check the tangents would be dropped silently."""
     if torch.compiler.is_compiling():
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
@@ -47,7 +48,7 @@ def check_atoms(
 
 
 def check_images(images: ImageList, decay: Tensor, known: dict[str, int], reciprocal: bool = False) -> None:
-    """Checks the list; `reciprocal`: its wave vectors serve, too."""
+    """Checks the list; with `reciprocal` its wave vectors are used, too."""
     if not isinstance(images, ImageList):
         raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
     if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
@@ -83,7 +84,7 @@ def check_crystals(name: str, lists: ImageList | WaveVectors, of: str, ptr: Tens
 
 
 def check_smallest(name: str, decay: Tensor, decay_min: float, built: str) -> None:
-    """Decays below those that a list is certified for would be summed too short."""
+    """Refuses decays below those that a list is certified for: their sums would miss images."""
     if not checks.values_visible(decay) or not decay.numel():
         return
     smallest = float(decay.detach().min())
@@ -101,13 +102,13 @@ def check_precision(precision: str) -> None:
 
 def check_value_encoding(
     edge_weight: Tensor | None, basis: RadialBasis | None, known: dict[str, int], like: Tensor
-) -> tuple[Tensor, tuple[float, ...]]:
-    """The weight and the basis as the op takes them: of no functions and no numbers without an edge_weight."""
+) -> tuple[Tensor, Settings]:
+    """The weight as the op takes it, of no functions without an edge_weight, and the settings of the basis."""
     if edge_weight is None:
-        return like.new_empty(known["H"], known.get("Dv", 0), 0), ()
+        return like.new_empty(known["H"], known.get("Dv", 0), 0), Settings()
     if not isinstance(basis, RadialBasis):
         raise TypeError(f"basis must be a RadialBasis when edge_weight is given, not {type(basis).__name__}")
     known["K"] = basis.num
     checks.check_tensor("edge_weight", edge_weight, "H Dv K", known, like=like)
     checks.check_finite("edge_weight", edge_weight)
-    return edge_weight, (float(basis.r_max), float(basis.width))
+    return edge_weight, Settings(r_max=float(basis.r_max), width=float(basis.width))

@@ -1,7 +1,7 @@
 """Heads in real space and heads in reciprocal space as one operator: `attention` and `reciprocal` side by side.
 
-One, because what surrounds an operator in Python costs as much as the sums of a small batch. A backend that has the two
-has this one.
+They are one operator because the Python code around an operator costs as much as the sums of a small batch. A backend
+that has the two operators also has this one.
 """
 
 from typing import Any
@@ -19,14 +19,13 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, decay_reciprocal: Te
 def _halves(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments of the two operators, from those of the one: q, k and v of the first heads and of the rest."""
     q, k, v, decay, decay_reciprocal, edge_weight, positions, lattice, *settings = args
-    ptr, row_ptr, col, shift, layout, g_ptr, g, max_atoms, max_vectors, basis, tol, tf32 = settings
+    images, layout, waves, largest, numbers = settings
     real = decay.shape[1]
     first, rest = ([x[:, half] for x in (q, k, v)] for half in (slice(0, real), slice(real, None)))
     rest = [x.to(decay.dtype) for x in rest]
-    lists = (ptr, row_ptr, col, shift, layout)
     return (
-        (*first, decay, edge_weight, positions, lattice, *lists, basis, tol, tf32),
-        (*rest, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors),
+        (*first, decay, edge_weight, positions, lattice, images, layout, numbers),
+        (*rest, decay_reciprocal, positions, lattice, waves, largest),
     )
 
 
@@ -50,7 +49,7 @@ def _parts(*args: Any):  # type: ignore[no-untyped-def]
 DUAL_SPACE = ops.Op(
     name="dual_space",
     inputs=("q", "k", "v", "decay", "decay_reciprocal", "edge_weight", "positions", "lattice"),
-    settings=f"{ops.LIST}, {ops.WAVES}, {ops.BASIS}",
+    settings=f"{ops.LIST}, {ops.WAVES}, {ops.SETTINGS}",
     outputs=("y",),
     saved=("lse", "c"),
     shapes=_shapes,

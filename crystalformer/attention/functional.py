@@ -24,6 +24,7 @@ from .basis import RadialBasis
 from .dual_space import DUAL_SPACE
 from .layouts import layout as make_layout
 from .ops import ATTENTION, ENCODING, RECIPROCAL, Op
+from .settings import Settings
 
 Precision = Literal["exact", "tf32"]
 
@@ -115,13 +116,13 @@ def periodic_attention(
     known = check_heads(q, k, v)
     check_atoms("decay", decay, positions, lattice, known, like=q)
     check_images(images, decay, known)
-    weight, numbers = check_value_encoding(edge_weight, basis, known, decay)
+    weight, settings = check_value_encoding(edge_weight, basis, known, decay)
     refuse_forward_mode(q, k, v, decay, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, ATTENTION.name, positions.dtype)
-    run, lists, settings = _op(ATTENTION, backend, images, positions, lattice, weight.shape[2], numbers, precision)
+    run, lists, settings = _op(ATTENTION, backend, images, positions, lattice, weight.shape[2], settings, precision)
     dtype = v.dtype
     q, k, v = _as_read(backend, decay, q, k, v)
-    y, lse, _ = run(q, k, v, decay, weight, positions, lattice, *lists, *settings)
+    y, lse, _ = run(q, k, v, decay, weight, positions, lattice, *lists, settings)
     y = y.to(dtype)
     return (y, lse) if return_lse else y
 
@@ -167,13 +168,13 @@ def periodic_encoding(
     check_images(images, decay, known, reciprocal=edge_weight is None)
     if not images.every_pair:
         raise ValueError("images must be built with every_pair=True for periodic_encoding, not with every_pair=False")
-    weight, numbers = check_value_encoding(edge_weight, basis, known, decay)
+    weight, settings = check_value_encoding(edge_weight, basis, known, decay)
     refuse_forward_mode(decay, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, ENCODING.name, positions.dtype)
 
     def real(decay: Tensor) -> tuple[Tensor, Tensor]:
-        run, lists, settings = _op(ENCODING, backend, images, positions, lattice, weight.shape[2], numbers, precision)
-        return run(decay, weight, positions, lattice, *lists, images.num_pairs, *settings)
+        run, lists, told = _op(ENCODING, backend, images, positions, lattice, weight.shape[2], settings, precision)
+        return run(decay, weight, positions, lattice, *lists, images.num_pairs, told)
 
     if edge_weight is None and images.crossover is not None:
         check_geometry(positions, lattice)
@@ -250,7 +251,7 @@ def reciprocal_attention(
         wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
     else:
         check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal, lattice)
-    lists = (ptr, wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
+    lists = (wave_vectors.packed(), wave_vectors.largest)
     run = getattr(torch.ops.crystalformer, f"{backend}_{RECIPROCAL.name}")
     y = run(*(x.to(decay_reciprocal.dtype) for x in (q, k, v)), decay_reciprocal, positions, lattice, *lists)
     return y.to(v.dtype)
@@ -305,14 +306,14 @@ def dual_space_attention(
     check_images(images, decay, real)
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like=q)
     check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal, lattice)
-    weight, numbers = check_value_encoding(edge_weight, basis, real, decay)
+    weight, settings = check_value_encoding(edge_weight, basis, real, decay)
     refuse_forward_mode(q, k, v, decay, decay_reciprocal, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, DUAL_SPACE.name, positions.dtype)
-    run, lists, settings = _op(DUAL_SPACE, backend, images, positions, lattice, weight.shape[2], numbers, precision)
-    waves = (wave_vectors.g_ptr, wave_vectors.g, wave_vectors.max_atoms, wave_vectors.max_vectors)
+    run, lists, settings = _op(DUAL_SPACE, backend, images, positions, lattice, weight.shape[2], settings, precision)
+    waves = (wave_vectors.packed(), wave_vectors.largest)
     dtype = v.dtype
     q, k, v = _as_read(backend, decay, q, k, v)
-    y, _, _ = run(q, k, v, decay, decay_reciprocal, weight, positions, lattice, *lists, *waves, *settings)
+    y, _, _ = run(q, k, v, decay, decay_reciprocal, weight, positions, lattice, *lists, *waves, settings)
     return y.to(dtype)
 
 
@@ -328,14 +329,14 @@ def _op(
     positions: Tensor,
     lattice: Tensor,
     num: int,
-    basis: tuple[float, ...],
+    settings: Settings,
     precision: Precision,
-) -> tuple[Any, tuple[Tensor, ...], tuple[Any, ...]]:
-    """A backend's op, the list as the op takes it, and its settings: basis, tol and tf32."""
+) -> tuple[Any, tuple[Tensor, Tensor], Settings]:
+    """A backend's op, the list as the op takes it, and its settings."""
     check_precision(precision)
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
-    tol = 0.0 if moving else images.tol or 0.0
-    layout = make_layout(backend, images, positions, lattice, num, basis, tol, op is ENCODING, merge=not moving)
+    settings = settings._replace(tol=0.0 if moving else images.tol or 0.0, tf32=precision == "tf32")
+    layout = make_layout(backend, images, positions, lattice, num, settings, op is ENCODING, merge=not moving)
     run = getattr(torch.ops.crystalformer, f"{backend}_{op.name}")
-    return run, (images.ptr, images.row_ptr, images.col, images.shift, layout), (basis, tol, precision == "tf32")
+    return run, (images.packed(), layout), settings

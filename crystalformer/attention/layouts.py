@@ -12,11 +12,12 @@ from torch import Tensor
 from ..common import checks
 from ..geometry.image_list import ImageList, check_entries
 from ..geometry.lattice import check_geometry
-from .ops import NAMESPACE
+from .ops import NAMESPACE, SETTINGS
+from .settings import Settings
 
-LIST = "Tensor positions, Tensor lattice, Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift"
-CPU = f"({LIST}, int num, float[] basis, float tol, bool by_pair, bool merge) -> Tensor"
-TRITON = f"({LIST}, SymInt num_pairs, int num, float[] basis, bool by_pair) -> Tensor"
+LIST = "Tensor positions, Tensor lattice, Tensor images"
+CPU = f"({LIST}, int num, {SETTINGS}, bool by_pair, bool merge) -> Tensor"
+TRITON = f"({LIST}, SymInt num_pairs, int num, {SETTINGS}, bool by_pair) -> Tensor"
 
 torch.library.define(f"{NAMESPACE}::cpu_layout", CPU)  # implemented in csrc/bindings_real.cpp
 torch.library.define(f"{NAMESPACE}::triton_layout", TRITON)  # implemented in kernels/layout.py
@@ -39,8 +40,7 @@ def layout(
     positions: Tensor,
     lattice: Tensor,
     num: int,
-    basis: tuple[float, ...],
-    tol: float,
+    settings: Settings,
     by_pair: bool,
     merge: bool,
 ) -> Tensor:
@@ -50,26 +50,26 @@ def layout(
 
     Args:
         num: number of radial basis functions, 0 for none.
-        basis: their r_max and width.
-        tol: largest fraction of the weight that the op may leave out.
+        settings: of the op.
         by_pair: for the encoding, where the sums are over the images of a pair, not of a row.
         merge: make one entry of the images at one distance; not for gradients of positions and lattice.
     """
     geometry = (positions.detach(), lattice.detach())
     # One of Triton's serves every tol, and moving atoms, too; the reference reads the list as it is.
-    settings: tuple[Any, ...] = (num, basis, tol, by_pair, merge)
+    settings = settings._replace(tf32=False)
+    arguments: tuple[Any, ...] = (num, settings, by_pair, merge)
     if backend != "cpu":
-        settings = () if backend == "reference" else (images.num_pairs, num, basis, by_pair)
+        settings = settings._replace(tol=0.0)
+        arguments = () if backend == "reference" else (images.num_pairs, num, settings, by_pair)
 
     def make() -> Tensor:
         if backend == "reference":
             return positions.new_empty(0, dtype=torch.uint8)
-        lists = (images.ptr, images.row_ptr, images.col, images.shift)
-        return getattr(torch.ops.crystalformer, f"{backend}_layout")(*geometry, *lists, *settings)
+        return getattr(torch.ops.crystalformer, f"{backend}_layout")(*geometry, images.packed(), *arguments)
 
     if torch.compiler.is_compiling():
         return make()
-    key = (backend, positions.dtype, settings)
+    key = (backend, positions.dtype, arguments)
     made_for, kept = images.layouts.get(key, (None, None))
     if made_for is None or not made_for.still(geometry, images):
         check_geometry(positions, lattice)
@@ -101,21 +101,15 @@ class _Made:
     """
 
     def __init__(self, geometry: tuple[Tensor, Tensor], images: ImageList) -> None:
-        self.written, self.seen = _written(images), checks.values_visible(geometry[0])
+        self.written, self.seen = images.versions(), checks.values_visible(geometry[0])
         self.trace = _trace(geometry)
         self.tensors = geometry if self.trace else tuple(x.clone() for x in geometry)
 
     def still(self, geometry: tuple[Tensor, Tensor], images: ImageList) -> bool:
-        if self.written != _written(images) or (checks.values_visible(geometry[0]) and not self.seen):
+        if self.written != images.versions() or (checks.values_visible(geometry[0]) and not self.seen):
             return False
         trace = _trace(geometry)
         return trace == self.trace if trace or self.trace else all(map(torch.equal, geometry, self.tensors))
-
-
-def _written(images: ImageList) -> list[int]:
-    """How often the list was written. PyTorch does not count it for tensors made in inference mode."""
-    lists = (images.ptr, images.row_ptr, images.col, images.shift)
-    return [0 if x.is_inference() else x._version for x in lists]
 
 
 def _trace(geometry: tuple[Tensor, Tensor]) -> list[Any] | None:

@@ -22,6 +22,7 @@ from ..geometry.image_list import ImageList
 from ..geometry.wave_vectors import WaveVectors
 from . import reference, reference_backward
 from .basis import RadialBasis
+from .settings import Settings
 
 NAMESPACE = "crystalformer"
 
@@ -76,72 +77,61 @@ def _results(number: int) -> str:
     return "(" + ", ".join(["Tensor"] * number) + ")" if number > 1 else "Tensor"
 
 
-def _images(ptr: Tensor, row_ptr: Tensor, col: Tensor, shift: Tensor, num_pairs: int = 0) -> ImageList:
-    return ImageList(row_ptr, col, shift, ptr, cutoff=ptr.new_zeros(len(ptr) - 1), num_pairs=num_pairs)
+def _images(positions: Tensor, lattice: Tensor, images: Tensor, num_pairs: int = 0) -> ImageList:
+    return ImageList.unpack(images, len(positions), len(lattice), num_pairs)
 
 
-def _basis(edge_weight: Tensor, basis: Sequence[float]) -> RadialBasis | None:
-    num = edge_weight.shape[2]
-    return RadialBasis(num, *basis) if num else None
+def _basis(edge_weight: Tensor, settings: Sequence[float]) -> RadialBasis | None:
+    num, told = edge_weight.shape[2], Settings.read(settings)
+    return RadialBasis(num, told.r_max, told.width) if num else None
 
 
 # The functions below take exactly what their schemas say, positionally: annotations would say it a second time.
 
 
-def _attention_shapes(  # type: ignore[no-untyped-def]
-    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol, tf32
-):
+def _attention_shapes(q, k, v, decay, edge_weight, *_):  # type: ignore[no-untyped-def]
     return v.shape, decay.shape, (*decay.shape, edge_weight.shape[2])
 
 
-def _attention_parts(  # type: ignore[no-untyped-def]
-    q, k, v, decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, basis, tol, tf32
-):
-    return reference.attention_parts(q, v, _images(ptr, row_ptr, col, shift), _basis(edge_weight, basis))
+def _attention_parts(q, k, v, decay, edge_weight, positions, lattice, images, layout, settings):  # type: ignore[no-untyped-def]
+    return reference.attention_parts(q, v, _images(positions, lattice, images), _basis(edge_weight, settings))
 
 
-def _encoding_shapes(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol, tf32
-):
+def _encoding_shapes(decay, edge_weight, positions, lattice, images, layout, num_pairs, settings):  # type: ignore[no-untyped-def]
     return (num_pairs, decay.shape[1]), (num_pairs, decay.shape[1], edge_weight.shape[1])
 
 
-def _encoding_parts(  # type: ignore[no-untyped-def]
-    decay, edge_weight, positions, lattice, ptr, row_ptr, col, shift, layout, num_pairs, basis, tol, tf32
-):
-    return reference.encoding_parts(decay, _images(ptr, row_ptr, col, shift, num_pairs), _basis(edge_weight, basis))
+def _encoding_parts(decay, edge_weight, positions, lattice, images, layout, num_pairs, settings):  # type: ignore[no-untyped-def]
+    found = _images(positions, lattice, images, num_pairs)
+    return reference.encoding_parts(decay, found, _basis(edge_weight, settings))
 
 
-def _reciprocal_shapes(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors):  # type: ignore[no-untyped-def]
+def _reciprocal_shapes(q, k, v, *_):  # type: ignore[no-untyped-def]
     return (v.shape,)
 
 
-def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors):  # type: ignore[no-untyped-def]
-    return reference.reciprocal_parts(q, WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0))
+def _reciprocal_parts(q, k, v, decay_reciprocal, positions, lattice, waves, largest):  # type: ignore[no-untyped-def]
+    return reference.reciprocal_parts(q, WaveVectors.unpack(waves, len(lattice), largest))
 
 
-def _reciprocal_sum_shapes(  # type: ignore[no-untyped-def]
-    decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors, num_pairs
-):
+def _reciprocal_sum_shapes(decay_reciprocal, positions, lattice, waves, largest, num_pairs):  # type: ignore[no-untyped-def]
     return ((num_pairs, decay_reciprocal.shape[1]),)
 
 
-def _reciprocal_sum_parts(  # type: ignore[no-untyped-def]
-    decay_reciprocal, positions, lattice, ptr, g_ptr, g, max_atoms, max_vectors, num_pairs
-):
-    waves = WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0)
-    return reference.reciprocal_pairs_parts(decay_reciprocal, waves, num_pairs)
+def _reciprocal_sum_parts(decay_reciprocal, positions, lattice, waves, largest, num_pairs):  # type: ignore[no-untyped-def]
+    found = WaveVectors.unpack(waves, len(lattice), largest)
+    return reference.reciprocal_pairs_parts(decay_reciprocal, found, num_pairs)
 
 
-LIST = "Tensor ptr, Tensor row_ptr, Tensor col, Tensor shift, Tensor layout"
-WAVES = "Tensor g_ptr, Tensor g, int max_atoms, int max_vectors"
-# Of the radial basis, r_max and width; its number of functions is edge_weight's last dimension. `tf32` allows a backend
-# tf32 products. Few arguments, because torch.library takes a time that grows with their square.
-BASIS = "float[] basis, float tol, bool tf32"
+# Each list is one argument, `packed()` of ImageList or WaveVectors, and the numbers are one group: the time that
+# torch.library takes grows with the number of arguments. `layout` is what the backend has made of the image list.
+LIST = "Tensor images, Tensor layout"
+SETTINGS = "float[] settings"
+WAVES = "Tensor waves, int[] largest"
 ATTENTION = Op(
     name="attention",
     inputs=("q", "k", "v", "decay", "edge_weight", "positions", "lattice"),
-    settings=f"{LIST}, {BASIS}",
+    settings=f"{LIST}, {SETTINGS}",
     outputs=("y", "lse"),
     saved=("c",),
     shapes=_attention_shapes,
@@ -151,7 +141,7 @@ ATTENTION = Op(
 ENCODING = Op(
     name="encoding",
     inputs=("decay", "edge_weight", "positions", "lattice"),
-    settings=f"{LIST}, int num_pairs, {BASIS}",
+    settings=f"{LIST}, int num_pairs, {SETTINGS}",
     outputs=("alpha", "beta"),
     saved=(),
     shapes=_encoding_shapes,
@@ -161,7 +151,7 @@ ENCODING = Op(
 RECIPROCAL = Op(
     name="reciprocal",
     inputs=("q", "k", "v", "decay_reciprocal", "positions", "lattice"),
-    settings=f"Tensor ptr, {WAVES}",
+    settings=WAVES,
     outputs=("y",),
     saved=(),
     shapes=_reciprocal_shapes,
@@ -171,7 +161,7 @@ RECIPROCAL = Op(
 RECIPROCAL_SUM = Op(
     name="reciprocal_sum",
     inputs=("decay_reciprocal", "positions", "lattice"),
-    settings=f"Tensor ptr, {WAVES}, int num_pairs",
+    settings=f"{WAVES}, int num_pairs",
     outputs=("total",),
     saved=(),
     shapes=_reciprocal_sum_shapes,

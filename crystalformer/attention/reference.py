@@ -1,4 +1,4 @@
-"""The theory in plain PyTorch: what every kernel is held against. Equation numbers are those of docs/math.md.
+"""The theory in plain PyTorch, which every kernel is compared with. Equation numbers are those of docs/math.md.
 
 `attention_rows`, `encoding_pairs` and `reciprocal_rows` are the three sums, differentiable to any order in all their
 floating-point arguments. Each works on some consecutive rows (atoms) or pairs, so that memory stays bounded: the
@@ -330,7 +330,7 @@ def reciprocal_sums(decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor
 def reciprocal_weights(q: Tensor, k: Tensor, total: Tensor, x: PaddedCrystals) -> Tensor:
     """softmax_j( q_i·k_j / sqrt(D) + log max(S_ij, 1e-6) ), (c,r,H,n), of S.  Equation (13).
 
-    The other terms of alpha are those of the row, and leave the softmax as it is.
+    The other terms of alpha are the same for a whole row, so they do not change the softmax.
     """
     content = torch.einsum("crhd,cnhd->crhn", q[x.row], k[x.atom]) / math.sqrt(q.shape[-1])
     score = content + total.clamp(min=RECIPROCAL_CLAMP).log()

@@ -131,7 +131,7 @@ def reciprocal_rows_backward(
 ) -> None:
     """Dense attention with alpha = log S + ..., S = sum_G w cos(G·r): dS = ds / S unclamped.  Equation (B12).
 
-    The terms of alpha that do not depend on j leave the softmax as it is, so they have no gradient.
+    The terms of alpha that do not depend on j do not change the softmax, so they have no gradient.
     """
     (grad,), (q, k, v, decay_reciprocal, positions, lattice) = grads, inputs
     dq, dk, dv, d_decay, d_positions, d_lattice = totals

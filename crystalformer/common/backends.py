@@ -41,7 +41,7 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
     `auto` takes the fastest that is there: triton for fp32 CUDA tensors, cpu for CPU tensors, else the reference.
 
     Raises:
-        ValueError: for a name that is no backend.
+        ValueError: for a name that is not a backend's.
         RuntimeError: for a backend that is not there or has no such op, with the reason.
         TypeError: for a backend that does not compute in this dtype.
     """

@@ -95,7 +95,7 @@ def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
 
 
 def _extremes(x: Tensor) -> tuple[float, float]:
-    """The smallest and the largest value: one pass over the data, and a NaN is both of them."""
+    """The smallest and the largest value, in one pass over the data; NaN and NaN if one value is NaN."""
     low, high = torch.aminmax(x.detach())
     return low.item(), high.item()
 
@@ -156,7 +156,7 @@ def _check_real(name: str, x: Any) -> None:
 
 
 def _shown(x: Any) -> str:
-    """What x is; of an integer that would fill lines, how long it is."""
+    """x as an error shows it: a very long integer only by its number of digits."""
     return f"an integer of {x.bit_length()} bits" if isinstance(x, int) and x.bit_length() > 128 else repr(x)
 
 

@@ -12,7 +12,7 @@ INTERRUPTED = 130
 
 
 def leave(*_: Any) -> None:
-    """Ends the process at once, for a Ctrl-C that nothing has to be cleaned up for."""
+    """Ends the process at once, for a Ctrl-C after which nothing has to be cleaned up."""
     with contextlib.suppress(OSError):
         os.write(2, f"{PROG}: stopped\n".encode())
     os._exit(INTERRUPTED)
@@ -29,8 +29,11 @@ def _is_program(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
 
 
 def _leave_while_importing() -> None:
-    """Has Ctrl-C end this program, but none that only imports the library: torch alone takes seconds to come."""
-    # Of what multiprocessing has started the parent takes care; imported here it would take time, without this.
+    """Lets Ctrl-C end this program at once while it imports torch, which takes seconds.
+
+    Other programs, which only import the library, keep their own Ctrl-C.
+    """
+    # The parent takes care of processes that multiprocessing has started.
     parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", lambda: None)()
     if _is_program(getattr(sys, "argv", []), sys.orig_argv) and parent is None and _by_default():
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -64,13 +67,13 @@ def _by_default() -> bool:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Processes that are started within know no Ctrl-C, of which a terminal tells all: their parent ends them."""
+    """Processes that are started within ignore Ctrl-C, which a terminal sends to all: their parent ends them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -82,14 +85,14 @@ def uninterrupted() -> Iterator[None]:
 
 
 def prepare_streams() -> None:
-    """Streams that the caller has closed lead nowhere, lest a file that is opened takes their place."""
+    """Streams that the caller has closed lead to the null device: else a file opened later would take their number."""
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(free)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, as long as the process
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an id is no reason to lose the work
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: no id may stop the work
 
 
 def finish_output() -> None:

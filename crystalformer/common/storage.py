@@ -1,7 +1,8 @@
 """Files that are written whole or not at all, and read as they were written or not at all.
 
-What is read again carries the SHA-256 of its content: a bit that changed since is an error that names the file, never
-another number. A file without a checksum, from an older version or from elsewhere, is read as it is.
+Files that are read again carry the SHA-256 of their content: if a bit has changed since, reading is an error that names
+the file, and never gives another number. A file without a checksum, from an older version or from elsewhere, is read as
+it is.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
 
 
 def write_sealed(path: str | Path, data: bytes, keep: Path | None = None) -> None:
-    """`write`, with a checksum behind the data. Formats that are read from their beginning, or ZIP, do not mind it."""
+    """`write`, with a checksum after the data. ZIP and formats that are read from their beginning ignore it."""
     write(path, data + TRAILER + hashlib.sha256(data).hexdigest().encode(), keep)
 
 

@@ -2,16 +2,46 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Self = TypeVar("Self", bound="TensorStruct")
 
 
 class TensorStruct:
-    """Base of a frozen dataclass of tensors and of the numbers that belong to them."""
+    """Base of a frozen dataclass of tensors and of the numbers that belong to them.
+
+    Attributes:
+        PACKED: names of the integer tensors that an operator reads, those of 64 bits first. It takes them as one:
+            torch.library takes a time that grows with the number of arguments.
+    """
+
+    PACKED: ClassVar[tuple[str, ...]] = ()
+
+    def packed(self) -> Tensor:
+        """(words) int32: the tensors named in PACKED, one after the other. Made once, and again after a write."""
+        if torch.compiler.is_compiling():
+            return join_words(self._parts())
+        versions = self.versions()
+        before, words = self.__dict__.get("_packed", (None, None))
+        if before != versions:
+            with torch.inference_mode(False):  # it outlives this call, and may be saved for a backward
+                words = join_words(self._parts())
+            self.__dict__["_packed"] = (versions, words)
+        return words
+
+    def versions(self) -> list[int]:
+        """How often each tensor of PACKED was written. PyTorch does not count it for those made in inference mode."""
+        return [0 if x.is_inference() else x._version for x in self._parts()]
+
+    def _parts(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.PACKED]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "_packed"}
 
     def _map(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
@@ -32,6 +62,31 @@ class TensorStruct:
     def pin_memory(self: Self) -> Self:
         """The same in page-locked memory, for copies to a GPU that do not wait."""
         return self._map(lambda x: x.pin_memory())
+
+
+def join_words(parts: Sequence[Tensor]) -> Tensor:
+    """(words) int32 of integers of 64 bits, and of 32 in the last parts. Each part begins at a multiple of 16 bytes,
+    which loads are faster from."""
+    words = [x.contiguous().view(torch.int32).flatten() for x in parts]
+    return torch.cat([*(pad(x, (0, _aligned(len(x)) - len(x))) for x in words[:-1]), words[-1]])
+
+
+def split_words(words: Tensor, *sizes: int) -> list[Tensor]:
+    """Views of what `join_words` joined: integers of 64 bits, so many in each part, and last the words behind them.
+
+    Raises:
+        ValueError: for what `join_words` cannot have made of such sizes.
+    """
+    spaces = [_aligned(2 * size) for size in sizes]
+    if words.dtype != torch.int32 or words.dim() != 1 or len(words) < sum(spaces):
+        what = f"not {words.dtype} of shape {tuple(words.shape)}"
+        raise ValueError(f"a packed list must be int32 words, {sum(spaces)} of them for the offsets, {what}")
+    *parts, rest = words.split([*spaces, len(words) - sum(spaces)])
+    return [*(x[: 2 * size].view(torch.int64) for x, size in zip(parts, sizes, strict=True)), rest]
+
+
+def _aligned(words: int) -> int:
+    return -(-words // 4) * 4
 
 
 def check_parts(parts: Sequence[Any], name: str, kind: type) -> None:

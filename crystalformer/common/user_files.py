@@ -1,4 +1,4 @@
-"""Files that people bring: regular ones only, and no more of them than memory is meant to hold."""
+"""Files of users: only regular ones are read, and only up to a size that memory can hold."""
 
 import bz2
 import gzip
@@ -56,7 +56,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raises OSError if there is no such file, ValueError for what is none."""
+    """Raises OSError if there is no such file, ValueError if it is not a regular file."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise ValueError(f"must be a file, not {KINDS.get(kind, 'a socket')}")
@@ -66,7 +66,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     """The text in a file, in UTF-8.
 
     Raises:
-        OSError, ValueError: as `read_bytes`, and for what is no text.
+        OSError, ValueError: as `read_bytes`, and for bytes that are not text.
     """
     data = read_bytes(path)
     if b"\0" in data:

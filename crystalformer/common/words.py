@@ -11,7 +11,7 @@ def count(number: int, noun: str) -> str:
 def one_line(message: object, longest: int = 2000) -> str:
     """A message as a line that a terminal shows as it is: without control characters, and bounded.
 
-    What is wrong stands at the ends of a message, a value of any length in between.
+    The middle is left out: a message says what is wrong at its ends, with a value of any length in between.
     """
     text = " ".join(str(message).split())
     text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)

@@ -72,7 +72,7 @@ def _results(atoms: Any) -> dict[str, Any]:
 def _of_atoms(
     path: Path, atoms: Sequence[Any], values: Sequence[Mapping[str, Any]], columns: list[str], ids: Sequence[Any]
 ) -> Table:
-    """Rows of ase Atoms; a string in their place says why there are none."""
+    """Rows of ase Atoms. A string in their place says why they cannot be read."""
     rows = []
     for i, (x, record, id) in enumerate(zip(atoms, values, ids, strict=True)):
         row = Row(f"#{i + 1}" if missing(id) else str(id), f"{path.name}, row {i + 1}", values=record)

@@ -15,7 +15,7 @@ from ..common.version import version
 from .parsing import Parsed, Source, parse
 from .store import Item, Store, digest
 
-# Of the structures in the cache: one more whenever the same text gives another structure, or other tensors.
+# The version of the structures in the cache. It is raised when the same text gives another structure or other tensors.
 STRUCTURE_FORMAT = 1
 CHUNK = 64
 

@@ -140,7 +140,7 @@ def _build(crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[I
 
 
 def _build_named(chunk: list[int], crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[Item]:
-    """`_build` of some crystals. What is refused is built alone: then the error is of one crystal, or there is none."""
+    """`_build` of some crystals. If they are refused, each is built alone, so that the error names one crystal."""
     try:
         return _build([crystals[i] for i in chunk], settings)
     except ValueError:

@@ -24,7 +24,7 @@ class Example(NamedTuple):
         targets: (C,T), fp64.
         weight: (C) so that sum_c weight_c loss_c is this process's part of the mean loss over the whole batch, times
             the number of processes, because data parallel training takes the mean of their gradients. 0 for a crystal
-            that only keeps a process busy that the batch has no crystal for.
+            that only keeps a process busy for which the batch has no crystal.
     """
 
     crystals: CrystalBatch

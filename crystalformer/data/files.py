@@ -56,7 +56,7 @@ def kind_of(path: Path) -> str | None:
 def stem_of(path: Path) -> str:
     """The id that a file's name gives: the name without its ending."""
     name = Path(unpacked_name(path.name))
-    # The rest of POSCAR-mp-1.5 is no ending.
+    # The rest of a name as POSCAR-mp-1.5 is not an ending.
     return name.name if kind_of(name) == "poscar" and name.suffix.lower() not in KINDS else name.stem
 
 

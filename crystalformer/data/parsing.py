@@ -16,13 +16,13 @@ from ..model.structures import Crystal, read_structure
 
 # Atoms nearer than this, in Å, are one atom that is there twice.
 CLOSEST = 0.01
-# Volume of an atom, in Å³, below which a structure is none: hydrogen at the pressures of planets has more than 1. The
-# number of images grows with the density.
+# Volume of an atom, in Å³, below which a structure is refused: hydrogen at the pressures of planets has more than 1.
+# The number of images grows with the density.
 DENSEST = 0.1
 # How far apart, in Å, the sites of two copies of a primitive cell may be. pymatgen's 0.25 would average away
 # distortions that energies depend on.
 PRIMITIVE_TOLERANCE = 0.01
-# Characters of what is said of one structure.
+# The most characters that are said of one structure.
 LONGEST = 300
 
 
@@ -66,7 +66,7 @@ def parse(source: Source, primitive: bool = False) -> list[Parsed]:
             return [x if x.structure is None else _checked(x, primitive) for x in found]
     except ImportError:
         raise
-    except Exception as error:  # parsers of other libraries raise anything on bad files
+    except Exception as error:  # parsers of other libraries raise errors of any type on bad files
         return [Parsed(None, reason_of(error))]
 
 

@@ -49,9 +49,10 @@ def read_samples(
     - For structures without targets also a CIF, POSCAR (POSCAR*, CONTCAR*, .vasp) or pymatgen JSON, and a folder of
       them. A CIF of several crystals gives them all.
 
-    A row that cannot be used is no error but a Problem, in the order of the rows: no id or one that was there before, a
-    target that is missing or no finite number, a file that is missing, a structure that cannot be parsed, is not
-    periodic, has no volume, an element beyond californium, or two atoms within 0.01 Å. Deuterium counts as hydrogen.
+    A row that cannot be used is not an error but a Problem, in the order of the rows: no id or one that was there
+    before, a target that is missing or not a finite number, a file that is missing, a structure that cannot be parsed,
+    is not periodic, has no volume, an element beyond californium, or two atoms within 0.01 Å. Deuterium counts as
+    hydrogen.
     Each line of a CSV is a row, whatever is in it. A CIF whose atoms are not those of its formula (often hydrogen is
     left out) is kept, and a warning of the logger "crystalformer.data" counts these.
 

@@ -1,4 +1,4 @@
-"""Records as rows: dictionaries with a structure each, or with the name of its file."""
+"""Records as rows: each is a dictionary with a structure, or with the name of its file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any

@@ -71,7 +71,7 @@ class Store:
         return found
 
     def put(self, keys: Sequence[bytes], items: Sequence[Item]) -> None:
-        """Writes one shard. A disk that is full or read-only costs the cache, with a warning, not the work."""
+        """Writes one shard. Where the disk is full or read-only, it warns and writes nothing, and the work goes on."""
         tensors = {KEYS: torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)}
         for name in items[0]:
             tensors[name] = torch.cat([item[name] for item in items])

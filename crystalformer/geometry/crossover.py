@@ -1,4 +1,4 @@
-"""One Gaussian sum, two spaces: up to which decay the sum over wave vectors is the cheaper one.
+"""One Gaussian sum in two spaces: for which decays the sum over wave vectors is cheaper.
 
 By Poisson summation alpha_ij = log sum_n exp(-a d²) is also a sum over reciprocal lattice vectors, which converges the
 faster the slower the decay a is. Derived in docs/math.md, section 6.
@@ -17,7 +17,7 @@ from .wave_vectors import WaveVectors, choose_wave_vectors
 ROUNDING = 1e-14
 # Both sums have as many terms at the decay (248/4)^(1/3) V^(-2/3), see crossover.
 EQUAL_COST = 62 ** (1 / 3)
-# Trial values of the crossover, in powers of 2^(-1/4) of the one of equal cost; further down it is not worth the while.
+# Trial values of the crossover, in powers of 2^(-1/4) of the one of equal cost; smaller ones bring nothing.
 TRIALS = 60
 
 

@@ -4,14 +4,14 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common import checks
 from ..common.ragged import cat_ptr, crystal_of_atom, ordinals
-from ..common.tensor_struct import TensorStruct, check_parts, weakest
+from ..common.tensor_struct import TensorStruct, check_parts, split_words, weakest
 from .lattice import triangular
 from .movement import Geometry
 from .truncation import BEYOND, bearable_movement
@@ -20,7 +20,18 @@ from .wave_vectors import WaveVectors
 # A cutoff that the caller chose has no certificate to go by: atoms may move by this fraction of it, which is about what
 # a certificate bears.
 BEARABLE_FRACTION = 1 / 200
+# Of a packed list, for each image: col and shift.
+WORDS = 4
 NOT_SYMMETRIC = "images must be symmetric, (j, i, -n) there with each (i, j, n), but they are not"
+
+
+class Views(NamedTuple):
+    """The tensors of a list that operators read."""
+
+    row_ptr: Tensor
+    col: Tensor
+    shift: Tensor
+    ptr: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +64,11 @@ class ImageList(TensorStruct):
         layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
 
     Raises:
-        TypeError, ValueError: for tensors that are no list, naming the attribute. What is of the size of M is looked at
-            when the list is first used.
+        TypeError, ValueError: for tensors that do not make a valid list, naming the attribute. Tensors of the size of M
+            are checked when the list is first used.
     """
+
+    PACKED = ("ptr", "row_ptr", "col", "shift")
 
     row_ptr: Tensor
     col: Tensor
@@ -102,7 +115,26 @@ class ImageList(TensorStruct):
             checks.check_tensor("geometry.lattice", self.geometry.lattice, "C 3 3", known)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"layouts": {}}
+        return super().__getstate__() | {"layouts": {}}
+
+    @staticmethod
+    def views(words: Tensor, num_atoms: int, num_crystals: int) -> Views:
+        """The tensors that `packed` made one of, by name."""
+        ptr, row_ptr, rest = split_words(words, num_crystals + 1, num_atoms + 1)
+        number = len(rest) // WORDS  # fewer than four words of padding come between col and shift
+        shift = rest[len(rest) - (WORDS - 1) * number :].view(number, WORDS - 1)
+        return Views(row_ptr, rest[:number], shift, ptr)
+
+    @staticmethod
+    def count(words: Tensor, num_atoms: int, num_crystals: int) -> int:
+        """M of what `packed` made, from its length."""
+        return len(split_words(words, num_crystals + 1, num_atoms + 1)[-1]) // WORDS
+
+    @staticmethod
+    def unpack(words: Tensor, num_atoms: int, num_crystals: int, num_pairs: int = 0) -> "ImageList":
+        """The list that `packed` made one tensor of, in views; what it is certified for is not there."""
+        found = ImageList.views(words, num_atoms, num_crystals)
+        return ImageList(*found, cutoff=words.new_zeros(num_crystals), num_pairs=num_pairs)
 
     @property
     def real_decay_min(self) -> float | None:

@@ -171,8 +171,8 @@ def _build(
 ) -> ImageList:
     """The list, of checked arguments, not saying yet what it is certified for.
 
-    Serves where no operator is there. It waits for a GPU five times, for sizes: the number of pairs, of points after
-    each of the three axes, and of images kept.
+    It is used where no operator implements this. It waits for a GPU five times, for sizes: the number of pairs, of
+    points after each of the three axes, and of images kept.
     """
     radius = None if cutoff is None else cutoff + CUTOFF_SLACK
     extent = Extent.of(positions, lattice, ptr, a, tol, logit_range, radius, every_pair, all_pairs=True)

@@ -1,4 +1,4 @@
-"""How long a list will be, told before it is made: what memory or int32 cannot hold is refused, and not begun."""
+"""How long a list will be, estimated before it is made. A list that memory or int32 cannot hold is refused at once."""
 
 import math
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ INT32 = 2**31
 def expected_images(steps: Tensor, atoms: Tensor, radius2: Tensor, all_pairs: bool) -> Tensor:
     """(C) about how many images crystals have within a radius of their atoms.
 
-    That is the sphere's volume over the cell's for each pair, but at least what each atom has of itself: where the cell
-    is shorter than the sphere in some directions only, as many as fit in these.
+    For each pair this is the sphere's volume over the cell's, but at least the number of images that an atom has of
+    itself: where the cell is shorter than the sphere in some directions only, as many as fit in these directions.
 
     Args:
         steps: (C,3) diagonals of the triangular lattices, Å.
@@ -88,7 +88,7 @@ class Extent:
         )
 
     def refused(self, max_images: int) -> Tensor:
-        """Whether there are too many, or too far away: of no geometry, too."""
+        """Whether there are too many, or some are too far away; also true for a geometry that is not finite."""
         return ~((self.images.sum() <= max_images) & (self.cells < INT32).all())
 
     def refuse(self, max_images: int) -> NoReturn:

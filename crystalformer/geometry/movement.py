@@ -40,7 +40,7 @@ class Geometry(TensorStruct):
 
     @staticmethod
     def of(positions: Tensor, lattice: Tensor) -> "Geometry":
-        """Copies: what the caller does to the tensors later is what the list has to notice."""
+        """Keeps copies: the caller may change the tensors later, and the list has to notice that."""
         return Geometry(*(x.detach().to(torch.float64, copy=True) for x in (positions, lattice)))
 
     def rounding(self) -> float:

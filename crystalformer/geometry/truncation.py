@@ -13,8 +13,9 @@ from .lattice import gaussian_sum_bound
 
 # Content scores further apart than this would have to be weighed against numbers that fp64 does not hold.
 MAX_LOGIT_RANGE = 500.0
-# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. A shell
-# that leaves out just this little less than `tol` is not taken for the last, and with a steep decay the next is far.
+# Fraction of the tolerance spent on the images beyond the outer radius, which are bounded and never enumerated. It must
+# be small: a cutoff that leaves out nearly `tol` may need one shell more because of it, and with a steep decay the next
+# shell is far.
 BEYOND = 0.01
 # First and last trial value of b/a in the bound exp(-(a-b) R²) sum exp(-b d²), and their number; the best is taken.
 SPLITS = (0.02, 0.5, 25)

@@ -1,6 +1,7 @@
 """The reciprocal lattice vectors that sums in reciprocal space run over, with a certificate of what they leave out."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.ragged import cat_ptr, offsets, ordinals
-from ..common.tensor_struct import TensorStruct, check_parts
+from ..common.tensor_struct import TensorStruct, check_parts, split_words
 from .lattice import check_lattice, points_in_spheres, reciprocal, triangular
 from .limits import INT32, MAX_VECTORS, check_vectors
 from .movement import strain
@@ -33,8 +34,10 @@ class WaveVectors(TensorStruct):
         accepted: another lattice, the last that the vectors were found to serve.
 
     Raises:
-        TypeError, ValueError: for tensors that are no wave vectors, naming the attribute.
+        TypeError, ValueError: for tensors that do not make valid wave vectors, naming the attribute.
     """
+
+    PACKED = ("ptr", "g_ptr", "g")
 
     g: Tensor
     g_ptr: Tensor
@@ -102,6 +105,24 @@ class WaveVectors(TensorStruct):
         self.accepted[:] = [now.clone()]
 
     @property
+    def largest(self) -> tuple[int, int]:
+        """(max_atoms, max_vectors), which an operator takes beside the packed tensors."""
+        return self.max_atoms, self.max_vectors
+
+    @staticmethod
+    def views(words: Tensor, num_crystals: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ptr, g_ptr and g of what `packed` made of them."""
+        ptr, g_ptr, rest = split_words(words, num_crystals + 1, num_crystals + 1)
+        return ptr, g_ptr, rest.view(-1, 3)
+
+    @staticmethod
+    def unpack(words: Tensor, num_crystals: int, largest: Sequence[int]) -> "WaveVectors":
+        """The wave vectors that `packed` made one tensor of, in views; what they are certified for is not there."""
+        ptr, g_ptr, g = WaveVectors.views(words, num_crystals)
+        max_atoms, max_vectors = largest
+        return WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0)
+
+    @property
     def num_vectors(self) -> int:
         return len(self.g)
 
@@ -118,7 +139,7 @@ class WaveVectors(TensorStruct):
         """Joins those of separate crystals, in order. The certificate of the result is the weakest of its parts.
 
         Raises:
-            ValueError: for no parts, or parts on several devices.
+            ValueError: if there are no parts, or they are on several devices.
         """
         parts = list(parts)
         check_parts(parts, "parts", WaveVectors)

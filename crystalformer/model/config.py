@@ -13,16 +13,16 @@ from ..common.elements import NUM_ELEMENTS
 from ..common.version import version
 from ..geometry.truncation import MAX_LOGIT_RANGE
 
-# Of config.json: one more whenever an older version could not read it, or would read it wrongly.
+# The version of config.json. It is raised when an older program could not read the file, or would read it wrongly.
 FORMAT = 1
-# Of blocks, and of layers behind the pooling. A config may come from a damaged file: what it asks for is bounded.
+# The most blocks, and the most layers after the pooling. A config may come from a damaged file, hence the bounds.
 MAX_LAYERS = 128
-# Trained numbers, some thousand times the paper's: 4 GB in fp32.
+# The most trained numbers, some thousand times the paper's: 4 GB in fp32.
 MAX_WEIGHTS = 10**9
 # Å, between which no decay leaves the range of its numbers.
 LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
-# Attributes that are no choice: they come from the data of a training, or from the training itself.
+# Attributes that a user does not choose: they come from the data of a training, or from the training itself.
 FROM_TRAINING = ("num_targets", "target_names", "target_units", "target_mean", "target_deviation", "elements")
 
 
@@ -36,8 +36,8 @@ class CrystalformerConfig:
         num_heads: heads of each attention; model_dim is a multiple of it.
         num_blocks: attention blocks, at most 128.
         ff_dim: hidden width of the feed-forward layers.
-        readout_dims: hidden widths of the layers behind the pooling, at most 128 of them.
-        dropout: probability, behind both layers of each block.
+        readout_dims: hidden widths of the layers after the pooling, at most 128 of them.
+        dropout: probability, after both layers of each block.
         domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
             the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
         num_basis: K, functions of the value encoding of real heads, at most 65,536; 0 is the paper's simplified model

@@ -69,7 +69,7 @@ def from_official(state_dict: Mapping[str, Any], params_dict: Any = None, weight
             checkpoint has one that has seen an update.
 
     Raises:
-        TypeError: for a state_dict or params_dict that is no such thing.
+        TypeError: for a state_dict or params_dict of another type.
         ValueError: for parameters or keys that have no counterpart here, shapes that do not fit the parameters, and
             weights that are not finite.
     """
@@ -103,7 +103,7 @@ def load_official(path: str | Path, params: Any = None, weights: str = "auto") -
 
     Raises:
         OSError: for files that cannot be read.
-        TypeError, ValueError: as `from_official`, and for files that are no checkpoint or no JSON.
+        TypeError, ValueError: as `from_official`, and for files that are not a checkpoint or not JSON.
     """
     if isinstance(params, (str, Path)):
         try:

@@ -68,7 +68,7 @@ class Crystalformer(nn.Module):
         return in_units(y, config.target_mean, config.target_deviation) if config.target_mean else y
 
     def encode(self, batch: CrystalBatch) -> Tensor:
-        """(N, model_dim), the atoms' features behind the last block."""
+        """(N, model_dim), the atoms' features after the last block."""
         batch = self.prepare(batch)
         x = self.embedding(batch.species)
         for block in self.blocks:
@@ -175,8 +175,8 @@ class Crystalformer(nn.Module):
     ) -> "Crystalformer":
         """The model that `save_pretrained` wrote into the folder `path`, in eval mode.
 
-        The config is that in model.safetensors; a config.json that says something else counts for nothing, with a
-        warning. Where model.safetensors has none, of an older version or from elsewhere, it is that of config.json.
+        The config is that in model.safetensors; a config.json that says something else is ignored, with a warning.
+        Where model.safetensors has none, of an older version or from elsewhere, the config is that of config.json.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -218,7 +218,7 @@ def _check_file(file: Path) -> None:
 
 
 def _warn_of_another(config_file: Path, values: object) -> None:
-    """Where config.json is not the config of the weights: edited, damaged, or the writing of a model was stopped."""
+    """Warns if config.json is not the config of the weights: it was edited or damaged, or writing was stopped."""
     if not config_file.exists():
         return
     try:

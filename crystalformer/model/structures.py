@@ -43,7 +43,7 @@ def read_structure(structure: Any, name: str) -> Crystal:
 
     Raises:
         TypeError: for anything else.
-        ValueError: for what is no crystal, or none that fp32 can hold: see `CrystalBatch.from_structures`.
+        ValueError: if it is not a crystal, or fp32 cannot hold it: see `CrystalBatch.from_structures`.
     """
     if hasattr(structure, "get_pbc") and hasattr(structure, "get_atomic_numbers"):
         mixtures, positions = _ase_mixtures(structure, name), structure.get_positions()

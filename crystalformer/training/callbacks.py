@@ -90,7 +90,7 @@ class AverageLastEpochs(WeightAveraging):
 
 
 class Progress(Callback):
-    """One bar for the whole training, with the last validation error and the time left; lines where it is no terminal.
+    """One bar for the whole training, with the last validation error and the time left; without a terminal, lines.
 
     Args:
         name: of the target whose error is shown.

@@ -38,11 +38,11 @@ class AtomicIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Saves the training behind every epoch.
+    """Saves the training after every epoch.
 
     Args:
         folder: for last.ckpt and previous.ckpt.
-        identity: what makes this the training it is, names to JSON values; `latest` refuses another one.
+        identity: what tells this training from others, names to JSON values; `latest` refuses another one.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:

@@ -50,10 +50,10 @@ def fit(
     Args:
         train, val: loaders of `CrystalDataset`.
         epochs: of the whole training.
-        max_seconds: stops behind this time, between epochs.
+        max_seconds: stops after this time, between epochs.
         seed: of dropout. The order of the crystals has its seed in the loader.
         gradient_norm: longer gradients are shortened to this.
-        checkpoints: a folder to save the training in behind every epoch. If it holds one already, that is gone on
+        checkpoints: a folder to save the training in after every epoch. If it holds one already, that is gone on
             with; on the CPU it ends with the same bits as if it had never been stopped.
         identity: what tells this training from others, for its checkpoints.
         accelerator, devices, nodes: as lightning's Trainer takes them; under torchrun, its processes.

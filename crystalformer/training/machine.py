@@ -1,4 +1,4 @@
-"""What a training may ask of the machine: as many processes as it has devices, and other machines that will answer."""
+"""What a training may ask for: no more processes than there are devices, and only other machines that can be found."""
 
 import os
 
@@ -12,7 +12,9 @@ CLUSTERS = (environments.SLURMEnvironment, environments.LSFEnvironment, environm
 
 
 def check_machine(accelerator: str, devices: int, nodes: int) -> torch.device:
-    """Where lightning's Trainer trains; what it would start processes for, or wait for without end, is checked.
+    """The device that lightning's Trainer trains on.
+
+    Refuses more processes than there are devices, and other machines that it would wait for without end.
 
     Raises:
         ValueError: for accelerators, devices or nodes that are not there.

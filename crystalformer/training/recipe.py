@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..common import checks
 
-MOST = 1e6  # of a learning rate and a decay: fp32 holds their products with any weight
+MOST = 1e6  # the largest learning rate and decay: fp32 holds their products with any weight
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Recipe:
             therefore has AdamW's default.
         decay_steps: T, steps after which the learning rate is lr / sqrt(2).
         gradient_norm: longer gradients are shortened to this.
-        average_epochs: the model is the mean of the weights over the steps of so many last epochs, in which the
-            learning rate is held; at most a third of all epochs.
+        average_epochs: the model is the mean of the weights over the steps of this many last epochs, in which the
+            learning rate is constant; at most a third of all epochs.
     """
 
     epochs: int = 500

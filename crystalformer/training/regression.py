@@ -39,7 +39,7 @@ def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Mean(Metric):
-    """Mean of what is counted, over all processes; torchmetrics' own looks for NaN in every batch, or at no weight."""
+    """Mean over all processes of the values that are counted. torchmetrics' own mean looks for NaN in every batch."""
 
     total: Tensor
     count: Tensor
@@ -156,6 +156,6 @@ class Regression(lightning.LightningModule):
         """
         model, before = self.model, self.model.config
         model.rescale_(self.mean, self.deviation)
-        if before.elements or not before.target_mean:  # else it was trained before, and nobody knows on which
+        if before.elements or not before.target_mean:  # else it was trained before on elements that are not known
             model.config = replace(model.config, elements=tuple(sorted({*before.elements, *elements})))
         return model.eval()

@@ -1,0 +1,19 @@
+// What an operator of real space is told besides its tensors: the numbers of attention/settings.py, in their order.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace crystalformer {
+
+struct Settings {
+    double tol;           // largest fraction of the weight that may be left out
+    double tf32;          // nothing here multiplies in tf32
+    double r_max, width;  // of the radial basis
+
+    static Settings read(at::ArrayRef<double> numbers) {
+        TORCH_CHECK_VALUE(numbers.size() == 4, "settings must be tol, tf32, r_max, width, not ", numbers);
+        return {numbers[0], numbers[1], numbers[2], numbers[3]};
+    }
+};
+
+}  // namespace crystalformer
