@@ -106,9 +106,8 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     Tensor block;
     AT_DISPATCH_FLOATING_TYPES(positions.scalar_type(), "cpu_layout", [&] {
         const auto images = images_of<scalar_t>(p, l, packed);
-        check_list(images);
-        const int64_t pairs = count_pairs(images, by_pair);
-        const LayoutHeader header = layout_header(images, window, by_pair, merge, pairs);
+        const Pairs pairs = find_pairs(images, by_pair);
+        const LayoutHeader header = layout_header(images, window, by_pair, merge, pairs.number());
         int64_t bytes;
         place_layout<scalar_t>(header.sizes, nullptr, &bytes);
         block = at::empty({bytes}, positions.options().dtype(at::kByte));
@@ -117,7 +116,7 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
         const double scale = num ? std::min(1.0, window.spacing * window.width) : 1.0;
         const double spread = std::max(tol * scale / 64, sizeof(scalar_t) == 4 ? 2e-6 : 4e-15);
         const ReleaseGil release;
-        build_layout(images, spread, header, static_cast<char*>(block.data_ptr()), torch_threads());
+        build_layout(images, pairs, spread, header, static_cast<char*>(block.data_ptr()), torch_threads());
     });
     return block;
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "crystals.h"
+#include "list_check.h"
 
 namespace crystalformer {
 
@@ -35,64 +36,86 @@ namespace {
 
 struct Image {
     double d;
-    int32_t slot;
-    int64_t entry;
+    int32_t slot, place;  // place: in the segment
 };
 
-// Sorts by distance. Shells grow as d^2, so buckets of equal volume hold about one image each.
-void sort_by_distance(std::vector<Image>& images, std::vector<Image>& sorted, std::vector<int32_t>& start) {
-    const auto nearer = [](const Image& a, const Image& b) { return a.d != b.d ? a.d < b.d : a.entry < b.entry; };
-    const size_t count = images.size();
-    double longest = 0;
-    for (const Image& x : images) longest = std::max(longest, x.d);
-    const double inverse = 1 / longest;
-    const auto bucket = [&](const Image& x) {
-        const double part = x.d * inverse;  // 0/0 or infinite over infinite: all of those in the last bucket
-        return part < 1 ? size_t(part * part * part * double(count)) : count;
-    };
-    start.assign(count + 2, 0);
-    for (const Image& x : images) ++start[bucket(x) + 1];
-    for (size_t b = 0; b <= count; ++b) start[b + 1] += start[b];
-    sorted.resize(count);
-    for (const Image& x : images) sorted[size_t(start[bucket(x)]++)] = x;
-    for (size_t b = 0, first = 0; b <= count; first = size_t(start[b++]))
-        if (size_t(start[b]) > first + 1) std::sort(sorted.begin() + int64_t(first), sorted.begin() + start[b], nearer);
+// A stable sort. Of a few, most of them in order already, as they are here, it takes a fraction of std::sort's time.
+template <class Less>
+void sort_few(Image* first, Image* last, Less less) {
+    if (last - first > 32) return std::stable_sort(first, last, less);
+    for (Image* next = first + 1; next < last; ++next) {
+        const Image x = *next;
+        Image* to = next;
+        for (; to > first && less(x, to[-1]); --to) *to = to[-1];
+        *to = x;
+    }
 }
+
+// Sorts images by distance, those of one distance as they were. Shells grow as d^2, so buckets of equal volume hold
+// about one image each.
+class SortByDistance {
+  public:
+    void operator()(const std::vector<Image>& images, std::vector<Image>& sorted) {
+        const size_t count = images.size();
+        double longest = 0;
+        for (const Image& x : images) longest = std::max(longest, x.d);
+        const double inverse = 1 / longest;
+        bucket_.resize(count);
+        start_.assign(count + 2, 0);
+        for (size_t k = 0; k < count; ++k) {
+            const double part = images[k].d * inverse;  // 0/0 or infinite over infinite: all of those in the last one
+            bucket_[k] = part < 1 ? int32_t(part * part * part * double(count)) : int32_t(count);
+            ++start_[size_t(bucket_[k]) + 1];
+        }
+        for (size_t b = 0; b <= count; ++b) start_[b + 1] += start_[b];
+        sorted.resize(count);
+        for (size_t k = 0; k < count; ++k) sorted[size_t(start_[size_t(bucket_[k])]++)] = images[k];
+        const auto nearer = [](const Image& a, const Image& b) { return a.d < b.d; };
+        int32_t first = 0;
+        for (size_t b = 0; b <= count; first = start_[b++])
+            if (start_[b] > first + 1) sort_few(sorted.data() + first, sorted.data() + start_[b], nearer);
+    }
+
+  private:
+    std::vector<int32_t> bucket_, start_;
+};
 
 template <class T>
 class Builder {
   public:
-    Builder(const Images<T>& images, const Window& window, double spread, const Layout<T>& layout)
-        : images_(images), window_(window), spread_(spread), layout_(layout) {}
+    Builder(const Images<T>& images, const Pairs& pairs, const Window& window, double spread, const Layout<T>& layout)
+        : images_(images), pairs_(pairs), window_(window), spread_(spread), layout_(layout) {}
 
-    // Distances and shells of the images first..last of atom i, whose pairs start at `pair`.
-    void segment(int64_t segment, int64_t first, int64_t last, int64_t i, const double* cell, int64_t pair) {
-        found_.clear();
-        int32_t slot = -1, seen = -1;
+    // Distances and shells of the images of the pairs begin..end of atom i, which are segment `segment`.
+    void segment(int64_t segment, int64_t begin, int64_t end, int64_t i, const double* cell) {
+        const int64_t first = pairs_.first[begin];
+        found_.resize(size_t(pairs_.first[end] - first));
+        Image* to = found_.data();
         bool numbers = true;
-        if (first == last) layout_.pair_near2[pair] = 0;  // a pair with no images: nothing reads it
-        for (int64_t e = first; e < last; ++e) {
-            const int32_t j = images_.col[e];
-            double d2 = 0;
-            for (int x = 0; x < 3; ++x) {
-                double r = double(images_.positions[3 * j + x]) - double(images_.positions[3 * i + x]);
-                for (int y = 0; y < 3; ++y) r += double(images_.shift[3 * e + y]) * cell[3 * y + x];
-                d2 += r * r;
+        for (int64_t pair = begin; pair < end; ++pair) {
+            const int32_t j = pairs_.col[pair];
+            double apart[3];
+            for (int x = 0; x < 3; ++x)
+                apart[x] = double(images_.positions[3 * j + x]) - double(images_.positions[3 * i + x]);
+            for (int64_t e = pairs_.first[pair]; e < pairs_.first[pair + 1]; ++e) {
+                double d2 = 0;
+                for (int x = 0; x < 3; ++x) {
+                    double r = apart[x];
+                    for (int y = 0; y < 3; ++y) r += double(images_.shift[3 * e + y]) * cell[3 * y + x];
+                    d2 += r * r;
+                }
+                numbers = numbers && !std::isnan(d2);
+                *to++ = {std::sqrt(d2), int32_t(pair - begin), int32_t(e - first)};
             }
-            if (j != seen) {
-                seen = j;
-                ++slot;
-            }
-            numbers = numbers && !std::isnan(d2);
-            found_.push_back({std::sqrt(d2), slot, e});
         }
+        if (found_.empty()) layout_.pair_near2[begin] = 0;  // a pair with no images: nothing reads it
         if (numbers) {
-            sort_by_distance(found_, sorted_, start_);
+            sort_(found_, sorted_);
         } else {  // one NaN makes every sum of the segment NaN, and distances of which some are NaN have no order
             sorted_ = found_;
             for (Image& x : sorted_) x.d = std::numeric_limits<double>::quiet_NaN();
         }
-        pack(segment, first, pair);
+        pack(segment, first, begin);
     }
 
   private:
@@ -117,8 +140,8 @@ class Builder {
             layout_.offset[shell] = T(t - bin * window_.step);
             layout_.bin[shell] = bin;
             if (!layout_.entry)
-                std::sort(sorted_.begin() + int64_t(begin), sorted_.begin() + int64_t(end),
-                          [](const Image& a, const Image& b) { return a.slot < b.slot; });
+                sort_few(sorted_.data() + begin, sorted_.data() + end,
+                         [](const Image& a, const Image& b) { return a.slot < b.slot; });
             for (size_t x = begin; x < end; ++x) {
                 if (!layout_.entry && x > begin && sorted_[x].slot == sorted_[x - 1].slot) {
                     layout_.count[member - 1] += T(1);
@@ -128,7 +151,7 @@ class Builder {
                 layout_.pair_near2[pair + sorted_[x].slot] = layout_.d2[shell];  // nearer shells come later
                 layout_.shell[member] = int32_t(shell - first);
                 layout_.count[member] = T(1);
-                if (layout_.entry) layout_.entry[member] = sorted_[x].entry;
+                if (layout_.entry) layout_.entry[member] = first + sorted_[x].place;
                 ++member;
             }
             layout_.member_end[shell] = member;
@@ -137,45 +160,14 @@ class Builder {
     }
 
     const Images<T>& images_;
+    const Pairs& pairs_;
     const Window& window_;
     const double spread_;
     const Layout<T>& layout_;
+    SortByDistance sort_;
     std::vector<Image> found_, sorted_;
     std::vector<int32_t> start_;
 };
-
-// The pairs of each row and the place of each one's mirror image; the images are sorted by row, then by col.
-template <class T>
-void find_pairs(const Images<T>& images, const std::vector<int64_t>& crystal, bool by_pair, const Layout<T>& layout) {
-    layout.pair_ptr[0] = 0;
-    for (int64_t i = 0; i < images.atoms; ++i) {
-        int64_t pair = layout.pair_ptr[i], e = images.row_ptr[i];
-        const int64_t end = images.row_ptr[i + 1];
-        const auto add = [&](int32_t j) {
-            if (by_pair) layout.entry_ptr[pair] = e;
-            layout.pair_col[pair++] = j;
-            while (e < end && images.col[e] == j) ++e;
-        };
-        if (by_pair)
-            for (int64_t j = images.ptr[crystal[i]]; j < images.ptr[crystal[i] + 1]; ++j) add(int32_t(j));
-        else
-            while (e < end) add(images.col[e]);
-        layout.pair_ptr[i + 1] = pair;
-    }
-    if (by_pair)
-        layout.entry_ptr[layout.pair_ptr[images.atoms]] = images.images;
-    else
-        std::copy(images.row_ptr, images.row_ptr + images.atoms + 1, layout.entry_ptr);
-
-    std::vector<int64_t> next(layout.pair_ptr, layout.pair_ptr + images.atoms);
-    for (int64_t i = 0; i < images.atoms; ++i)
-        for (int64_t pair = layout.pair_ptr[i]; pair < layout.pair_ptr[i + 1]; ++pair)
-            layout.pair_mirror[pair] = int32_t(next[layout.pair_col[pair]]++);
-}
-
-}  // namespace
-
-namespace {
 
 constexpr uint64_t MAGIC = 0x3174756f79616c63;  // "clayout1"
 constexpr int64_t SAMPLES = 64;                 // images that are hashed
@@ -203,22 +195,6 @@ class Hash {
 };
 
 }  // namespace
-
-template <class T>
-int64_t count_pairs(const Images<T>& images, bool by_pair) {
-    int64_t pairs = 0;
-    if (by_pair)
-        for (int64_t c = 0; c < images.crystals; ++c) {
-            const int64_t n = images.ptr[c + 1] - images.ptr[c];
-            pairs += n * n;
-        }
-    else
-        for (int64_t i = 0; i < images.atoms; ++i)
-            for (int64_t e = images.row_ptr[i]; e < images.row_ptr[i + 1]; ++e)
-                pairs += e == images.row_ptr[i] || images.col[e] != images.col[e - 1];
-    if (pairs >> 31) throw std::invalid_argument("the CPU kernels take at most 2^31 pairs of atoms");
-    return pairs;
-}
 
 template <class T>
 LayoutHeader layout_header(const Images<T>& images, const Window& window, bool by_pair, bool merge, int64_t pairs) {
@@ -282,32 +258,39 @@ Layout<T> place_layout(const LayoutSizes& sizes, char* memory, int64_t* bytes) {
 }
 
 template <class T>
-void build_layout(const Images<T>& images, double spread, const LayoutHeader& header, char* memory,
+void build_layout(const Images<T>& images, const Pairs& pairs, double spread, const LayoutHeader& header, char* memory,
                   const Threads& threads) {
     std::memcpy(memory, &header, sizeof header);
     const Layout<T> layout = place_layout<T>(header.sizes, memory);
     const bool by_pair = header.sizes.by_pair;
     const std::vector<int64_t> crystal = crystal_of_atom(images.ptr, images.crystals);
-    find_pairs(images, crystal, by_pair, layout);
+    std::copy(pairs.ptr.begin(), pairs.ptr.end(), layout.pair_ptr);
+    std::copy(pairs.col.begin(), pairs.col.end(), layout.pair_col);
+    std::copy(pairs.mirror.begin(), pairs.mirror.end(), layout.pair_mirror);
+    if (by_pair)
+        std::copy(pairs.first.begin(), pairs.first.end(), layout.entry_ptr);
+    else
+        std::copy(images.row_ptr, images.row_ptr + images.atoms + 1, layout.entry_ptr);
     threads.for_chunks(images.atoms, 4, [&] {
-        return [&, builder = Builder<T>(images, header.window, spread, layout)](int64_t begin, int64_t end) mutable {
+        return [&, builder = Builder<T>(images, pairs, header.window, spread, layout)](int64_t begin,
+                                                                                       int64_t end) mutable {
             for (int64_t i = begin; i < end; ++i) {
+                check_translations(images, pairs, i);
                 double cell[9];
                 std::copy(images.lattice + 9 * crystal[i], images.lattice + 9 * crystal[i] + 9, cell);
-                const int64_t first = by_pair ? layout.pair_ptr[i] : i, last = by_pair ? layout.pair_ptr[i + 1] : i + 1;
-                for (int64_t s = first; s < last; ++s)
-                    builder.segment(s, layout.entry_ptr[s], layout.entry_ptr[s + 1], i, cell,
-                                    by_pair ? s : layout.pair_ptr[i]);
+                const int64_t first = pairs.ptr[i], last = pairs.ptr[i + 1];
+                if (!by_pair) builder.segment(i, first, last, i, cell);
+                for (int64_t pair = first; by_pair && pair < last; ++pair)
+                    builder.segment(pair, pair, pair + 1, i, cell);
             }
         };
     });
 }
 
 #define INSTANTIATE(T)                                                                         \
-    template int64_t count_pairs(const Images<T>&, bool);                                      \
     template LayoutHeader layout_header(const Images<T>&, const Window&, bool, bool, int64_t); \
     template Layout<T> place_layout(const LayoutSizes&, char*, int64_t*);                      \
-    template void build_layout(const Images<T>&, double, const LayoutHeader&, char*, const Threads&);
+    template void build_layout(const Images<T>&, const Pairs&, double, const LayoutHeader&, char*, const Threads&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -58,6 +58,8 @@ struct Layout {
     int64_t* entry;        // (members) place in the list, or null when merged
 };
 
+struct Pairs;  // list_check.h
+
 struct LayoutSizes {
     int64_t atoms, images, pairs;
     int64_t by_pair;  // segments are the pairs of all atoms of a crystal, whether they have images or not
@@ -72,10 +74,6 @@ struct LayoutHeader {
     uint64_t list, geometry;  // hashes: of the offsets and some images, of positions and lattice
 };
 
-// The number of pairs of a list that has been checked.
-template <class T>
-int64_t count_pairs(const Images<T>& images, bool by_pair);
-
 // The header of a layout. It takes little time beside a sum over the images, because it hashes only some of them.
 template <class T>
 LayoutHeader layout_header(const Images<T>& images, const Window& window, bool by_pair, bool merge, int64_t pairs);
@@ -88,9 +86,10 @@ void check_header(const LayoutHeader& wanted, const LayoutHeader& found);
 template <class T>
 Layout<T> place_layout(const LayoutSizes& sizes, char* memory, int64_t* bytes = nullptr);
 
-// Fills a block of memory. spread: distances that differ by less are equal, Å.
+// Fills a block of memory. pairs: of find_pairs; the rest of what makes a list one is checked here. spread: distances
+// that differ by less are equal, Å.
 template <class T>
-void build_layout(const Images<T>& images, double spread, const LayoutHeader& header, char* memory,
+void build_layout(const Images<T>& images, const Pairs& pairs, double spread, const LayoutHeader& header, char* memory,
                   const Threads& threads);
 
 }  // namespace crystalformer

@@ -1,6 +1,5 @@
 #include "list_check.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,76 +17,114 @@ void check_offsets(const char* name, const int64_t* offsets, int64_t segments, i
 
 namespace {
 
-void fail(const char* what) {
+constexpr const char* SORTED = "be sorted by (col, shift) in each row, no image twice";
+constexpr const char* SYMMETRIC = "be symmetric, (j, i, -n) there with each (i, j, n)";
+constexpr const char* ITSELF = "hold each atom itself, (i, i, 0)";
+
+[[noreturn]] void fail(const char* what) {
     throw std::invalid_argument(std::string("images must ") + what + ", but they are not");
 }
 
-// In lexicographic order, without branches: which of the three decides cannot be predicted.
-bool before(const int32_t* a, const int32_t* b) {
-    return (a[0] < b[0]) | ((a[0] == b[0]) & ((a[1] < b[1]) | ((a[1] == b[1]) & (a[2] < b[2]))));
-}
-
-// One past the images of the pair that begins at `first`.
-template <class T>
-int64_t pair_end(const Images<T>& images, int64_t first, int64_t row_end) {
-    int64_t last = first + 1;
-    while (last < row_end && images.col[last] == images.col[first]) ++last;
-    return last;
-}
-
-// Whether the images first..last-1 of a pair are sorted by n.
-template <class T>
-bool sorted(const Images<T>& images, int64_t first, int64_t last) {
-    bool result = true;
-    for (int64_t e = first + 1; e < last; ++e) result &= before(images.shift + 3 * e - 3, images.shift + 3 * e);
-    return result;
-}
-
-// Whether as many images from `mirror` on are the negatives of first..last-1: sorted by n, they come in the opposite
-// order.
-template <class T>
-bool mirrored(const Images<T>& images, int64_t first, int64_t last, int64_t mirror) {
-    int64_t wrong = 0;
-    for (int64_t e = first; e < last; ++e) {
-        const int32_t *n = images.shift + 3 * e, *opposite = images.shift + 3 * (mirror + last - 1 - e);
-        for (int x = 0; x < 3; ++x) wrong |= int64_t(n[x]) + int64_t(opposite[x]);
-    }
-    return !wrong;
+// Whether (a, b, c) of x is less than that of y, without branches: which of the three decides cannot be predicted.
+bool before(const int32_t* x, const int32_t* y) {
+    const auto leading = [](const int32_t* n) { return (int64_t(n[0]) << 32) + (int64_t(n[1]) + (int64_t(1) << 31)); };
+    const int64_t a = leading(x), b = leading(y);
+    return (a < b) | ((a == b) & (x[2] < y[2]));
 }
 
 }  // namespace
 
 template <class T>
-void check_list(const Images<T>& images) {
+Pairs find_pairs(const Images<T>& images, bool every) {
     check_offsets("ptr", images.ptr, images.crystals, images.atoms);
     check_offsets("row_ptr", images.row_ptr, images.atoms, images.images);
-    // Rows come in order, so the pairs (i, j), j fixed, come in the order of row j: of each row, the first image whose
-    // mirror has not been met.
-    std::vector<int64_t> next(images.row_ptr, images.row_ptr + images.atoms);
+    Pairs pairs;
+    const auto check_number = [](int64_t number) {
+        if (number >> 31) throw std::invalid_argument("the CPU kernels take at most 2^31 pairs of atoms");
+    };
+    if (every) {
+        int64_t number = 0;
+        for (int64_t c = 0; c < images.crystals; ++c) {
+            const int64_t atoms = images.ptr[c + 1] - images.ptr[c];
+            number += atoms * atoms;
+        }
+        check_number(number);
+        pairs.col.reserve(size_t(number));
+        pairs.first.reserve(size_t(number) + 1);
+    }
+    const auto add = [&](int64_t j, int64_t e) {
+        pairs.col.push_back(int32_t(j));
+        pairs.first.push_back(e);
+    };
+    pairs.ptr.reserve(size_t(images.atoms) + 1);
+    pairs.ptr.push_back(0);
     for (int64_t c = 0; c < images.crystals; ++c)
         for (int64_t i = images.ptr[c]; i < images.ptr[c + 1]; ++i) {
-            bool itself = false;
-            for (int64_t first = images.row_ptr[i], last; first < images.row_ptr[i + 1]; first = last) {
-                const int64_t j = images.col[first];
+            int64_t next = images.ptr[c];  // the first j that may come
+            for (int64_t e = images.row_ptr[i]; e < images.row_ptr[i + 1];) {
+                const int32_t j = images.col[e];
                 if (j < images.ptr[c] || j >= images.ptr[c + 1]) fail("be of atoms of the row's own crystal");
-                last = pair_end(images, first, images.row_ptr[i + 1]);
-                // Of two pairs that mirror each other, the translations are looked at when the first is met.
-                const bool met = j < i;
-                if ((last < images.row_ptr[i + 1] && images.col[last] < j) || !(met || sorted(images, first, last)))
-                    fail("be sorted by (col, shift) in each row, no image twice");
-                const int64_t mirror = next[j];
-                next[j] += last - first;
-                if (next[j] > images.row_ptr[j + 1] || images.col[mirror] != i || images.col[next[j] - 1] != i ||
-                    !(met || mirrored(images, first, last, mirror)))
-                    fail("be symmetric, (j, i, -n) there with each (i, j, n)");
-                for (int64_t e = first; e < last && i == j; ++e)
-                    itself |= !images.shift[3 * e] && !images.shift[3 * e + 1] && !images.shift[3 * e + 2];
+                if (j < next) fail(SORTED);
+                for (; every && next < j; ++next) add(next, e);
+                add(j, e);
+                next = j + 1;
+                while (e < images.row_ptr[i + 1] && images.col[e] == j) ++e;
             }
-            if (!itself) fail("hold each atom itself, (i, i, 0)");
+            for (; every && next < images.ptr[c + 1]; ++next) add(next, images.row_ptr[i + 1]);
+            pairs.ptr.push_back(pairs.number());
+            check_number(pairs.number());
         }
+    pairs.first.push_back(images.images);
+
+    // Rows come in order, so the pairs (i, j), j fixed, come in the order of row j: of each row, the first pair whose
+    // mirror has not been met.
+    const auto count = [&](int64_t pair) { return pairs.first[pair + 1] - pairs.first[pair]; };
+    std::vector<int64_t> unmet(pairs.ptr.begin(), pairs.ptr.end() - 1);
+    pairs.mirror.resize(pairs.col.size());
+    for (int64_t i = 0; i < images.atoms; ++i) {
+        bool itself = false;
+        for (int64_t pair = pairs.ptr[i]; pair < pairs.ptr[i + 1]; ++pair) {
+            const int64_t j = pairs.col[pair], mirror = unmet[j]++;
+            if (mirror >= pairs.ptr[j + 1] || pairs.col[mirror] != i || count(mirror) != count(pair)) fail(SYMMETRIC);
+            pairs.mirror[pair] = int32_t(mirror);
+            itself |= i == j && count(pair);
+        }
+        if (!itself) fail(ITSELF);
+    }
+    return pairs;
 }
 
-template void check_list(const Images<float>&);
-template void check_list(const Images<double>&);
+template <class T>
+void check_translations(const Images<T>& images, const Pairs& pairs, int64_t i) {
+    // Of two pairs that mirror each other one is looked at.
+    int64_t pair = pairs.ptr[i];
+    while (pairs.col[pair] < i) ++pair;
+    const int64_t own = pair;
+    bool sorted = true;
+    int64_t unlike = 0;
+    for (; pair < pairs.ptr[i + 1]; ++pair) {
+        const int32_t *n = images.shift + 3 * pairs.first[pair], *end = images.shift + 3 * pairs.first[pair + 1];
+        if (n == end) continue;
+        // Sorted by n, the mirror images come in the opposite order.
+        const int32_t* opposite = images.shift + 3 * pairs.first[pairs.mirror[pair] + 1] - 3;
+        for (int x = 0; x < 3; ++x) unlike |= int64_t(n[x]) + opposite[x];
+        while ((n += 3) < end) {
+            opposite -= 3;
+            sorted &= before(n - 3, n);
+            for (int x = 0; x < 3; ++x) unlike |= int64_t(n[x]) + opposite[x];
+        }
+    }
+    if (!sorted) fail(SORTED);
+    if (unlike) fail(SYMMETRIC);
+    // Sorted and symmetric, an odd number of images of i in row i has n = 0 in its middle, an even one has none.
+    if ((pairs.first[own + 1] - pairs.first[own]) % 2 == 0) fail(ITSELF);
+}
+
+#define INSTANTIATE(T)                                 \
+    template Pairs find_pairs(const Images<T>&, bool); \
+    template void check_translations(const Images<T>&, const Pairs&, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
 
 }  // namespace crystalformer

@@ -18,6 +18,7 @@ if cf.available_backends()["cpu"] is not True:
     pytest.skip(cf.available_backends()["cpu"], allow_module_level=True)
 
 EXAMPLES = 30  # in five seconds
+ROUNDING, CLAMP = 4e-6, 1e-6  # of reciprocal sums in fp32 (test_rounding.py), and the paper's
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,44 @@ class Case:
             outputs = self.x.encoding(*list(given.values())[3:], backend=backend)
         else:
             x = self.x
-            waves = cf.build_wave_vectors(x.lattice, x.ptr, float(x.decay.min()) * 0.999, x.images.tol)
-            outputs = (x.reciprocal(*list(given.values())[:6], backend=backend, wave_vectors=waves),)
+            outputs = (x.reciprocal(*list(given.values())[:6], backend=backend, wave_vectors=self.wave_vectors()),)
         rng = torch.Generator().manual_seed(0)
         grads = [torch.randn(y.shape, generator=rng, dtype=torch.float64).to(y) for y in outputs]
         found = torch.autograd.grad(outputs, list(leaves.values()), grads)
         return {f"output {k}": y.detach() for k, y in enumerate(outputs)} | dict(zip(leaves, found, strict=True))
+
+    def wave_vectors(self) -> cf.WaveVectors:
+        return cf.build_wave_vectors(self.x.lattice, self.x.ptr, float(self.x.decay.min()) * 0.999, self.x.images.tol)
+
+    def cancellation(self) -> tuple[float, float]:
+        """By how much the rounding of reciprocal sums moves weights, and then gradients of the sums.
+
+        Section 7 of docs/math.md; and a sum that rounding takes over the clamp gains or loses its whole gradient.
+        """
+        x, waves = self.x, self.wave_vectors()
+        lists = (x.ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors)
+        geometry = (y.double() for y in (x.decay, x.positions, x.lattice))
+        all_sums = torch.ops.crystalformer.reference_reciprocal_sum(*geometry, *lists, x.images.num_pairs)
+        rounding = ROUNDING * torch.finfo(x.q.dtype).eps / torch.finfo(torch.float32).eps
+        weights, gradients = 0.0, 0.0
+        sizes = x.ptr.diff().tolist()
+        for q, k, sums, n in zip(
+            x.q.double().split(sizes),
+            x.k.double().split(sizes),
+            all_sums.split([n * n for n in sizes]),
+            sizes,
+            strict=True,
+        ):
+            s = sums.view(n, n, -1)  # (i,j,H)
+            own = s.diagonal(dim1=0, dim2=1).T[:, None]  # (i,1,H)
+            score = torch.einsum("ihd,jhd->ijh", q, k) / math.sqrt(q.shape[2])
+            favour = torch.exp(score - score.amax(1, keepdim=True))
+            share = own * favour / (s.clamp(min=CLAMP) * favour).sum(1, keepdim=True)
+            moved = rounding * share.sum(1)
+            jump = (share * ((s - CLAMP).abs() < rounding * own)).sum(1)
+            weights = max(weights, float(moved.max()))
+            gradients = max(gradients, float((moved + jump).max()))
+        return weights, gradients
 
     def bounds(self) -> dict[str, float]:
         """How large an error may be: of what may be left out, of rounding, and of rounded scores."""
@@ -60,8 +93,11 @@ class Case:
         error = 30 * x.images.tol * (not self.geometry) + 100 * eps * (1 + score + decay * reach**2)
         slope = 2 * decay * reach + x.basis.num / x.basis.r_max / x.basis.width
         value = max(float(x.v.abs().max()), 1) * x.q.shape[1] * len(x.q)
+        weights, gradients = self.cancellation() if self.op == "reciprocal" else (0.0, 0.0)
         scale = {"q": k, "k": q, "decay": reach**2, "positions": slope, "lattice": slope * reach}
-        return {name: error * value * max(size, 1.0) for name, size in scale.items()} | {"": error * value}
+        moved = {"q": weights, "k": weights} | dict.fromkeys(("decay", "positions", "lattice"), gradients)
+        bounds = {name: (error + moved[name]) * value * max(size, 1.0) for name, size in scale.items()}
+        return bounds | {"": (error + weights) * value}
 
 
 @st.composite

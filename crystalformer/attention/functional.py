@@ -100,6 +100,9 @@ def periodic_attention(
         precision: "exact", or "tf32" to allow tf32 products with the basis: faster with triton, with relative errors
             of about 2e-4 in y and 1e-3 in gradients. Backends without tf32 compute exactly.
 
+    Scores q_i·k_j / sqrt(D) may be of any size, but fp32 rounds them: weights of different atoms are good to about
+    1e-7 times the largest score, and gradients with triton to 2e-7 times it.
+
     All tensors have one device and one dtype, fp32 or fp64. Beside fp32, q, k and v may be bf16 or fp16, as they are
     under autocast: their products are summed in fp32, and y and the gradients of q, k and v rounded once, at the end.
 
