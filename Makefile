@@ -59,10 +59,10 @@ ptx: $(INSTALLED)  ## the contract of the Triton kernels as compiled code, witho
 
 # COMMIT names the commit in the results, where the files have no repository with them.
 RESULTS ?= bench/results
-gpu:  ## what needs an NVIDIA GPU, in nine minutes at most; takes the Python it finds, with torch, triton, numpy, pytest
+gpu:  ## what needs an NVIDIA GPU, in eight minutes at most; takes the Python it finds, with torch, triton, numpy, pytest
 	code=0; export PYTHONPATH=. PYTHONUNBUFFERED=1; \
-	timeout -s INT -k 5 220 $(PYTHON) -m pytest tests/test_cuda.py $(TRITON) || code=1; \
-	timeout -s INT -k 5 220 $(PYTHON) -m bench all --device cuda --repeat 200 --out $(RESULTS) || code=1; \
+	timeout -s INT -k 5 190 $(PYTHON) -m pytest tests/test_cuda.py $(TRITON) || code=1; \
+	timeout -s INT -k 5 190 $(PYTHON) -m bench all --device cuda --repeat 200 --out $(RESULTS) || code=1; \
 	$(PYTHON) -m pytest tests/test_sanitizer.py || code=1; \
 	exit $$code
 
