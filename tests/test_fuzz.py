@@ -60,9 +60,10 @@ class Case:
         Section 7 of docs/math.md; and a sum that rounding takes over the clamp gains or loses its whole gradient.
         """
         x, waves = self.x, self.wave_vectors()
-        lists = (x.ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors)
         geometry = (y.double() for y in (x.decay, x.positions, x.lattice))
-        all_sums = torch.ops.crystalformer.reference_reciprocal_sum(*geometry, *lists, x.images.num_pairs)
+        all_sums = torch.ops.crystalformer.reference_reciprocal_sum(
+            *geometry, waves.packed(), waves.largest, x.images.num_pairs
+        )
         rounding = ROUNDING * torch.finfo(x.q.dtype).eps / torch.finfo(torch.float32).eps
         weights, gradients = 0.0, 0.0
         sizes = x.ptr.diff().tolist()

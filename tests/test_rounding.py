@@ -20,7 +20,7 @@ def test_reciprocal_sums_in_fp32(edge, backend):
     positions, ptr = uniform(n, 3) @ lattice[0], torch.tensor([0, n])
     k, v, decay = 100 * uniform(n, heads, 1) - 50, normal(n, heads, 3), 1.21 + 2.42 * uniform(n, heads)
     waves = cf.build_wave_vectors(lattice, ptr, 1.21)
-    lists = (ptr, waves.g_ptr, waves.g, waves.max_atoms, waves.max_vectors)
+    lists = (waves.packed(), waves.largest)
 
     def run(backend, dtype):
         inputs = [t.to(dtype) for t in (torch.ones_like(k), k, v, decay, positions, lattice)]
