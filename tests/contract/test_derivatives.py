@@ -32,7 +32,8 @@ def test_first_and_second_derivatives(op, way):
     if way.double:
         run, given = function(op, way.place(x), way.backend)
         assert torch.autograd.gradcheck(run, given)
-        assert torch.autograd.gradgradcheck(run, given)
+        # Along random directions where an op is made of others, or without a part: number by number is slow.
+        assert torch.autograd.gradgradcheck(run, given, fast_mode=op not in MAIN)
         return
 
     def curvature(x, backend):
