@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import crystalformer as cf
+from crystalformer.attention.settings import Settings
 
 if TYPE_CHECKING:
     from crystalformer.kernels.layout import Layout
@@ -131,7 +132,7 @@ class Problem:
         from crystalformer.kernels.layout import pack, unpack
 
         x, images, basis = self.crystals, self.images, self.size.basis
-        num, settings = (basis.num, (0.0, 0.0, basis.r_max, basis.width)) if basis else (0, (0.0, 0.0, 1.0, 1.0))
+        num, settings = (basis.num, Settings(r_max=basis.r_max, width=basis.width)) if basis else (0, Settings())
         layout = pack(x.positions, x.lattice, images.packed(), images.num_pairs, num, settings, by_pair=False)
         return unpack(layout, x.num_atoms, images.num_images, num)
 

@@ -1,4 +1,4 @@
-// The operators of real space: the image list, its layout, and the sums over it.
+// The operators of real space: the layout of an image list, and the sums over it.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,7 +6,6 @@
 #include "attention.h"
 #include "bindings.h"
 #include "encoding.h"
-#include "images.h"
 #include "list_check.h"
 #include "memory.h"
 #include "settings.h"
@@ -14,61 +13,6 @@
 namespace crystalformer {
 
 namespace {
-
-// For a search that would never end; compiled code has no other check.
-void check_finite(const char* name, const Tensor& x) {
-    const double* values = pointer<double>(x);
-    TORCH_CHECK_VALUE(std::all_of(values, values + x.numel(), [](double v) { return std::isfinite(v); }), name,
-                      " must be finite");
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
-                                                                   const Tensor& ptr, const Tensor& decay_min,
-                                                                   double tol, double logit_range, double beyond,
-                                                                   std::optional<double> cutoff, bool every_pair,
-                                                                   int64_t max_images) {
-    const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
-    TORCH_CHECK_VALUE(positions.dim() == 2, "positions must have two dimensions, not shape ", positions.sizes());
-    const int64_t crystals = segments("ptr", ptr);
-    check_shape("positions", positions, {positions.size(0), 3});
-    check_shape("lattice", lattice, {crystals, 3, 3});
-    check_shape("decay_min", decay_min, {crystals});
-    check_offsets("ptr", pointer<int64_t>(ptr), crystals, positions.size(0));
-    check_finite("positions", p);
-    check_finite("lattice", l);
-    TORCH_CHECK_VALUE(tol > 0 && tol <= 1, "tol must be larger than 0 and at most 1, not ", tol);
-    const ImageRequest request{positions.size(0),
-                               ptr.size(0) - 1,
-                               pointer<double>(p),
-                               pointer<double>(l),
-                               pointer<int64_t>(ptr),
-                               pointer<double>(a),
-                               tol,
-                               logit_range,
-                               beyond,
-                               cutoff,
-                               every_pair,
-                               max_images};
-    const Tensor row_ptr = at::empty({positions.size(0) + 1}, ptr.options());
-    const Tensor radius = at::empty({crystals}, positions.options());
-    Tensor col, shift;
-    try {
-        const ReleaseGil release;
-        const ImageSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
-        const int64_t images = output<int64_t>(row_ptr)[positions.size(0)];
-        col = at::empty({images}, ptr.options().dtype(at::kInt));
-        shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
-        search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
-    } catch (const std::bad_alloc&) {
-        throw NoMemory("the images: a smaller max_images refuses them before they are looked for");
-    }
-    int64_t pairs = 0;
-    for (int64_t c = 0; c < request.crystals; ++c) {
-        const int64_t atoms = request.ptr[c + 1] - request.ptr[c];
-        pairs += atoms * atoms;
-    }
-    return {row_ptr, col, shift, radius, pairs};
-}
 
 // What rounding loses anyway may be left out even when `tol` asks for nothing to be.
 double at_least_rounding(double tol, const Tensor& x) {
@@ -82,7 +26,7 @@ Window window_of(int64_t num, const Settings& settings, double smallest) {
 
 // The image list as ImageList.packed makes one tensor of it, and the geometry.
 template <class T>
-Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor& packed) {
+Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor& packed, const Settings& settings) {
     TORCH_CHECK_VALUE(positions.dim() == 2 && lattice.dim() == 3,
                       "positions must have two and lattice three dimensions, not shapes ", positions.sizes(), ", ",
                       lattice.sizes());
@@ -92,9 +36,16 @@ Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor
     Words words("images", packed);
     const int64_t *ptr = words.take<int64_t>(crystals + 1), *row_ptr = words.take<int64_t>(atoms + 1);
     const int64_t images = words.left() / 4;
-    const int32_t *col = words.take<int32_t>(images), *shift = words.take<int32_t>(3 * images);
+    Images<T> list{
+        atoms, crystals, images, ptr, row_ptr, nullptr, nullptr, nullptr, pointer<T>(positions), pointer<T>(lattice)};
+    if (settings.of_orbits) {
+        list.orbits = words.take<OrbitEntry>(images);
+    } else {
+        list.col = words.take<int32_t>(images);
+        list.shift = words.take<int32_t>(3 * images);
+    }
     words.check_end();
-    return {atoms, crystals, images, ptr, row_ptr, col, shift, pointer<T>(positions), pointer<T>(lattice)};
+    return list;
 }
 
 Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& packed, int64_t num,
@@ -105,7 +56,7 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     const Window window = window_of(num, settings, tol);
     Tensor block;
     AT_DISPATCH_FLOATING_TYPES(positions.scalar_type(), "cpu_layout", [&] {
-        const auto images = images_of<scalar_t>(p, l, packed);
+        const auto images = images_of<scalar_t>(p, l, packed, settings);
         const Pairs pairs = find_pairs(images, by_pair);
         const LayoutHeader header = layout_header(images, window, by_pair, merge, pairs.number());
         int64_t bytes;
@@ -121,10 +72,12 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
     return block;
 }
 
-// A layout, if it was made for these images and this window. merge: whether a merged one will do.
+// A layout, if it was made for these images and this window. merge: whether a merged one will do, because the gradients
+// of positions and lattice are not wanted.
 template <class T>
 Layout<T> layout_of(const Tensor& block, const Images<T>& images, const Window& window, bool by_pair, bool merge) {
     LayoutHeader found{};
+    TORCH_CHECK_VALUE(merge || !images.orbits, "a list of orbits has no gradients of positions and lattice");
     TORCH_CHECK_VALUE(block.scalar_type() == at::kByte && block.dim() == 1 && block.is_contiguous() &&
                           block.numel() >= int64_t(sizeof found),
                       "layout must be what cpu_layout makes of the image list, not ", block.numel(), " elements of ",
@@ -150,7 +103,7 @@ struct AttentionArguments {
         TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3 && edge_weight.dim() == 3,
                           "q, v and edge_weight must have three dimensions, not shapes ", q.sizes(), ", ", v.sizes(),
                           ", ", edge_weight.sizes());
-        const auto images = images_of<T>(positions, lattice, packed);
+        const auto images = images_of<T>(positions, lattice, packed, settings);
         const int64_t atoms = images.atoms, heads = q.size(1), dim = q.size(2), value_dim = v.size(2);
         check_shape("q", q, {atoms, heads, dim});
         check_shape("k", k, {atoms, heads, dim});
@@ -295,8 +248,9 @@ std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_
     const Tensor alpha = at::empty({num_pairs, decay.size(1)}, decay.options());
     const Tensor beta = at::empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding", [&] {
-        const auto list = images_of<scalar_t>(p, l, images);
-        const auto in = encoding_inputs(a, w, list, layout, num_pairs, Settings::read(settings), false);
+        const Settings told = Settings::read(settings);
+        const auto list = images_of<scalar_t>(p, l, images, told);
+        const auto in = encoding_inputs(a, w, list, layout, num_pairs, told, false);
         const EncodingOutputs<scalar_t> out{output<scalar_t>(alpha), output<scalar_t>(beta)};
         const ReleaseGil release;
         encoding(in, out, torch_threads());
@@ -313,8 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};
     const auto result = std::make_tuple(like(a), like(w), like_if(geometry, p), like_if(geometry, l));
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding_backward", [&] {
-        const auto list = images_of<scalar_t>(p, l, images);
-        const auto in = encoding_inputs(a, w, list, layout, num_pairs, Settings::read(settings), geometry);
+        const Settings told = Settings::read(settings);
+        const auto list = images_of<scalar_t>(p, l, images, told);
+        const auto in = encoding_inputs(a, w, list, layout, num_pairs, told, geometry);
         const int64_t heads = in.heads, values = in.value_dim;
         check_shape("grad_alpha", tensors[0], {num_pairs, heads});
         check_shape("grad_beta", tensors[1], {num_pairs, heads, values});
@@ -337,7 +292,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
-    m.impl("cpu_images", &cpu_images);
     m.impl("cpu_layout", &cpu_layout);
     m.impl("cpu_attention", &cpu_attention);
     m.impl("cpu_attention_backward", &cpu_attention_backward);

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 
@@ -38,7 +39,7 @@ class TailRadius {
 };
 
 // About how many images a crystal has, as in geometry/limits.py.
-double expected_images(const Cell& cell, double atoms, double radius2, bool every_pair) {
+double expected_images(const Cell& cell, double rows, double atoms, double radius2, bool every_pair) {
     constexpr double BALL = M_PI / 6;  // of the box around it
     double box = 1, own = 1;
     for (int k = 0; k < 3; ++k) {
@@ -47,7 +48,7 @@ double expected_images(const Cell& cell, double atoms, double radius2, bool ever
         own *= std::max(1.0, cells);
     }
     own = std::max(1.0, BALL * own);
-    return every_pair ? atoms * atoms * own : atoms * std::max(atoms * BALL * box, own);
+    return every_pair ? rows * atoms * own : rows * std::max(atoms * BALL * box, own);
 }
 
 [[noreturn]] void refuse(const ImageRequest& in, const std::string& number, double radius2, int64_t crystal) {
@@ -181,13 +182,14 @@ struct Row {
 struct Crystal {
     Cell cell;
     TailRadius tail;
-    double atoms, decay_min, log_beyond;
+    double rows, atoms, decay_min, log_beyond;
     double outer2;    // squared radius of what is enumerated; with every_pair of a pair of middling distance
     double longest2;  // of any pair
 
     Crystal(const ImageRequest& in, int64_t c, double slack)
         : cell(in.lattice + 9 * c),
           tail(cell, in.decay_min[c]),
+          rows(double(in.orbits ? in.orbits->ptr[c + 1] - in.orbits->ptr[c] : in.ptr[c + 1] - in.ptr[c])),
           atoms(double(in.ptr[c + 1] - in.ptr[c])),
           decay_min(in.decay_min[c]),
           log_beyond(slack - in.logit_range - std::log(atoms)) {
@@ -210,7 +212,7 @@ void check_number(const ImageRequest& in, const std::vector<Crystal>& crystals) 
     int64_t largest = 0;
     for (size_t c = 0; c < crystals.size(); ++c) {
         const Crystal& x = crystals[c];
-        const double number = expected_images(x.cell, x.atoms, x.outer2, in.every_pair);
+        const double number = expected_images(x.cell, x.rows, x.atoms, x.outer2, in.every_pair);
         if (number > most) largest = int64_t(c), most = number;
         total += number;
     }
@@ -228,7 +230,28 @@ void check_shifts(const NearPairs& pairs, double longest2, int64_t crystal) {
     throw std::invalid_argument(message.str());
 }
 
+// The squared cutoffs (n,n) of the pairs of a crystal, so that the list is symmetric: the sums of (i, j) and (j, i) are
+// equal up to rounding. With orbits all pairs of two orbits have one.
+double make_symmetric(double* chosen, int64_t n, const int64_t* orbit, int64_t first_orbit, int64_t orbits) {
+    const auto of = [&](int64_t i) { return orbit ? orbit[i] - first_orbit : i; };
+    std::vector<double> largest(size_t(orbits * orbits));
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j)
+            for (const int64_t at : {of(i) * orbits + of(j), of(j) * orbits + of(i)})
+                largest[size_t(at)] = std::max(largest[size_t(at)], chosen[i * n + j]);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) chosen[i * n + j] = largest[size_t(of(i) * orbits + of(j))];
+    return *std::max_element(largest.begin(), largest.end());
+}
+
 }  // namespace
+
+std::vector<int64_t> Orbits::first_atoms(int64_t atoms, int64_t crystals) const {
+    std::vector<int64_t> first(size_t(ptr[crystals]), -1);
+    for (int64_t i = 0; i < atoms; ++i)
+        if (first[size_t(orbit[i])] < 0) first[size_t(orbit[i])] = i;
+    return first;
+}
 
 ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t* row_ptr, double* cutoff)
     : rows_(size_t(in.atoms)) {
@@ -316,9 +339,12 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
         while (known < k && !largest[c].compare_exchange_weak(known, k, std::memory_order_relaxed)) {
         }
     };
-    threads.for_chunks(in.atoms, 1, [&] {
+    std::vector<int64_t> searched(size_t(in.atoms));
+    std::iota(searched.begin(), searched.end(), 0);
+    if (in.orbits) searched = in.orbits->first_atoms(in.atoms, in.crystals);
+    threads.for_chunks(int64_t(searched.size()), 1, [&] {
         return [&, row = Row{}](int64_t first, int64_t last) mutable {
-            for (int64_t i = first; i < last; ++i) search_row(i, row);
+            for (int64_t r = first; r < last; ++r) search_row(searched[size_t(r)], row);
         };
     });
 
@@ -330,14 +356,11 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
         }
         cutoff2[c] = grid_value(crystals[c].outer2, std::max(1, largest[c].load()));
         const int64_t n = in.ptr[c + 1] - in.ptr[c];
-        if (in.every_pair) {  // the sums of (i, j) and (j, i) are equal up to rounding; the list must be symmetric
+        if (in.every_pair) {
             double* chosen = pair_cutoff2.data() + first_pair[in.ptr[c]];
-            cutoff2[c] = 0;
-            for (int64_t i = 0; i < n; ++i)
-                for (int64_t j = 0; j <= i; ++j) {
-                    chosen[i * n + j] = chosen[j * n + i] = std::max(chosen[i * n + j], chosen[j * n + i]);
-                    cutoff2[c] = std::max(cutoff2[c], chosen[i * n + j]);
-                }
+            cutoff2[c] = in.orbits ? make_symmetric(chosen, n, in.orbits->orbit + in.ptr[c], in.orbits->ptr[c],
+                                                    in.orbits->ptr[c + 1] - in.orbits->ptr[c])
+                                   : make_symmetric(chosen, n, nullptr, 0, n);
         }
         cutoff[c] = std::sqrt(cutoff2[c]);
     }
@@ -346,7 +369,9 @@ ImageSearch::ImageSearch(const ImageRequest& in, const Threads& threads, int64_t
             for (int64_t i = first; i < last; ++i) {
                 const int64_t begin = in.ptr[crystal[i]];
                 std::erase_if(rows_[i], [&](const FoundImage& e) {
-                    return e.d2 > (in.every_pair ? pair_cutoff2[first_pair[i] + e.col - begin] : cutoff2[crystal[i]]);
+                    const double cutoff2_here =
+                        in.every_pair ? pair_cutoff2[first_pair[i] + e.col - begin] : cutoff2[crystal[i]];
+                    return e.d2 > (in.orbits ? std::pow(std::sqrt(cutoff2_here) + in.orbits->spread, 2) : cutoff2_here);
                 });
             }
         };

@@ -10,6 +10,15 @@
 
 namespace crystalformer {
 
+// Atoms that symmetry makes equivalent. Only the first atom of each orbit has a row of images.
+struct Orbits {
+    const int64_t* orbit;  // (N), rising from crystal to crystal
+    const int64_t* ptr;    // (C+1) the first orbit of each crystal
+    double spread;         // what the distances of equivalent images may differ by, Å
+
+    std::vector<int64_t> first_atoms(int64_t atoms, int64_t crystals) const;
+};
+
 struct ImageRequest {
     int64_t atoms, crystals;
     const double *positions, *lattice;  // (N,3) (C,3,3)
@@ -20,6 +29,7 @@ struct ImageRequest {
     std::optional<double> cutoff;  // a radius to use instead
     bool every_pair;
     int64_t max_images;  // more than these are refused
+    std::optional<Orbits> orbits = std::nullopt;
 };
 
 struct FoundImage {
@@ -34,6 +44,8 @@ class ImageSearch {
     ImageSearch(const ImageRequest& request, const Threads& threads, int64_t* row_ptr, double* cutoff);
     // Writes col (M) and shift (M,3).
     void write(const int64_t* row_ptr, int32_t* col, int32_t* shift, const Threads& threads) const;
+    // The images of atom i.
+    const std::vector<FoundImage>& row(int64_t i) const { return rows_[size_t(i)]; }
 
   private:
     std::vector<std::vector<FoundImage>> rows_;

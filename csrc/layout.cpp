@@ -98,6 +98,10 @@ class Builder {
             for (int x = 0; x < 3; ++x)
                 apart[x] = double(images_.positions[3 * j + x]) - double(images_.positions[3 * i + x]);
             for (int64_t e = pairs_.first[pair]; e < pairs_.first[pair + 1]; ++e) {
+                if (images_.orbits) {
+                    *to++ = {images_.orbits[e].distance, int32_t(pair - begin), int32_t(e - first)};
+                    continue;
+                }
                 double d2 = 0;
                 for (int x = 0; x < 3; ++x) {
                     double r = apart[x];
@@ -144,13 +148,13 @@ class Builder {
                          [](const Image& a, const Image& b) { return a.slot < b.slot; });
             for (size_t x = begin; x < end; ++x) {
                 if (!layout_.entry && x > begin && sorted_[x].slot == sorted_[x - 1].slot) {
-                    layout_.count[member - 1] += T(1);
+                    layout_.count[member - 1] += images_.count_of(first + sorted_[x].place);
                     continue;
                 }
                 layout_.slot[member] = sorted_[x].slot;
                 layout_.pair_near2[pair + sorted_[x].slot] = layout_.d2[shell];  // nearer shells come later
                 layout_.shell[member] = int32_t(shell - first);
-                layout_.count[member] = T(1);
+                layout_.count[member] = images_.count_of(first + sorted_[x].place);
                 if (layout_.entry) layout_.entry[member] = first + sorted_[x].place;
                 ++member;
             }
@@ -203,8 +207,13 @@ LayoutHeader layout_header(const Images<T>& images, const Window& window, bool b
     list.add(images.row_ptr, images.atoms + 1);
     for (int64_t k = 0; k < SAMPLES && images.images; ++k) {
         const int64_t e = images.images * k / SAMPLES;
-        list.add(images.col + e, 1);
-        list.add(images.shift + 3 * e, 3);
+        list.add(uint64_t(images.col_of(e)));
+        if (images.orbits) {
+            list.add(images.orbits[e].distance);
+            list.add(double(images.orbits[e].count));
+        } else {
+            list.add(images.shift + 3 * e, 3);
+        }
     }
     geometry.add(images.positions, 3 * images.atoms);
     geometry.add(images.lattice, 9 * images.crystals);
@@ -275,7 +284,7 @@ void build_layout(const Images<T>& images, const Pairs& pairs, double spread, co
         return [&, builder = Builder<T>(images, pairs, header.window, spread, layout)](int64_t begin,
                                                                                        int64_t end) mutable {
             for (int64_t i = begin; i < end; ++i) {
-                check_translations(images, pairs, i);
+                check_images(images, pairs, i);
                 double cell[9];
                 std::copy(images.lattice + 9 * crystal[i], images.lattice + 9 * crystal[i] + 9, cell);
                 const int64_t first = pairs.ptr[i], last = pairs.ptr[i + 1];

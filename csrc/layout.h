@@ -25,13 +25,25 @@ struct Window {
     int padded() const { return bins ? (bins - 1) * step + size : 0; }
 };
 
-// The list as the caller has it, and where the atoms are.
+// All images of atoms of the orbit `col` that an atom of another orbit sees at one distance.
+struct OrbitEntry {
+    double distance;
+    float count;
+    int32_t col;
+};
+
+// The list as the caller has it, and where the atoms are. Its entries are images, or those of orbits: then rows are
+// orbits, and nothing is known of directions.
 template <class T>
 struct Images {
     int64_t atoms, crystals, images;
     const int64_t *ptr, *row_ptr;
-    const int32_t *col, *shift;
+    const int32_t *col, *shift;  // null in a list of orbits
+    const OrbitEntry* orbits;    // null in a list of atoms
     const T *positions, *lattice;
+
+    int32_t col_of(int64_t e) const { return orbits ? orbits[e].col : col[e]; }
+    T count_of(int64_t e) const { return orbits ? T(orbits[e].count) : T(1); }
 };
 
 // Segments are what the weights are summed over: rows (atoms) for attention, pairs of atoms for the encoding. A segment

@@ -62,13 +62,13 @@ Pairs find_pairs(const Images<T>& images, bool every) {
         for (int64_t i = images.ptr[c]; i < images.ptr[c + 1]; ++i) {
             int64_t next = images.ptr[c];  // the first j that may come
             for (int64_t e = images.row_ptr[i]; e < images.row_ptr[i + 1];) {
-                const int32_t j = images.col[e];
+                const int32_t j = images.col_of(e);
                 if (j < images.ptr[c] || j >= images.ptr[c + 1]) fail("be of atoms of the row's own crystal");
                 if (j < next) fail(SORTED);
                 for (; every && next < j; ++next) add(next, e);
                 add(j, e);
                 next = j + 1;
-                while (e < images.row_ptr[i + 1] && images.col[e] == j) ++e;
+                while (e < images.row_ptr[i + 1] && images.col_of(e) == j) ++e;
             }
             for (; every && next < images.ptr[c + 1]; ++next) add(next, images.row_ptr[i + 1]);
             pairs.ptr.push_back(pairs.number());
@@ -94,11 +94,31 @@ Pairs find_pairs(const Images<T>& images, bool every) {
     return pairs;
 }
 
+namespace {
+
+// `check_images` of a list of orbits, from the first pair that is looked at.
+void check_distances(const OrbitEntry* orbits, const Pairs& pairs, int64_t pair, int64_t last) {
+    if (orbits[pairs.first[pair]].distance != 0) fail("hold each orbit's atom itself, (I, I, 0)");
+    for (; pair < last; ++pair) {
+        const OrbitEntry* mirror = orbits + pairs.first[pairs.mirror[pair]];
+        for (int64_t e = pairs.first[pair]; e < pairs.first[pair + 1]; ++e, ++mirror) {
+            if (!(orbits[e].distance >= 0) || !(orbits[e].count > 0) || !(mirror->count > 0))
+                fail("have distances from 0 and repeats above 0");
+            if (e > pairs.first[pair] && !(orbits[e].distance > orbits[e - 1].distance))
+                fail("be sorted by (col, distance) in each row, no entry twice");
+            if (orbits[e].distance != mirror->distance) fail("be symmetric, (J, I, d) there with each (I, J, d)");
+        }
+    }
+}
+
+}  // namespace
+
 template <class T>
-void check_translations(const Images<T>& images, const Pairs& pairs, int64_t i) {
+void check_images(const Images<T>& images, const Pairs& pairs, int64_t i) {
     // Of two pairs that mirror each other one is looked at.
     int64_t pair = pairs.ptr[i];
     while (pairs.col[pair] < i) ++pair;
+    if (images.orbits) return check_distances(images.orbits, pairs, pair, pairs.ptr[i + 1]);
     const int64_t own = pair;
     bool sorted = true;
     int64_t unlike = 0;
@@ -122,7 +142,7 @@ void check_translations(const Images<T>& images, const Pairs& pairs, int64_t i) 
 
 #define INSTANTIATE(T)                                 \
     template Pairs find_pairs(const Images<T>&, bool); \
-    template void check_translations(const Images<T>&, const Pairs&, int64_t);
+    template void check_images(const Images<T>&, const Pairs&, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

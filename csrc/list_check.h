@@ -26,8 +26,9 @@ struct Pairs {
 template <class T>
 Pairs find_pairs(const Images<T>& images, bool every);
 
-// Throws if the images of row i are not sorted by translation, or the mirror image of one is missing.
+// Throws if the images of row i are not sorted by translation (those of orbits by distance), or the mirror image of one
+// is missing.
 template <class T>
-void check_translations(const Images<T>& images, const Pairs& pairs, int64_t i);
+void check_images(const Images<T>& images, const Pairs& pairs, int64_t i);
 
 }  // namespace crystalformer

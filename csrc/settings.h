@@ -9,10 +9,11 @@ struct Settings {
     double tol;           // largest fraction of the weight that may be left out
     double tf32;          // nothing here multiplies in tf32
     double r_max, width;  // of the radial basis
+    double of_orbits;     // whether the image list is one of orbits
 
     static Settings read(at::ArrayRef<double> numbers) {
-        TORCH_CHECK_VALUE(numbers.size() == 4, "settings must be tol, tf32, r_max, width, not ", numbers);
-        return {numbers[0], numbers[1], numbers[2], numbers[3]};
+        TORCH_CHECK_VALUE(numbers.size() == 5, "settings must be tol, tf32, r_max, width, of_orbits, not ", numbers);
+        return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
     }
 };
 

@@ -183,7 +183,7 @@ def attention_backward(
     """The gradients of q, k, v, decay, edge_weight, positions and lattice: the operator `triton_attention_backward`."""
     num, told = edge_weight.shape[2], Settings.read(settings)
     q, k, v, decay, grad_y, grad_lse, y, lse = (x.contiguous() for x in (q, k, v, decay, grad_y, grad_lse, y, lse))
-    tiles = unpack(layout, len(q), ImageList.count(images, len(q), len(lattice)), num)
+    tiles = unpack(layout, len(q), ImageList.length(images, len(q), len(lattice)), num)
     group, groups = tiles.shape
     grid = (len(q), head_blocks(q.shape[1]))
     dq, dk, dv, d_decay = (torch.empty_like(x) for x in (q, k, v, decay))

@@ -105,7 +105,7 @@ def attention(
     """y (N,H,Dv), lse (N,H), c (N,H,K): the operator `triton_attention`."""
     num, told = edge_weight.shape[2], Settings.read(settings)
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
-    tiles = unpack(layout, len(q), ImageList.count(images, len(q), len(lattice)), num)
+    tiles = unpack(layout, len(q), ImageList.length(images, len(q), len(lattice)), num)
     y, lse, c = (decay.new_empty(shape) for shape in (v.shape, decay.shape, (*decay.shape, num)))
     q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
     decay_scale = -math.log2(math.e) / scale(num, told) ** 2

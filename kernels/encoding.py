@@ -155,7 +155,10 @@ def encoding(
 ) -> tuple[Tensor, Tensor]:
     """alpha (P,H) and beta (P,H,Dv): the operator `triton_encoding`."""
     num, told = edge_weight.shape[2], Settings.read(settings)
-    decay, pairs = decay.contiguous(), unpack(layout, num_pairs, ImageList.count(images, len(decay), len(lattice)), num)
+    decay, pairs = (
+        decay.contiguous(),
+        unpack(layout, num_pairs, ImageList.length(images, len(decay), len(lattice)), num),
+    )
     alpha = decay.new_empty(num_pairs, decay.shape[1])
     beta = decay.new_empty(*alpha.shape, edge_weight.shape[1])
     with torch.cuda.device_of(decay), without_autocast(decay):
@@ -183,7 +186,7 @@ def encoding_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of decay, edge_weight, positions and lattice: the operator `triton_encoding_backward`."""
     num, told = edge_weight.shape[2], Settings.read(settings)
-    found = ImageList.count(images, len(decay), len(lattice))
+    found = ImageList.length(images, len(decay), len(lattice))
     decay, grad_alpha, grad_beta, alpha, beta = (x.contiguous() for x in (decay, grad_alpha, grad_beta, alpha, beta))
     pairs = unpack(layout, num_pairs, found, num)
     d_pair, d_edge_weight = torch.empty_like(alpha), torch.zeros_like(edge_weight)

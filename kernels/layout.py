@@ -140,20 +140,20 @@ class _Sorted:
 def _sort(images: ImageList, positions: Tensor, lattice: Tensor, scale: float) -> _Sorted:
     n, m = images.num_atoms, images.num_images
     i = torch.repeat_interleave(images.row_ptr.diff(), output_size=m)
-    crystal = crystal_of_atom(images.ptr, n)
-    # In fp64: the rounding of d would be the largest error of the scores. Every step changes with the sign of its
-    # inputs alone, so an image and its mirror have the same d, bit for bit, and are in shells of the same rank.
-    r = positions.double()[images.col] - positions.double()[i]
-    for axis, n_axis in enumerate(images.shift.double().unbind(1)):
-        r.addcmul_(n_axis[:, None], lattice.double()[crystal[i], axis])
-    d = r.square().sum(-1).sqrt()
+    if images.distance is None or images.repeats is None:
+        d, each = _distances(images, positions.double(), lattice.double(), i), None
+    else:
+        d, each = images.distance, images.repeats
     pair = i * n + images.col
     order = torch.argsort(d, stable=True)
     order = order[torch.argsort(pair[order], stable=True)]
     i, j, pair, x = i[order], images.col[order].long(), pair[order], (d[order] * scale).float()
     is_first = pad((pair.diff() != 0) | (x.diff() != 0), (1, 0), value=True)[:m]
     shell = is_first.cumsum(0) - 1
-    count = torch.searchsorted(shell, shell, right=True) - torch.searchsorted(shell, shell)
+    if each is None:
+        count = torch.searchsorted(shell, shell, right=True) - torch.searchsorted(shell, shell)
+    else:
+        count = torch.zeros_like(each).index_add_(0, shell, each[order])[shell]
     return _Sorted(
         order=order,
         i=i,
@@ -165,6 +165,16 @@ def _sort(images: ImageList, positions: Tensor, lattice: Tensor, scale: float) -
         is_first=is_first,
         first_mirror=torch.searchsorted(pair, j * n + i),
     )
+
+
+def _distances(images: ImageList, positions: Tensor, lattice: Tensor, i: Tensor) -> Tensor:
+    """(M), Å, in fp64: the rounding of d would be the largest error of the scores. Every step changes with the sign of
+    its inputs alone, so an image and its mirror have the same d, bit for bit, and are in shells of the same rank."""
+    crystal = crystal_of_atom(images.ptr, images.num_atoms)
+    r = positions[images.col] - positions[i]
+    for axis, n_axis in enumerate(images.shift.double().unbind(1)):
+        r.addcmul_(n_axis[:, None], lattice[crystal[i], axis])
+    return r.square().sum(-1).sqrt()
 
 
 def _back(order: Tensor, x: Tensor) -> Tensor:
@@ -200,7 +210,8 @@ def pack(
     does not need come last and are never read. A layout serves with and without the gradients of the geometry: images
     of one shell have the same force.
     """
-    found, told = ImageList.unpack(images, len(positions), len(lattice), num_pairs), Settings.read(settings)
+    told = Settings.read(settings)
+    found = ImageList.unpack(images, len(positions), len(lattice), num_pairs, bool(told.of_orbits))
     e = _sort(found, positions, lattice, scale(num, told))
     if by_pair:
         return _pack_pairs(e, found, num, told)

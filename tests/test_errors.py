@@ -171,7 +171,7 @@ def test_the_op_refuses_a_basis_that_takes_memory_without_bound(basis):
     """Where an op is called by itself, too."""
     lists = X.lists("cpu")
     with pytest.raises(ValueError, match=r"^basis must have at most 65536 functions, r_max from 1e-3 to 1e6, width to"):
-        torch.ops.crystalformer.cpu_attention(*X.op_inputs, *lists, (0.0, 0.0, *basis))
+        torch.ops.crystalformer.cpu_attention(*X.op_inputs, *lists, (0.0, 0.0, *basis, 0.0))
 
 
 @pytest.mark.parametrize("basis", [(1e-3, 1.0), (1e6, 1.0), (6.0, 1e-3), (6.0, 1e3)])

@@ -231,7 +231,7 @@ def test_ops_check_the_shapes_they_trust():
             call(X, (bad, layout))
         with pytest.raises(ValueError, match="must"):
             torch.ops.crystalformer.cpu_layout(X.positions, X.lattice, bad, 5, X.settings, False, False)
-    with pytest.raises(ValueError, match="settings must be tol, tf32, r_max, width, not"):
+    with pytest.raises(ValueError, match="settings must be tol, tf32, r_max, width, of_orbits, not"):
         call(X, lists, X.settings[:2])
     build = torch.ops.crystalformer.cpu_images
     good = {"positions": X.positions, "lattice": X.lattice, "ptr": X.ptr, "decay_min": X.lattice[:, 0, 0].abs()}

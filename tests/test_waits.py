@@ -8,6 +8,7 @@ from image_lists import one_of_each
 from waits import Waits
 
 import crystalformer as cf
+from crystalformer.attention.settings import Settings
 from crystalformer.common import checks
 from crystalformer.geometry import images as images_module
 
@@ -60,5 +61,5 @@ def test_packing_for_a_gpu_waits_never(by_pair: bool, waits: Waits, monkeypatch:
     lists = (images.packed(), images.num_pairs)
     monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
     with waits:
-        pack_layout(*batch[:2], *lists, 64, (0.0, 0.0, 14.0, 1.0), by_pair)
+        pack_layout(*batch[:2], *lists, 64, Settings(r_max=14.0), by_pair)
     assert waits.found == []

@@ -336,7 +336,13 @@ def _op(
     check_precision(precision)
     # An image left out as the atoms move would be a step in the energy, so then only rounding may leave any out.
     moving = positions.requires_grad or lattice.requires_grad
-    settings = settings._replace(tol=0.0 if moving else images.tol or 0.0, tf32=precision == "tf32")
+    if moving and images.of_orbits:
+        raise ValueError(
+            "images must be of all atoms, from build_images, not of orbits, where positions or lattice require grad"
+        )
+    settings = settings._replace(
+        tol=0.0 if moving else images.tol or 0.0, tf32=precision == "tf32", of_orbits=images.of_orbits
+    )
     layout = make_layout(backend, images, positions, lattice, num, settings, op is ENCODING, merge=not moving)
     run = getattr(torch.ops.crystalformer, f"{backend}_{op.name}")
     return run, (images.packed(), layout), settings

@@ -77,8 +77,10 @@ def _results(number: int) -> str:
     return "(" + ", ".join(["Tensor"] * number) + ")" if number > 1 else "Tensor"
 
 
-def _images(positions: Tensor, lattice: Tensor, images: Tensor, num_pairs: int = 0) -> ImageList:
-    return ImageList.unpack(images, len(positions), len(lattice), num_pairs)
+def _images(
+    positions: Tensor, lattice: Tensor, images: Tensor, settings: Sequence[float], num_pairs: int = 0
+) -> ImageList:
+    return ImageList.unpack(images, len(positions), len(lattice), num_pairs, bool(Settings.read(settings).of_orbits))
 
 
 def _basis(edge_weight: Tensor, settings: Sequence[float]) -> RadialBasis | None:
@@ -94,7 +96,7 @@ def _attention_shapes(q, k, v, decay, edge_weight, *_):  # type: ignore[no-untyp
 
 
 def _attention_parts(q, k, v, decay, edge_weight, positions, lattice, images, layout, settings):  # type: ignore[no-untyped-def]
-    return reference.attention_parts(q, v, _images(positions, lattice, images), _basis(edge_weight, settings))
+    return reference.attention_parts(q, v, _images(positions, lattice, images, settings), _basis(edge_weight, settings))
 
 
 def _encoding_shapes(decay, edge_weight, positions, lattice, images, layout, num_pairs, settings):  # type: ignore[no-untyped-def]
@@ -102,7 +104,7 @@ def _encoding_shapes(decay, edge_weight, positions, lattice, images, layout, num
 
 
 def _encoding_parts(decay, edge_weight, positions, lattice, images, layout, num_pairs, settings):  # type: ignore[no-untyped-def]
-    found = _images(positions, lattice, images, num_pairs)
+    found = _images(positions, lattice, images, settings, num_pairs)
     return reference.encoding_parts(decay, found, _basis(edge_weight, settings))
 
 

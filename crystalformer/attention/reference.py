@@ -78,6 +78,20 @@ def chunks(ptr: Tensor, elements_per_segment: int) -> Iterator[Segments]:
         yield Segments(first, last, torch.where(real, ptr[first:last, None] + m, ptr[first:last, None]), real)
 
 
+def distances(
+    positions: Tensor, lattice: Tensor, images: ImageList, entry: Tensor, crystal: Tensor, i: Tensor, j: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """r (...,3), d² (...) and log m (...) of entries of a list, their places and atoms i and j given, each (...).
+
+    Each is one image, m = 1, but of orbits: then r is not one vector, and here it is zero.
+    """
+    if images.distance is None or images.repeats is None:
+        r = displacement(positions, lattice, crystal, i, j, images.shift[entry])
+        return r, r.square().sum(-1), r.new_zeros(entry.shape)
+    d2 = images.distance[entry].square().to(positions.dtype)
+    return positions.new_zeros(*entry.shape, 3), d2, images.repeats[entry].to(positions.dtype).log()
+
+
 def displacement(positions: Tensor, lattice: Tensor, crystal: Tensor, i: Tensor, j: Tensor, shift: Tensor) -> Tensor:
     """r = (p_j - p_i) + n·L, (..., 3), Å, of images given by i, j (...) and n (..., 3).  Equation (1).
 
@@ -98,7 +112,7 @@ class RowImages:
 
     Attributes:
         i, crystal: (n) the rows' atoms and their crystals.
-        j, shift, r, d2: (n,m), (n,m,3), (n,m,3), (n,m) of each image.
+        j, r, d2, log_count: (n,m), (n,m,3), (n,m), (n,m) of each entry.
         partner: (n,p) all atoms of the crystal, the last one repeated where it has fewer.
         place: (n,m) where in `partner` j is.
     """
@@ -106,9 +120,9 @@ class RowImages:
     i: Tensor
     crystal: Tensor
     j: Tensor
-    shift: Tensor
     r: Tensor
     d2: Tensor
+    log_count: Tensor
     partner: Tensor
     place: Tensor
 
@@ -125,23 +139,24 @@ class RowImages:
 def row_images(positions: Tensor, lattice: Tensor, images: ImageList, rows: Segments) -> RowImages:
     crystal_of = crystal_of_atom(images.ptr, images.num_atoms)
     i = torch.arange(rows.first, rows.last, device=positions.device)
-    j, shift = images.col[rows.entry].long(), images.shift[rows.entry]
-    r = displacement(positions, lattice, crystal_of, i[:, None].expand_as(j), j, shift)
+    j = images.col[rows.entry].long()
+    r, d2, log_count = distances(positions, lattice, images, rows.entry, crystal_of, i[:, None].expand_as(j), j)
     first, size = images.ptr[crystal_of[i]], images.ptr.diff()[crystal_of[i]]
     partner = torch.arange(int(size.max()), device=i.device)
     partner = first[:, None] + torch.minimum(partner, size[:, None] - 1)
-    return RowImages(i, crystal_of[i], j, shift, r, r.square().sum(-1), partner, j - first[:, None])
+    return RowImages(i, crystal_of[i], j, r, d2, log_count, partner, j - first[:, None])
 
 
 def attention_scores(q: Tensor, k: Tensor, decay: Tensor, x: RowImages, rows: Segments) -> tuple[Tensor, Tensor]:
-    """s_e = q_i·k_j / sqrt(D) - a_i d_e² - t_i, (n,H,m), minus infinity in the padding, and t_i (n,H).  Equation (2).
+    """s_e = q_i·k_j / sqrt(D) - a_i d_e² + log m_e - t_i, (n,H,m), and t_i (n,H).  Equations (2) and (19).
 
-    t_i is the row's largest content score: so the distance is not lost where content scores are large.
+    t_i is the row's largest content score: so the distance is not lost where content scores are large. In the padding
+    s is minus infinity.
     """
     content = torch.einsum("nhd,nphd->nhp", q[x.i], k[x.partner]) / math.sqrt(q.shape[-1])
     content = x.by_image(content)
     top = content.detach().amax(-1)
-    s = content - top[..., None] - decay[x.i][:, :, None] * x.d2[:, None]
+    s = content - top[..., None] - decay[x.i][:, :, None] * x.d2[:, None] + x.log_count[:, None]
     return s.masked_fill(~rows.real[:, None], -math.inf), top
 
 
@@ -221,8 +236,8 @@ def encoding_pairs(
     """
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
     i, j = (x[pairs.first : pairs.last, None].expand_as(pairs.entry) for x in pair_atoms(images))
-    d2 = displacement(positions, lattice, crystal, i, j, images.shift[pairs.entry]).square().sum(-1)
-    s = -decay[i[:, 0]][:, :, None] * d2[:, None]
+    _, d2, log_count = distances(positions, lattice, images, pairs.entry, crystal, i, j)
+    s = log_count[:, None] - decay[i[:, 0]][:, :, None] * d2[:, None]
     s = s.masked_fill(~pairs.real[:, None], -math.inf)
     alpha = torch.logsumexp(s, -1)
     if basis is None:

@@ -21,7 +21,7 @@ from .reference import (
     ReciprocalSums,
     Segments,
     attention_scores,
-    displacement,
+    distances,
     pair_atoms,
     reciprocal_sums,
     reciprocal_weights,
@@ -92,7 +92,7 @@ def attention_rows_backward(
     if geometry:
         f = along_r(u, x.d2, basis, p, (decay[x.i][..., None] * ds).sum(1))
         i, crystal = (y[:, None].expand_as(x.j) for y in (x.i, x.crystal))
-        add_displacement(d_positions, d_lattice, f[..., None] * x.r, i, x.j, crystal, x.shift)
+        add_displacement(d_positions, d_lattice, f[..., None] * x.r, i, x.j, crystal, images.shift[rows.entry])
 
 
 def encoding_pairs_backward(
@@ -110,11 +110,11 @@ def encoding_pairs_backward(
     d_decay, d_edge_weight, d_positions, d_lattice = totals
     crystal = crystal_of_atom(images.ptr, images.num_atoms)
     i, j = (x[pairs.first : pairs.last, None].expand_as(pairs.entry) for x in pair_atoms(images))
-    shift = images.shift[pairs.entry]
-    r = displacement(positions, lattice, crystal, i, j, shift)
-    d2 = r.square().sum(-1)
+    r, d2, log_count = distances(positions, lattice, images, pairs.entry, crystal, i, j)
     a = decay[i[:, 0]]
-    p = torch.softmax((-a[:, :, None] * d2[:, None]).masked_fill(~pairs.real[:, None], -math.inf), -1)
+    p = torch.softmax(
+        (log_count[:, None] - a[:, :, None] * d2[:, None]).masked_fill(~pairs.real[:, None], -math.inf), -1
+    )
     u = torch.einsum("hdk,nhd->nhk", edge_weight, g_beta)
     u_b = times_basis(u, d2, basis)
     ds = p * (g_alpha[..., None] + u_b - (p * u_b).sum(-1, keepdim=True))
@@ -123,7 +123,7 @@ def encoding_pairs_backward(
         d_edge_weight += torch.einsum("nhd,nhk->hdk", g_beta, p @ basis(root(d2)))
     if geometry:
         f = along_r(u, d2, basis, p, (a[..., None] * ds).sum(1))
-        add_displacement(d_positions, d_lattice, f[..., None] * r, i, j, crystal[i], shift)
+        add_displacement(d_positions, d_lattice, f[..., None] * r, i, j, crystal[i], images.shift[pairs.entry])
 
 
 def reciprocal_rows_backward(

@@ -11,12 +11,14 @@ class Settings(NamedTuple):
         tol: largest fraction of the weight that the op may leave out.
         tf32: whether a backend may multiply in tf32, 0 or 1.
         r_max, width: of the radial basis; its number of functions is the last dimension of edge_weight.
+        of_orbits: whether the image list is one of orbits, 0 or 1.
     """
 
     tol: float = 0.0
     tf32: float = False
     r_max: float = 1.0
     width: float = 1.0
+    of_orbits: float = 0.0
 
     @classmethod
     def read(cls, numbers: Sequence[float]) -> "Settings":

@@ -24,12 +24,12 @@ class TensorStruct:
     def packed(self) -> Tensor:
         """(words) int32: the tensors named in PACKED, one after the other. Made once, and again after a write."""
         if torch.compiler.is_compiling():
-            return join_words(self._parts())
+            return self._words()
         versions = self.versions()
         before, words = self.__dict__.get("_packed", (None, None))
         if before != versions:
             with torch.inference_mode(False):  # it outlives this call, and may be saved for a backward
-                words = join_words(self._parts())
+                words = self._words()
             self.__dict__["_packed"] = (versions, words)
         return words
 
@@ -39,6 +39,9 @@ class TensorStruct:
 
     def _parts(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.PACKED]
+
+    def _words(self) -> Tensor:
+        return join_words(self._parts())
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: x for name, x in self.__dict__.items() if name != "_packed"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.ragged import cat_ptr, crystal_of_atom, ordinals
-from ..common.tensor_struct import TensorStruct, check_parts, split_words, weakest
+from ..common.tensor_struct import TensorStruct, check_parts, join_words, split_words, weakest
 from .lattice import triangular
 from .movement import Geometry
 from .truncation import BEYOND, bearable_movement
@@ -20,7 +20,7 @@ from .wave_vectors import WaveVectors
 # A cutoff that the caller chose has no certificate to go by: atoms may move by this fraction of it, which is about what
 # a certificate bears.
 BEARABLE_FRACTION = 1 / 200
-# Of a packed list, for each image: col and shift.
+# Of a packed list, for each entry: col and shift, or distance (two words), repeats and col.
 WORDS = 4
 NOT_SYMMETRIC = "images must be symmetric, (j, i, -n) there with each (i, j, n), but they are not"
 
@@ -32,6 +32,8 @@ class Views(NamedTuple):
     col: Tensor
     shift: Tensor
     ptr: Tensor
+    distance: Tensor | None = None
+    repeats: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,9 @@ class ImageList(TensorStruct):
             images serve the decays from there on. 0 where they serve all from decay_min on.
         wave_vectors: those of these sums.
         geometry: what the list was built for, or None where that is not known: then any positions are taken.
+        distance, repeats: (M) fp64, Å, and (M) fp32, of a list of orbits, from `build_orbit_images`: its rows are
+            orbits of equivalent atoms, an entry is `repeats` images of atoms of the orbit `col`, all at one
+            distance; they have different translations, so shift is (0,3). None in a list of atoms.
         layouts: what backends have packed the list into, see layouts.py; a copy of the list starts without.
 
     Raises:
@@ -68,7 +73,7 @@ class ImageList(TensorStruct):
             are checked when the list is first used.
     """
 
-    PACKED = ("ptr", "row_ptr", "col", "shift")
+    PACKED = ("ptr", "row_ptr", "col", "shift", "distance", "repeats")
 
     row_ptr: Tensor
     col: Tensor
@@ -83,13 +88,21 @@ class ImageList(TensorStruct):
     crossover: Tensor | None = None
     wave_vectors: WaveVectors | None = None
     geometry: Geometry | None = None
+    distance: Tensor | None = None
+    repeats: Tensor | None = None
     layouts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         known: dict[str, int] = {}
         checks.check_tensor("col", self.col, "M", known)
         checks.check_dtype("col", self.col, torch.int32)
-        checks.check_tensor("shift", self.shift, "M 3", known, like=self.col)
+        checks.check_tensor("shift", self.shift, "0 3" if self.of_orbits else "M 3", known, like=self.col)
+        if self.distance is not None or self.repeats is not None:
+            for name, dtype in (("distance", torch.float64), ("repeats", torch.float32)):
+                x = getattr(self, name)
+                checks.check_tensor(name, x, "M", known)
+                checks.check_dtype(name, x, dtype)
+                checks.check_device(name, x, like=self.col)
         checks.check_segments("row_ptr", self.row_ptr, known["M"], "images")
         checks.check_ptr("ptr", self.ptr, self.num_atoms)
         checks.check_tensor("cutoff", self.cutoff, "C", {"C": self.num_crystals})
@@ -118,23 +131,41 @@ class ImageList(TensorStruct):
         return super().__getstate__() | {"layouts": {}}
 
     @staticmethod
-    def views(words: Tensor, num_atoms: int, num_crystals: int) -> Views:
+    def views(words: Tensor, num_atoms: int, num_crystals: int, of_orbits: bool = False) -> Views:
         """The tensors that `packed` made one of, by name."""
         ptr, row_ptr, rest = split_words(words, num_crystals + 1, num_atoms + 1)
         number = len(rest) // WORDS  # fewer than four words of padding come between col and shift
+        if of_orbits:
+            entry = rest.view(number, WORDS)
+            distance, repeats = entry[:, :2].view(torch.float64)[:, 0], entry[:, 2].view(torch.float32)
+            return Views(row_ptr, entry[:, 3], rest.new_empty(0, 3), ptr, distance, repeats)
         shift = rest[len(rest) - (WORDS - 1) * number :].view(number, WORDS - 1)
         return Views(row_ptr, rest[:number], shift, ptr)
 
     @staticmethod
-    def count(words: Tensor, num_atoms: int, num_crystals: int) -> int:
+    def length(words: Tensor, num_atoms: int, num_crystals: int) -> int:
         """M of what `packed` made, from its length."""
         return len(split_words(words, num_crystals + 1, num_atoms + 1)[-1]) // WORDS
 
     @staticmethod
-    def unpack(words: Tensor, num_atoms: int, num_crystals: int, num_pairs: int = 0) -> "ImageList":
+    def unpack(
+        words: Tensor, num_atoms: int, num_crystals: int, num_pairs: int = 0, of_orbits: bool = False
+    ) -> "ImageList":
         """The list that `packed` made one tensor of, in views; what it is certified for is not there."""
-        found = ImageList.views(words, num_atoms, num_crystals)
-        return ImageList(*found, cutoff=words.new_zeros(num_crystals), num_pairs=num_pairs)
+        found = ImageList.views(words, num_atoms, num_crystals, of_orbits)
+        return ImageList(**found._asdict(), cutoff=words.new_zeros(num_crystals), num_pairs=num_pairs)
+
+    def _parts(self) -> list[Tensor]:
+        return [x for x in super()._parts() if x is not None]
+
+    def _words(self) -> Tensor:
+        if self.distance is None or self.repeats is None:
+            return super()._words()
+        entry = torch.empty(self.num_images, WORDS, dtype=torch.int32, device=self.device)
+        entry[:, :2] = self.distance.contiguous().view(torch.int32).view(-1, 2)
+        entry[:, 2] = self.repeats.view(torch.int32)
+        entry[:, 3] = self.col
+        return join_words((self.ptr, self.row_ptr, entry))
 
     @property
     def real_decay_min(self) -> float | None:
@@ -142,6 +173,11 @@ class ImageList(TensorStruct):
         if self.decay_min is None or self.crossover is None or not len(self.crossover):
             return self.decay_min
         return max(self.decay_min, float(self.crossover.max()))
+
+    @property
+    def of_orbits(self) -> bool:
+        """Whether rows are orbits of equivalent atoms, and an entry stands for all images at its distance."""
+        return self.distance is not None
 
     @property
     def num_images(self) -> int:
@@ -174,6 +210,8 @@ class ImageList(TensorStruct):
         crossovers = [x.crossover for x in lists if x.crossover is not None]
         if crossovers and len(crossovers) < len(lists):
             raise ValueError("lists must be built all with reciprocal=True or all without")
+        if len({x.of_orbits for x in lists}) > 1:
+            raise ValueError("lists must be all of orbits or all of atoms")
         waves = [x.wave_vectors for x in lists if x.wave_vectors is not None]
         first = [0, *itertools.accumulate(x.num_atoms for x in lists)]
         return ImageList(
@@ -190,6 +228,8 @@ class ImageList(TensorStruct):
             crossover=torch.cat(crossovers) if crossovers else None,
             wave_vectors=WaveVectors.cat(waves) if waves else None,
             geometry=_cat_geometry([x.geometry for x in lists]),
+            distance=_cat_known([x.distance for x in lists]),
+            repeats=_cat_known([x.repeats for x in lists]),
         )
 
     @property
@@ -198,7 +238,10 @@ class ImageList(TensorStruct):
         fp32 changes; None where it is not known what the list was built for."""
         if self.geometry is None:
             return None
-        return self._reach_and_bearable[1].clamp(min=self.geometry.rounding())
+        rounding = self.geometry.rounding()
+        if self.of_orbits:  # whose distances are fixed
+            return torch.full_like(self.cutoff, rounding)
+        return self._reach_and_bearable[1].clamp(min=rounding)
 
     @cached_property
     def _reach_and_bearable(self) -> tuple[Tensor, Tensor]:
@@ -244,6 +287,11 @@ class ImageList(TensorStruct):
             )
 
 
+def _cat_known(parts: list[Tensor | None]) -> Tensor | None:
+    known = [x for x in parts if x is not None]
+    return torch.cat(known) if known else None
+
+
 def _cat_geometry(parts: list[Geometry | None]) -> Geometry | None:
     known = [x for x in parts if x is not None]
     if not known:
@@ -268,6 +316,8 @@ def check_entries(images: ImageList) -> None:
     crystal, col = crystal_of_atom(images.ptr, n)[row], images.col.long()
     if bool(((col < images.ptr[crystal]) | (col >= images.ptr[crystal + 1])).any()):
         raise ValueError("images must be of atoms of the row's own crystal, but they are not")
+    if images.distance is not None and images.repeats is not None:
+        return _check_orbits(row, col, images.distance, images.repeats, n)
     pair, of_image, count = torch.unique_consecutive(row * n + col, return_inverse=True, return_counts=True)
     first = count.cumsum(0) - count
     step = shift.diff(dim=0)
@@ -283,3 +333,18 @@ def check_entries(images: ImageList) -> None:
         raise ValueError(NOT_SYMMETRIC)
     if int(((row == col) & (shift == 0).all(1)).sum()) < n:
         raise ValueError("images must hold each atom itself, (i, i, 0), but they are not")
+
+
+def _check_orbits(row: Tensor, col: Tensor, distance: Tensor, repeats: Tensor, number: int) -> None:
+    """`check_entries` of a list of orbits."""
+    pair = row * number + col
+    step, farther = pair.diff(), distance.diff()
+    if not bool(((step > 0) | ((step == 0) & (farther > 0))).all()):
+        raise ValueError("images must be sorted by (col, distance) in each row, no entry twice, but they are not")
+    if not bool((distance >= 0).all()) or not bool((repeats > 0).all()):
+        raise ValueError("images must have distances from 0 and repeats above 0, but they do not")
+    mirrored = torch.argsort(col * number + row, stable=True)
+    if not torch.equal((col * number + row)[mirrored], pair) or not torch.equal(distance[mirrored], distance):
+        raise ValueError("images must be symmetric, (J, I, d) there with each (I, J, d), but they are not")
+    if int(((row == col) & (distance == 0)).sum()) < number:
+        raise ValueError("images must hold each orbit's atom itself, (I, I, 0), but they do not")

@@ -29,7 +29,7 @@ SCHEMA = (
     "(Tensor row_ptr, Tensor col, Tensor shift, Tensor cutoff, SymInt num_pairs)"
 )
 
-torch.library.define("crystalformer::cpu_images", SCHEMA)  # implemented in csrc/bindings_real.cpp
+torch.library.define("crystalformer::cpu_images", SCHEMA)  # implemented in csrc/bindings_images.cpp
 torch.library.define("crystalformer::triton_images", SCHEMA)  # implemented in kernels/images.py
 
 
@@ -99,7 +99,7 @@ def build_images(
         TypeError, ValueError: naming the argument, what it must be and what it was; for more images than max_images and
             atoms 2^31 cells apart, too.
     """
-    positions, lattice = _checked_geometry(positions, lattice, ptr)
+    positions, lattice = checked_geometry(positions, lattice, ptr)
     ptr = ptr.contiguous()
     a = checks.check_number("decay_min", decay_min)
     tol = checks.check_number("tol", tol, high=1.0)
@@ -277,7 +277,7 @@ class _Pairs:
         return ImageList(row_ptr, col.to(torch.int32), n.to(torch.int32), self.ptr, cutoff, self.number)
 
 
-def _checked_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+def checked_geometry(positions: Tensor, lattice: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
     """The checked geometry in fp64."""
     known: dict[str, int] = {}
     checks.check_tensor("positions", positions, "N 3", known)
