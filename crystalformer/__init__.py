@@ -11,8 +11,10 @@ from .common.backends import available_backends
 from .common.checks import debug_checks
 from .common.version import version as __version__
 from .data import CrystalBatch
+from .data.equivalent_atoms import equivalent_atoms
 from .geometry.image_list import ImageList
 from .geometry.images import build_images
+from .geometry.orbit_images import build_orbit_images
 from .geometry.wave_vectors import WaveVectors, build_wave_vectors
 from .model import convert
 from .model.config import CrystalformerConfig
@@ -28,10 +30,12 @@ __all__ = [
     "__version__",
     "available_backends",
     "build_images",
+    "build_orbit_images",
     "build_wave_vectors",
     "convert",
     "debug_checks",
     "dual_space_attention",
+    "equivalent_atoms",
     "load",
     "periodic_attention",
     "periodic_encoding",

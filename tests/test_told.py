@@ -178,7 +178,7 @@ def test_predictions_that_are_not_finite(run, data, capsys, monkeypatch):
         with pytest.raises(ValueError, match="decay_min"):  # no fault of a crystal
             predictor.predict(samples.structures)
 
-    monkeypatch.setattr(cli, "_load", lambda path, device: predictor)
+    monkeypatch.setattr(cli, "_load", lambda *_: predictor)
     for arguments, end in (
         (["predict", str(run), str(data)], f"crystalformer: {len(spoiled)} of 30 rows could not be predicted"),
         (["evaluate", str(run), "--data", str(data), "--out", "-"], ""),

@@ -30,6 +30,7 @@ from ..common.process import (
 )
 from ..common.version import version
 from ..common.words import count, one_line, short, some
+from ..geometry.orbits import SYMMETRY_TOL
 from .metrics import not_learnt, read_metrics
 from .options import add_fields, argument_errors, config_files, make_parser, parse, read_yaml, with_underscores
 from .user_errors import Stop, training_errors, user_errors
@@ -169,9 +170,15 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str, default="-", help="CSV file to write; - is stdout")
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
+    parser.add_argument(
+        "--symmetry_tol",
+        type=float,
+        default=SYMMETRY_TOL,
+        help="Å, atoms equivalent within it are one row; 0: none are",
+    )
     options = parse(parser, arguments)
     _check_file(options.out, options.model, *options.files, *config_files(arguments))
-    predictor = _load(options.model, options.device)
+    predictor = _load(options.model, options.device, options.symmetry_tol)
     ids: list[tuple[str, str]] = []
     structures: list[Any] = []
     bad = 0
@@ -210,11 +217,17 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str | None, default=None, help="CSV file for the predictions; - is stdout")
     parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
     parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
+    parser.add_argument(
+        "--symmetry_tol",
+        type=float,
+        default=SYMMETRY_TOL,
+        help="Å, atoms equivalent within it are one row; 0: none are",
+    )
     options = parse(parser, arguments)
     if options.set and options.split is None:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
     _check_file(options.out, options.model, options.data, options.split, *config_files(arguments))
-    predictor = _load(options.model, options.device)
+    predictor = _load(options.model, options.device, options.symmetry_tol)
     columns = options.target or list(predictor.names)
     if len(columns) != len(predictor.names):
         number = count(len(predictor.names), "column")
@@ -361,11 +374,11 @@ EXTRAS = {
 # Models, files, bars
 
 
-def _load(path: Path, device: str) -> "Predictor":
+def _load(path: Path, device: str, symmetry_tol: float = SYMMETRY_TOL) -> "Predictor":
     with user_errors():
         from .predictor import load
 
-        return load(path, device)
+        return load(path, device, symmetry_tol=symmetry_tol)
 
 
 def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequence[Any]) -> "Tensor":

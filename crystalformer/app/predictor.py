@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common import checks
 from ..common.checks import NotFinite
 from ..common.elements import NUM_ELEMENTS
 from ..common.words import one_line
@@ -18,6 +19,7 @@ from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import BoundedBatches, sizes
 from ..geometry.limits import NO_MPS
+from ..geometry.orbits import SYMMETRY_TOL
 from ..model.layers import mean_pool
 from ..model.model import WEIGHTS_FILE, Crystalformer
 from ..model.structures import read_structure
@@ -35,10 +37,11 @@ class Predictor:
         model: in eval mode, predicting in the units of the targets.
         names, units: of its T targets; a unit is "" where it is not known.
         labels: the names with their units, as "energy (eV)", where these are known.
+        symmetry_tol: Å, within which atoms are equivalent: those have one row; 0 gives every atom its own.
     """
 
-    def __init__(self, model: Crystalformer) -> None:
-        self.model = model.eval()
+    def __init__(self, model: Crystalformer, symmetry_tol: float = SYMMETRY_TOL) -> None:
+        self.model, self.symmetry_tol = model.eval(), symmetry_tol
         config = model.config
         self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
         self.units = config.target_units or ("",) * config.num_targets
@@ -97,9 +100,11 @@ class Predictor:
         for batch in map(self._joined, self._batches(structures)):
             features = self.model.encode(batch)
             if atoms:
-                crystals += features.cpu().split(batch.ptr.diff().tolist())
+                orbits = batch.orbit_atoms
+                ptr, rows = (batch.ptr, features) if orbits is None else (orbits.row_ptr, features[orbits.row])
+                crystals += rows.cpu().split(ptr.diff().tolist())
             else:
-                crystals += mean_pool(features, batch.ptr).cpu()
+                crystals += mean_pool(features, batch.ptr, batch.multiplicity).cpu()
         return crystals if atoms else torch.stack(crystals)
 
     def _joined(self, crystals: Sequence[CrystalBatch]) -> CrystalBatch:
@@ -113,7 +118,7 @@ class Predictor:
         dtype = next(self.model.parameters()).dtype
         for start in range(0, len(structures), STRUCTURES_AT_ONCE):
             chunk = structures[start : start + STRUCTURES_AT_ONCE]
-            crystals = build_crystals(chunk, self.model, dtype=dtype, first=start)
+            crystals = build_crystals(chunk, self.model, dtype=dtype, first=start, symmetry_tol=self.symmetry_tol)
             for batch in BoundedBatches(sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
                 yield [crystals[i] for i in batch]
 
@@ -123,19 +128,23 @@ def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:
     return [id for id, good in zip(ids, predictions.isfinite().all(1).tolist(), strict=True) if not good]
 
 
-def load(path: str | Path, device: str | torch.device = "auto", backend: str = "auto") -> Predictor:
+def load(
+    path: str | Path, device: str | torch.device = "auto", backend: str = "auto", symmetry_tol: float = SYMMETRY_TOL
+) -> Predictor:
     """A trained model: of the folder of a training (`crystalformer train --out`), or one with config.json and weights.
 
     Args:
         path: the folder.
         device: "auto" is the GPU if there is one, else the CPU; any other as torch names it.
         backend: of the attention, see `periodic_attention`.
+        symmetry_tol: Å, within which atoms are equivalent, see `CrystalBatch.from_structures`; 0 for no reduction.
 
     Raises:
         FileNotFoundError: if there is no model.
         ValueError: for a model of another version, or a damaged one, and a device that is not there.
     """
     path, device = Path(path), _device(device)
+    symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
     if not (path / WEIGHTS_FILE).is_file() and (path / MODEL_FOLDER / WEIGHTS_FILE).is_file():
         path = path / MODEL_FOLDER
     elif not (path / WEIGHTS_FILE).is_file() and (path / "checkpoints").is_dir():
@@ -143,7 +152,7 @@ def load(path: str | Path, device: str | torch.device = "auto", backend: str = "
             f"path must be the folder of a complete training, but that in {path} was stopped; go on with: "
             f"crystalformer train --out {path} --resume"
         )
-    return Predictor(Crystalformer.from_pretrained(path, backend).to(device))
+    return Predictor(Crystalformer.from_pretrained(path, backend).to(device), symmetry_tol)
 
 
 def _device(device: str | torch.device) -> torch.device:

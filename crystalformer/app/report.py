@@ -71,6 +71,8 @@ def write(
         "baseline_mae": baseline,
         "baseline": dict(zip(names, mean.tolist(), strict=True)),
         "crystals": {name: len(samples) for name, samples in parts.items()},
+        "atoms": sum(data.num_atoms for data in datasets.values()),
+        "rows": sum(x.num_atoms for data in datasets.values() for x in data.crystals),
         "left_out": len(problems),
         "parameters": sum(x.numel() for x in predictor.model.parameters()),
         "epochs": len(history),
@@ -205,6 +207,7 @@ crystalformer predict this-folder crystals.cif
 ## Data
 
 {source}: {crystals} crystals; {left_out}. Elements: {elements}.
+{metrics["atoms"]:,} atoms, of which symmetry makes {metrics["rows"]:,} rows.
 The model has seen the training crystals' targets only; the plots are of the {shown} crystals.
 
 {pictures}

@@ -24,6 +24,7 @@ from ..data.dataset import CrystalDataset
 from ..data.readers import read_samples
 from ..data.samples import DataError, Problem, Samples, write_problems
 from ..data.splits import SETS, read_split, split, write_split
+from ..geometry.orbits import SYMMETRY_TOL
 from ..model.config import FROM_TRAINING, CrystalformerConfig
 from ..model.model import Crystalformer
 from ..training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
@@ -52,6 +53,8 @@ class DataSource:
         primitive: learn from primitive cells. The model's predictions do not depend on the cell; small ones are faster.
         strict: stop at the first crystal that cannot be read; else they are listed in problems.csv and left out.
         cache: folder that keeps parsed structures and image lists for other trainings.
+        symmetry_tol: learn from one row for each orbit of atoms that the symmetry makes equivalent within this, Å: the
+            same model from fewer rows. 0 gives every atom its row.
         workers: processes that parse structures, which pays from some ten thousand on, and threads that build the image
             lists; 0 parses in this process and builds with torch's threads.
     """
@@ -64,6 +67,7 @@ class DataSource:
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     id_column: str | None = None
     primitive: bool = False
+    symmetry_tol: float = SYMMETRY_TOL
     strict: bool = False
     cache: Path | None = None
     workers: int = 0
@@ -225,11 +229,19 @@ def _train(
         try:
             with progress_bar(f"  images, {name}") as advance:
                 crystals = build_crystals(
-                    samples.structures, network, cache=source.cache, workers=source.workers, progress=advance
+                    samples.structures,
+                    network,
+                    cache=source.cache,
+                    workers=source.workers,
+                    progress=advance,
+                    symmetry_tol=source.symmetry_tol,
                 )
         except ValueError as error:
             raise DataError(f"{name}: {error}") from error
         datasets[name] = CrystalDataset(crystals, samples.targets, network)
+        if first and source.symmetry_tol:
+            reduced = sum(x.num_atoms for x in crystals)
+            print(f"  {name}: {datasets[name].num_atoms:,} atoms, of which symmetry makes {reduced:,} rows", flush=True)
     batches = {
         name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch, loaders)
         for name, data in datasets.items()
@@ -270,7 +282,7 @@ def _train(
         devices=machine["devices"],
         nodes=machine["nodes"],
     )
-    predictor = Predictor(network)
+    predictor = Predictor(network, source.symmetry_tol)
     if first:
         network.save_pretrained(out / MODEL_FOLDER)
         metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)

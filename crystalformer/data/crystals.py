@@ -17,6 +17,7 @@ from ..geometry.image_list import ImageList
 from ..geometry.images import build_images
 from ..geometry.limits import MAX_IMAGES, Extent
 from ..geometry.movement import Geometry
+from ..geometry.orbit_images import build_orbit_images
 from ..geometry.wave_vectors import build_wave_vectors
 from ..model.batch import CrystalBatch
 from ..model.config import CrystalformerConfig
@@ -57,6 +58,7 @@ def build_crystals(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], object] | None = None,
     first: int = 0,
+    symmetry_tol: float = 0.0,
 ) -> list[CrystalBatch]:
     """One CrystalBatch for each structure, with the images and wave vectors that the model certifies.
 
@@ -71,6 +73,7 @@ def build_crystals(
         dtype: fp32 or fp64; torch's default dtype if None.
         progress: called with the number of crystals done and of all, now and then.
         first: number of structures[0] in the caller's own list, by which errors name structures.
+        symmetry_tol: Å; above 0, rows are orbits of equivalent atoms, see `CrystalBatch.from_structures`.
 
     Raises:
         TypeError, ValueError: as `CrystalBatch.from_structures`, `build_images` and `build_wave_vectors`, naming the
@@ -78,14 +81,17 @@ def build_crystals(
     """
     checks.check_workers("workers", workers)
     dtype = dtype or torch.get_default_dtype()
-    crystals = [_pack(structure, f"structures[{i}]", dtype) for i, structure in enumerate(structures, first)]
+    symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
+    crystals = [
+        CrystalBatch._pack([read_structure(structure, f"structures[{i}]")], dtype, symmetry_tol)
+        for i, structure in enumerate(structures, first)
+    ]
     if not isinstance(settings, ImageSettings):
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
         for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):
             with _named(first + i):
-                crystal.wave_vectors = build_wave_vectors(
-                    crystal.lattice, crystal.ptr, config.decay_reciprocal_min, config.tol
-                )
+                ptr = crystal.ptr if crystal.orbit_atoms is None else crystal.orbit_atoms.ptr
+                crystal.wave_vectors = build_wave_vectors(crystal.lattice, ptr, config.decay_reciprocal_min, config.tol)
         needed = ImageSettings.of(config)
         if needed is None:
             return crystals
@@ -95,7 +101,8 @@ def build_crystals(
     keys = [b""] * len(crystals)
     found: dict[bytes, Item] = {}
     if cache is not None:
-        store = Store(cache, "images", certified | {"format": LIST_FORMAT, "crystalformer": version})
+        about = {"format": LIST_FORMAT, "crystalformer": version, "symmetry_tol": symmetry_tol}
+        store = Store(cache, "images", certified | about)
         keys = [_key(crystal) for crystal in crystals]
         found = store.get(keys)
     missing = []
@@ -142,27 +149,31 @@ def _check_memory(index: Sequence[int], crystals: Sequence[CrystalBatch], settin
         )
 
 
-def _pack(structure: Any, name: str, dtype: torch.dtype) -> CrystalBatch:
-    return CrystalBatch._pack([read_structure(structure, name)], dtype)
-
-
 def _key(crystal: CrystalBatch) -> bytes:
-    tensors = (crystal.species, crystal.positions, crystal.lattice)
+    tensors = [crystal.species, crystal.positions, crystal.lattice]
+    if (behind := crystal.orbit_atoms) is not None:
+        tensors += [behind.positions, behind.lattice, behind.orbit]
     return digest(*(part for x in tensors for part in (f"{x.dtype} {tuple(x.shape)}", x.numpy().tobytes())))
 
 
 def _build(crystals: Sequence[CrystalBatch], settings: dict[str, Any]) -> list[Item]:
     """The tensors of the crystals' lists, each as if it were alone: atoms and images numbered from 0."""
     batch = CrystalBatch.cat(crystals)
-    images = build_images(batch.positions, batch.lattice, batch.ptr, **settings)
+    if (x := batch.orbit_atoms) is None:
+        images = build_images(batch.positions, batch.lattice, batch.ptr, **settings)
+        entries = {"shift": images.shift}
+    else:
+        images = build_orbit_images(x.positions, x.lattice, x.ptr, x.orbit, **settings, symmetry_tol=x.symmetry_tol)
+        assert images.distance is not None
+        assert images.repeats is not None
+        entries = {"distance": images.distance, "repeats": images.repeats}
     number = images.row_ptr[batch.ptr].diff()
-    first_atom = torch.repeat_interleave(batch.ptr[:-1].to(torch.int32), number, output_size=images.num_images)
-    cols, shifts = ((x.split(number.tolist())) for x in (images.col - first_atom, images.shift))
+    first_row = torch.repeat_interleave(batch.ptr[:-1].to(torch.int32), number, output_size=images.num_images)
+    entries["col"] = images.col - first_row
+    parts = {name: x.split(number.tolist()) for name, x in entries.items()}
     rows = [images.row_ptr[start : end + 1] for start, end in itertools.pairwise(batch.ptr.tolist())]
-    return [
-        {"row_ptr": row_ptr - row_ptr[0], "col": col, "shift": shift, "cutoff": cutoff}
-        for row_ptr, col, shift, cutoff in zip(rows, cols, shifts, images.cutoff.split(1), strict=True)
-    ]
+    parts |= {"row_ptr": [x - x[0] for x in rows], "cutoff": images.cutoff.split(1)}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def _build_named(
@@ -190,6 +201,8 @@ def _named(index: int) -> Iterator[None]:
 
 def _list(item: dict[str, Any], crystal: CrystalBatch, settings: dict[str, Any]) -> ImageList:
     geometry = Geometry.of(crystal.positions, crystal.lattice)
+    if "shift" not in item:
+        item = item | {"shift": item["col"].new_empty(0, 3)}
     return ImageList(**item, ptr=crystal.ptr, num_pairs=crystal.num_atoms**2, geometry=geometry, **settings)
 
 

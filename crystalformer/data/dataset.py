@@ -126,6 +126,11 @@ class CrystalDataset(Dataset[Example]):
         return len(self.crystals)
 
     @property
+    def num_atoms(self) -> int:
+        """Of the crystals as they were given, whose batches may have fewer rows: one for each orbit."""
+        return sum(x.num_atoms if x.orbit_atoms is None else len(x.orbit_atoms.row) for x in self.crystals)
+
+    @property
     def elements(self) -> tuple[int, ...]:
         """The atomic numbers in the crystals, in order."""
         found: set[int] = set()

@@ -11,6 +11,7 @@ from ..common import checks
 from ..common.ragged import cat_ptr
 from ..geometry.image_list import ImageList
 from ..geometry.wave_vectors import WaveVectors
+from .orbit_atoms import OrbitAtoms, reduce_crystal
 from .structures import MOST_OCCUPIED, NUM_ELEMENTS, Crystal, read_structure
 
 
@@ -26,6 +27,9 @@ class CrystalBatch:
         ptr: (C+1) int64, the first atom of each crystal and, last, N.
         images: the image list of these crystals, or None until one is built (`Crystalformer.prepare`).
         wave_vectors: the wave vectors of these crystals, likewise.
+        orbit_atoms: where the rows are not atoms but orbits of equivalent atoms (`from_structures` with symmetry_tol),
+            the atoms behind them. species and positions are then those of the first atom of each orbit, lattice is the
+            primitive cells, and N counts orbits.
     """
 
     species: Tensor
@@ -34,6 +38,7 @@ class CrystalBatch:
     ptr: Tensor
     images: ImageList | None = None
     wave_vectors: WaveVectors | None = None
+    orbit_atoms: OrbitAtoms | None = None
 
     def __post_init__(self) -> None:
         known: dict[str, int] = {}
@@ -64,14 +69,24 @@ class CrystalBatch:
     def __len__(self) -> int:
         return self.num_crystals
 
+    @property
+    def multiplicity(self) -> Tensor | None:
+        """(N) how many atoms of its primitive cell each row stands for; None where rows are atoms."""
+        return None if self.orbit_atoms is None else self.orbit_atoms.multiplicity
+
     @classmethod
-    def from_structures(cls, structures: Sequence[Any], dtype: torch.dtype | None = None) -> "CrystalBatch":
+    def from_structures(
+        cls, structures: Sequence[Any], dtype: torch.dtype | None = None, symmetry_tol: float = 0.0
+    ) -> "CrystalBatch":
         """Packs pymatgen Structures and ase Atoms, of any sizes and mixed as you like.
 
         Args:
             structures: periodic structures in all three directions, with elements up to californium (98). Sites with
                 fractional occupancies are kept as mixtures.
             dtype: fp32 or fp64; torch's default dtype if None.
+            symmetry_tol: Å; above 0, one row for each orbit of atoms that the symmetry makes equivalent within it, by
+                spglib, and no gradients of positions and lattice: the same results from fewer rows, exact up to
+                rounding for symmetric crystals. 1e-5 serves files with six digits or more.
 
         Raises:
             TypeError: for anything but pymatgen Structures and ase Atoms.
@@ -86,10 +101,15 @@ class CrystalBatch:
         crystals = [read_structure(s, f"structures[{i}]") for i, s in enumerate(structures)]
         if not crystals:
             raise ValueError("structures must hold at least one structure, not none")
-        return cls._pack(crystals, dtype or torch.get_default_dtype())
+        symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
+        return cls._pack(crystals, dtype or torch.get_default_dtype(), symmetry_tol)
 
     @classmethod
-    def _pack(cls, crystals: Sequence[Crystal], dtype: torch.dtype) -> "CrystalBatch":
+    def _pack(cls, crystals: Sequence[Crystal], dtype: torch.dtype, symmetry_tol: float = 0.0) -> "CrystalBatch":
+        if symmetry_tol > 0:
+            crystals, behind = zip(*(reduce_crystal(x, symmetry_tol) for x in crystals), strict=True)
+            orbit_atoms = OrbitAtoms.cat(behind)
+            return replace(cls._pack(crystals, dtype), orbit_atoms=orbit_atoms)
         ordered = all(x.numbers is not None for x in crystals)
         species = [torch.from_numpy(x.numbers if ordered else x.occupancies()) for x in crystals]
         size = torch.tensor([0] + [len(x.positions) for x in crystals])
@@ -115,6 +135,9 @@ class CrystalBatch:
             species = [x.occupancies() for x in batches]
         images = [x.images for x in batches if x.images is not None]
         waves = [x.wave_vectors for x in batches if x.wave_vectors is not None]
+        orbits = [x.orbit_atoms for x in batches if x.orbit_atoms is not None]
+        if orbits and len(orbits) < len(batches):
+            raise ValueError("batches must be all of orbits or all of atoms")
         return CrystalBatch(
             species=torch.cat(species),
             positions=torch.cat([x.positions for x in batches]),
@@ -122,6 +145,7 @@ class CrystalBatch:
             ptr=cat_ptr([x.ptr for x in batches]),
             images=ImageList.cat(images) if len(images) == len(batches) else None,
             wave_vectors=WaveVectors.cat(waves) if len(waves) == len(batches) else None,
+            orbit_atoms=OrbitAtoms.cat(orbits) if orbits else None,
         )
 
     def occupancies(self) -> Tensor:
@@ -150,6 +174,7 @@ class CrystalBatch:
             ptr=function(self.ptr),
             images=self.images and lists(self.images),
             wave_vectors=self.wave_vectors and lists(self.wave_vectors),
+            orbit_atoms=self.orbit_atoms and lists(self.orbit_atoms),
         )
 
 

@@ -19,6 +19,7 @@ from ..common.elements import NUM_ELEMENTS
 from ..common.words import some
 from ..geometry.image_list import ImageList
 from ..geometry.images import build_images
+from ..geometry.orbit_images import build_orbit_images
 from ..geometry.wave_vectors import WaveVectors, build_wave_vectors
 from .batch import CrystalBatch
 from .config import CrystalformerConfig
@@ -60,7 +61,7 @@ class Crystalformer(nn.Module):
 
         Of a trained model in the targets' units and fp64, whatever the dtype of its weights; else in that dtype.
         """
-        return self.in_units(self.readout(mean_pool(self.encode(batch), batch.ptr)))
+        return self.in_units(self.readout(mean_pool(self.encode(batch), batch.ptr, batch.multiplicity)))
 
     def in_units(self, y: Tensor) -> Tensor:
         """Outputs (C, num_targets) of the network in the targets' units and fp64, once `rescale_` has given them."""
@@ -113,12 +114,16 @@ class Crystalformer(nn.Module):
     def build_images(self, batch: CrystalBatch) -> ImageList:
         """The image list that this model certifies for these crystals; keep it in `batch.images` to build it once."""
         config = self.config
-        return build_images(batch.positions, batch.lattice, batch.ptr, config.decay_min, config.tol, config.logit_range)
+        certified = (config.decay_min, config.tol, config.logit_range)
+        if (x := batch.orbit_atoms) is not None:
+            return build_orbit_images(x.positions, x.lattice, x.ptr, x.orbit, *certified, symmetry_tol=x.symmetry_tol)
+        return build_images(batch.positions, batch.lattice, batch.ptr, *certified)
 
     def build_wave_vectors(self, batch: CrystalBatch) -> WaveVectors:
         """The wave vectors that this model certifies for these crystals, to keep in `batch.wave_vectors`."""
         config = self.config
-        return build_wave_vectors(batch.lattice, batch.ptr, config.decay_reciprocal_min, config.tol)
+        ptr = batch.ptr if batch.orbit_atoms is None else batch.orbit_atoms.ptr
+        return build_wave_vectors(batch.lattice, ptr, config.decay_reciprocal_min, config.tol)
 
     def prepare(self, batch: CrystalBatch) -> CrystalBatch:
         """The batch with the images and wave vectors that this model needs, built where they are missing.
@@ -131,9 +136,10 @@ class Crystalformer(nn.Module):
         if not isinstance(batch, CrystalBatch):
             raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
         config, images, waves = self.config, batch.images, batch.wave_vectors
-        for name, lists in (("batch.images", images), ("batch.wave_vectors", waves)):
+        atoms = batch.ptr if batch.orbit_atoms is None else batch.orbit_atoms.ptr
+        for name, lists, ptr in (("batch.images", images, batch.ptr), ("batch.wave_vectors", waves, atoms)):
             if lists is not None:
-                check_crystals(name, lists, "batch.ptr", batch.ptr)
+                check_crystals(name, lists, "batch.ptr", ptr)
         if config.needs_images:
             if images is None:
                 _check_not_compiling("images")
