@@ -23,6 +23,7 @@ sanitize: $(INSTALLED)  ## the C++ kernels' contract on a build of csrc that sto
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED))/lib CRYSTALFORMER_FROM=$(SANITIZED) $(BIN)/pytest \
 	--backends=cpu tests/contract/test_sums.py tests/contract/test_not_finite.py tests/contract/test_list_builders.py \
+	tests/contract/test_sums_of_orbits.py tests/contract/test_refused_lists.py tests/test_lists.py \
 	tests/test_cpu.py tests/test_shells.py tests/test_fuzz.py -k "not instruction_sets"
 	@echo "no wrong address and no undefined behaviour in $(SANITIZED)/lib/crystalformer/_C"
 

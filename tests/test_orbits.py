@@ -12,6 +12,8 @@ from crystals import DISORDERED, aflow_prototypes, import_or_skip
 
 import crystalformer as cf
 from crystalformer.app import cli
+from crystalformer.attention.layouts import layout as make_layout
+from crystalformer.attention.settings import Settings
 from crystalformer.geometry.orbit_images import build_orbit_images, merge
 
 import_or_skip("spglib", reason="finds the symmetry")
@@ -236,3 +238,31 @@ def test_the_command_line_reduces_by_default(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["predict", str(out), str(data), "--symmetry_tol", "-1"]) == 2
     assert "symmetry_tol must be" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
+def test_opcheck():
+    x = batch(4, 6).orbit_atoms
+    orbit_ptr, decay = batch(4, 6).ptr, torch.full((len(x.lattice),), 0.5).double()
+    settings = (decay, 1e-3, 4.0, 0.01, None, False, 1 << 20, 1e-5)
+    arguments = (x.positions, x.lattice, x.ptr, x.orbit, orbit_ptr, *settings)
+    torch.library.opcheck(torch.ops.crystalformer.cpu_orbit_images.default, arguments)
+    images = build_orbit_images(x.positions, x.lattice, x.ptr, x.orbit, 0.5, 1e-3)
+    number = images.num_atoms
+    q, k, v = (torch.randn(number, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    a = torch.full((number, 2), 0.6, dtype=torch.float64, requires_grad=True)
+    weight, told = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), Settings(r_max=6.0, of_orbits=1.0)
+    geometry = (x.positions[x.first], x.lattice)
+    for backend in ("reference", "cpu"):
+        layout = make_layout(backend, images, *geometry, 4, told, by_pair=False, merge=True)
+        operator = getattr(torch.ops.crystalformer, f"{backend}_attention").default
+        torch.library.opcheck(operator, (q, k, v, a, weight, *geometry, images.packed(), layout, told))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own, which change from release to release
+def test_a_compiled_model_takes_orbits():
+    network, few = model("multihead"), batch(4, 6)
+    network.calibrate(few)
+    few = network.prepare(few)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(few), network(few))

@@ -24,6 +24,18 @@ SCHEMA = (
 torch.library.define("crystalformer::cpu_orbit_images", SCHEMA)  # implemented in csrc/bindings_images.cpp
 
 
+@torch.library.register_fake("crystalformer::cpu_orbit_images")
+def _(positions: Tensor, lattice: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    entries, orbits = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    return (
+        positions.new_empty(orbits, dtype=torch.int64),
+        positions.new_empty(entries, dtype=torch.int32),
+        positions.new_empty(entries),
+        positions.new_empty(entries, dtype=torch.float32),
+        lattice.new_empty(len(lattice)),
+    )
+
+
 @torch.inference_mode(False)  # the list outlives this call, and may be saved for a backward
 @torch.no_grad()
 def build_orbit_images(

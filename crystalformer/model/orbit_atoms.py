@@ -41,7 +41,7 @@ class OrbitAtoms(TensorStruct):
     @property
     def multiplicity(self) -> Tensor:
         """(N) how many atoms of its primitive cell each row stands for."""
-        return torch.bincount(self.orbit, minlength=len(self.first))
+        return torch.zeros_like(self.first).index_add_(0, self.orbit, torch.ones_like(self.orbit))
 
     @staticmethod
     def cat(parts: Sequence["OrbitAtoms"]) -> "OrbitAtoms":
