@@ -61,8 +61,8 @@ def long_build_of_one_row() -> None:
 
 def long_attention() -> None:
     crystal = 20 * torch.rand(1000, 3), 20 * torch.eye(3)
-    q, weight = torch.ones(1000, 160, 16), torch.ones(160, 16, 64)
-    images = of_one(crystal, cutoff=8.0)
+    q, weight = torch.ones(1000, 320, 16), torch.ones(320, 16, 64)
+    images = of_one(crystal, cutoff=14.0)
     cf.periodic_attention(q, q, q, q[:, :, 0], *pack([crystal])[:2], images, weight, cf.RadialBasis(width=30.0))
 
 
