@@ -98,7 +98,7 @@ def test_derivatives(way):
     positions, lattice = positions[: ptr[stop]], lattice[:stop]
     orbit, ptr = orbit[: ptr[stop]], ptr[: stop + 1]
     number = int(orbit.max()) + 1
-    images = build_orbit_images(positions, lattice, ptr, orbit, 1.0, 1e-6)
+    images = build_orbit_images(positions, lattice, ptr, orbit, 1.0, 1e-14)
     leaves = [x.requires_grad_() for x in inputs(number)]
     leaves[3].data += 0.5
 
