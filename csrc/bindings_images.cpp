@@ -88,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_orbit_images(const Tensor
     const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
     ImageRequest request = request_of(p, l, ptr, a, tol, logit_range, beyond, cutoff, every_pair, max_images);
     check_shape("orbit", orbit, {request.atoms});
+    TORCH_CHECK_VALUE(spread >= 0, "spread must be at least 0, not ", spread);
     check_shape("orbit_ptr", orbit_ptr, {request.crystals + 1});
     request.orbits = Orbits{pointer<int64_t>(orbit), pointer<int64_t>(orbit_ptr), spread};
     const int64_t orbits = request.orbits->ptr[request.crystals];

@@ -99,6 +99,8 @@ class Builder {
                 apart[x] = double(images_.positions[3 * j + x]) - double(images_.positions[3 * i + x]);
             for (int64_t e = pairs_.first[pair]; e < pairs_.first[pair + 1]; ++e) {
                 if (images_.orbits) {
+                    // Its mirror may not have been checked yet; the sort takes what is not negative, or NaN.
+                    numbers = numbers && images_.orbits[e].distance >= 0;
                     *to++ = {images_.orbits[e].distance, int32_t(pair - begin), int32_t(e - first)};
                     continue;
                 }

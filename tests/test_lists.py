@@ -226,7 +226,7 @@ def test_ops_check_the_shapes_they_trust():
         with pytest.raises(ValueError, match="must"):
             call(dataclasses.replace(X, **{name: value}), lists)
     packed, layout = lists
-    for bad in (packed[:-1], packed[:4], packed[:0], packed[2:], packed[1:]):
+    for bad in (torch.nn.functional.pad(packed, (0, 1)), packed[:-1], packed[:4], packed[:0], packed[2:], packed[1:]):
         with pytest.raises(ValueError, match="must"):
             call(X, (bad, layout))
         with pytest.raises(ValueError, match="must"):

@@ -1,6 +1,7 @@
 """Orbits of equivalent atoms: which they are, in any cell, and models on one row for each."""
 
 import csv
+import dataclasses
 import functools
 import json
 
@@ -266,3 +267,57 @@ def test_a_compiled_model_takes_orbits():
     few = network.prepare(few)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(few), network(few))
+
+
+def test_what_orbits_do_not_serve_is_refused():
+    structures = aflow_prototypes(limit=6, max_atoms=8)
+    few = cf.CrystalBatch.from_structures(structures, torch.float64, symmetry_tol=1e-5)
+    network = model("reciprocal")
+    network.calibrate(few)
+    for name in ("positions", "lattice"):
+        moving = dataclasses.replace(few, **{name: getattr(few, name).clone().requires_grad_()})
+        with pytest.raises(
+            ValueError, match="batch must have rows of atoms, symmetry_tol=0, where positions or lattice"
+        ):
+            network(moving)
+    first_atoms = cf.build_images(few.positions, few.lattice, few.ptr)
+    with pytest.raises(ValueError, match=r"batch.images must be of orbits if, and only if, the batch is"):
+        model("real")(dataclasses.replace(few, images=first_atoms))
+
+
+def test_calibration_is_that_of_all_atoms():
+    structures = [s * (1, 1, 1 + i % 2) for i, s in enumerate(aflow_prototypes(limit=6, max_atoms=12))]
+    one, other = model("real"), model("real")
+    one.calibrate(cf.CrystalBatch.from_structures(structures, torch.float64))
+    other.calibrate(cf.CrystalBatch.from_structures(structures, torch.float64, symmetry_tol=1e-5))
+    for name, x in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], x, rtol=1e-9, atol=1e-12)
+
+
+def test_no_tolerance_merges_what_rounding_parts():
+    for structure in aflow_prototypes(limit=8, max_atoms=4):
+        x = cf.CrystalBatch.from_structures([structure], torch.float64, symmetry_tol=1e-5)
+        y = x.orbit_atoms
+        images = build_orbit_images(y.positions, y.lattice, y.ptr, y.orbit, symmetry_tol=0.0)
+        q = torch.ones(x.num_atoms, 1, 1, dtype=torch.float64)
+        assert cf.periodic_attention(q, q, q, q[:, 0], x.positions, x.lattice, images).isfinite().all()
+
+
+@pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
+def test_an_invalid_list_of_orbits_is_refused_on_two_threads():
+    """Rows are packed before the rows that check their mirrors have been looked at."""
+    number, before = 41, torch.get_num_threads()
+    grid = torch.rand(number, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    geometry = 9 * grid, 9 * torch.eye(3, dtype=torch.float64)[None]
+    images = build_orbit_images(*geometry, torch.tensor([0, number]), torch.arange(number))
+    row = torch.repeat_interleave(images.row_ptr.diff())
+    bad = torch.where((row == 40) & (images.col == 39), -1e3 * images.distance, images.distance)
+    q = torch.ones(number, 1, 1, dtype=torch.float64)
+    try:
+        torch.set_num_threads(2)
+        for _ in range(5):
+            spoilt = dataclasses.replace(images, distance=bad)
+            with pytest.raises(ValueError, match=r"^images must"):
+                cf.periodic_attention(q, q, q, q[:, 0], *geometry, spoilt, backend="cpu")
+    finally:
+        torch.set_num_threads(before)

@@ -134,12 +134,15 @@ class ImageList(TensorStruct):
     def views(words: Tensor, num_atoms: int, num_crystals: int, of_orbits: bool = False) -> Views:
         """The tensors that `packed` made one of, by name."""
         ptr, row_ptr, rest = split_words(words, num_crystals + 1, num_atoms + 1)
-        number = len(rest) // WORDS  # fewer than four words of padding come between col and shift
+        number = len(rest) // WORDS
+        aligned = -(-number // 4) * 4  # col is padded
+        if len(rest) != (WORDS * number if of_orbits else aligned + (WORDS - 1) * number):
+            raise ValueError(f"a packed list must hold whole entries behind its offsets, not {len(rest)} words")
         if of_orbits:
             entry = rest.view(number, WORDS)
             distance, repeats = entry[:, :2].view(torch.float64)[:, 0], entry[:, 2].view(torch.float32)
             return Views(row_ptr, entry[:, 3], rest.new_empty(0, 3), ptr, distance, repeats)
-        shift = rest[len(rest) - (WORDS - 1) * number :].view(number, WORDS - 1)
+        shift = rest[aligned:].view(number, WORDS - 1)
         return Views(row_ptr, rest[:number], shift, ptr)
 
     @staticmethod
@@ -283,7 +286,7 @@ class ImageList(TensorStruct):
             raise ValueError(
                 f"images must be built for these positions and lattice: in crystal {c} distances have changed by up to "
                 f"{float(moved[c]):.3g} Å since the list was built, and it serves up to {float(bearable[c]):.3g} Å; "
-                "call build_images again"
+                f"call {'build_orbit_images' if self.of_orbits else 'build_images'} again"
             )
 
 

@@ -61,7 +61,7 @@ def build_orbit_images(
         orbit: (N) int64, the orbit of each atom, as `Orbits.orbit`, numbered over the whole batch: rising from crystal
             to crystal, no number left out.
         decay_min, tol, logit_range, every_pair, max_images: as for `build_images`.
-        symmetry_tol: Å, how much distances of one entry may differ: what the orbits were found within.
+        symmetry_tol: Å, how much distances of one entry may differ, at least 1e-9: what the orbits were found within.
 
     Returns:
         ImageList with `distance` and `repeats`. Ops take it with one row for each orbit in q, k, v and decay, and in
@@ -77,7 +77,8 @@ def build_orbit_images(
     tol = checks.check_number("tol", tol, high=1.0)
     logit_range = checks.check_number("logit_range", logit_range, high=MAX_LOGIT_RANGE, closed=True)
     checks.check_integer("max_images", max_images, 1, INT32 - 1)
-    symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
+    # Means of equal numbers round, and must not reach the next entry.
+    symmetry_tol = max(checks.check_number("symmetry_tol", symmetry_tol, closed=True), 1e-9)
     if choose_backend("auto", positions.device, "images") == "cpu":
         smallest = torch.full_like(lattice[:, 0, 0], a)
         settings = (smallest, tol, logit_range, BEYOND, None, every_pair, max_images, symmetry_tol)

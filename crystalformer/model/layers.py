@@ -115,6 +115,8 @@ class PeriodicAttention(nn.Module):
         options: dict[str, Any] = {"backend": self.backend, "wave_vectors": batch.wave_vectors}
         if orbits is None:
             return reciprocal_attention(*inputs, batch.positions, batch.lattice, batch.ptr, **options)
+        if batch.positions.requires_grad or batch.lattice.requires_grad:
+            raise ValueError("batch must have rows of atoms, symmetry_tol=0, where positions or lattice require grad")
         positions = orbits.positions.to(batch.lattice.dtype)
         q, k, v, c = (x[orbits.orbit] for x in inputs)
         return reciprocal_attention(q, k, v, c, positions, batch.lattice, orbits.ptr, **options)[orbits.first]

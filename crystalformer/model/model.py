@@ -84,10 +84,10 @@ class Crystalformer(nn.Module):
             ValueError: if all atoms of the batch have the same features.
         """
         batch = self.prepare(batch)
-        x = self.embedding(batch.species)
+        x, orbits = self.embedding(batch.species), batch.orbit_atoms
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.attention.calibrate(x)
+            block.attention.calibrate(x if orbits is None else x[orbits.row])  # of all atoms
             x = block(x, batch)
 
     def rescale_(self, mean: Tensor, deviation: Tensor) -> "Crystalformer":
@@ -140,6 +140,8 @@ class Crystalformer(nn.Module):
         for name, lists, ptr in (("batch.images", images, batch.ptr), ("batch.wave_vectors", waves, atoms)):
             if lists is not None:
                 check_crystals(name, lists, "batch.ptr", ptr)
+        if images is not None and images.of_orbits != (batch.orbit_atoms is not None):
+            raise ValueError("batch.images must be of orbits if, and only if, the batch is: see model.prepare")
         if config.needs_images:
             if images is None:
                 _check_not_compiling("images")
