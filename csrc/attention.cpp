@@ -64,36 +64,6 @@ int64_t scratch_size(const AttentionInputs<T>& in) {
            products;
 }
 
-// The atoms j of the pairs (i, j) in a block of rows. In a large cell they are few of its atoms, and to ask each atom
-// in each block would take time as the square of their number.
-class Columns {
-  public:
-    explicit Columns(int64_t atoms) : block_(size_t(atoms), -1) {}
-
-    // begin..end: the atoms of the rows' crystals, among them all that are looked for.
-    template <class T>
-    const std::vector<int32_t>& of(const Layout<T>& layout, int64_t first_row, int64_t last_row, int64_t begin,
-                                   int64_t end) {
-        const int64_t first = layout.pair_ptr[first_row], last = layout.pair_ptr[last_row];
-        columns_.clear();
-        if (end - begin <= (last - first) / 4) {  // most of them are there, and others do no harm
-            for (int64_t j = begin; j < end; ++j) columns_.push_back(int32_t(j));
-            return columns_;
-        }
-        for (int64_t pair = first; pair < last; ++pair) {
-            const int32_t j = layout.pair_col[pair];
-            if (block_[size_t(j)] == first_row) continue;
-            block_[size_t(j)] = first_row;
-            columns_.push_back(j);
-        }
-        return columns_;
-    }
-
-  private:
-    std::vector<int64_t> block_;  // (N) the first row of the last block that an atom was met in
-    std::vector<int32_t> columns_;
-};
-
 // Where blocks of rows with about BLOCK_PAIRS pairs start, and the end.
 template <class T>
 std::vector<int64_t> row_blocks(const AttentionInputs<T>& in) {
@@ -159,16 +129,13 @@ void attention_backward(const AttentionOutputs<const T>& grad, const AttentionIn
         .row_lattice = row_lattice.data(),
         .scratch = scratch_size(in),
     };
-    Columns columns(in.atoms);
     for (size_t b = 0; b + 1 < blocks.size(); ++b) {
         rows.first_row = blocks[b];
         rows.last_row = blocks[b + 1];
         rows.first_pair = in.layout.pair_ptr[rows.first_row];
         for_rows(rows, rows.first_row, rows.last_row, kernels<T>().attention_backward_rows, threads);
-        const auto& found = columns.of(in.layout, rows.first_row, rows.last_row, in.ptr[crystal[rows.first_row]],
-                                       in.ptr[crystal[rows.last_row - 1] + 1]);
-        rows.columns = found.data();
-        for_rows(rows, 0, int64_t(found.size()), kernels<T>().attention_backward_columns, threads);
+        for_rows(rows, in.ptr[crystal[rows.first_row]], in.ptr[crystal[rows.last_row - 1] + 1],
+                 kernels<T>().attention_backward_columns, threads);
     }
     for_rows(rows, 0, in.atoms, kernels<T>().attention_backward_finish, threads);
     pass_on_nan(in, in.k, in.heads * in.dim, result.q, threads);

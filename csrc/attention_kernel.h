@@ -258,7 +258,7 @@ void attention_backward_rows(const AttentionRows<T>& x, int64_t first, int64_t l
     }
 }
 
-// What belongs to some columns, gathered from the rows of one block over the mirror images (j, i) of each pair (i, j):
+// What belongs to the columns, gathered from the rows of one block over the mirror images (j, i) of each pair (i, j):
 // gradients of k and v. Equation (B10).
 template <class T>
 void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_t last, T* scratch) {
@@ -266,14 +266,14 @@ void attention_backward_columns(const AttentionRows<T>& x, int64_t first, int64_
     const Layout<T>& layout = in.layout;
     const int groups = groups_of(in.heads);
     int32_t* near = reinterpret_cast<int32_t*>(scratch);
-    for (int64_t place = first; place < last; ++place) {
-        const int64_t i = x.columns[place], begin = x.next_pair[i];
+    for (int64_t i = first; i < last; ++i) {
+        const int64_t begin = x.next_pair[i];
         int64_t end = begin;
         while (end < layout.pair_ptr[i + 1] && layout.pair_col[end] < x.last_row) ++end;
         x.next_pair[i] = end;
         const int32_t *atom = layout.pair_col + begin, *mirror = layout.pair_mirror + begin;
-        if (begin == end) continue;
-        const bool add = begin > layout.pair_ptr[i];  // to what earlier blocks gave; every atom sees itself in one
+        const bool add = x.in.ptr[x.crystal[i]] < x.first_row;  // earlier blocks hold rows of this crystal
+        if (add && begin == end) continue;                      // in a large cell, as good as always
         for (int g = 0; g < groups; ++g) {
             const auto at = [&](const T* sums) {
                 return [=](int64_t s) { return sums + (g * x.block_pairs + mirror[s] - x.first_pair) * HEADS; };

@@ -28,7 +28,6 @@ struct AttentionRows {
     // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.
     int64_t first_row = 0, last_row = 0, first_pair = 0, block_pairs = 0;
     T *pair_p = nullptr, *pair_ds = nullptr;  // (G,block_pairs,8) sums over the images of a pair
-    const int32_t* columns = nullptr;         // the atoms that the block's rows see, and maybe others
     int64_t* next_pair = nullptr;             // (N) the first pair (i, j) with j not in a block so far
     T *grad_k = nullptr, *grad_v = nullptr;   // (N,G,D,8) (N,G,Dv,8) sums over the blocks so far
     T* reach2 = nullptr;                      // (N,G) squared distance beyond which a row left images out
