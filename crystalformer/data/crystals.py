@@ -90,8 +90,9 @@ def build_crystals(
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
         for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):
             with _named(first + i):
-                ptr = crystal.ptr if crystal.orbit_atoms is None else crystal.orbit_atoms.ptr
-                crystal.wave_vectors = build_wave_vectors(crystal.lattice, ptr, config.decay_reciprocal_min, config.tol)
+                crystal.wave_vectors = build_wave_vectors(
+                    crystal.lattice, crystal.atom_ptr, config.decay_reciprocal_min, config.tol
+                )
         needed = ImageSettings.of(config)
         if needed is None:
             return crystals
@@ -101,7 +102,8 @@ def build_crystals(
     keys = [b""] * len(crystals)
     found: dict[bytes, Item] = {}
     if cache is not None:
-        about = {"format": LIST_FORMAT, "crystalformer": version, "symmetry_tol": symmetry_tol}
+        about = {"format": LIST_FORMAT, "crystalformer": version}
+        about |= {"symmetry_tol": symmetry_tol} if symmetry_tol else {}  # without it a cache is what it was before
         store = Store(cache, "images", certified | about)
         keys = [_key(crystal) for crystal in crystals]
         found = store.get(keys)
@@ -137,9 +139,12 @@ def _check_memory(index: Sequence[int], crystals: Sequence[CrystalBatch], settin
         batch = CrystalBatch.cat([crystals[i] for i in chunk])
         decay = torch.full((len(batch),), settings.decay_min, dtype=torch.float64)
         geometry = (batch.positions.double(), batch.lattice.double(), batch.ptr)
+        if (x := batch.orbit_atoms) is not None:
+            geometry = (x.positions, x.lattice, x.ptr)
         images = Extent.of(
             *geometry, decay, settings.tol, settings.logit_range, None, settings.every_pair, all_pairs=False
         ).images
+        images *= batch.ptr.diff() / batch.atom_ptr.diff()  # of orbits, if none of their images were merged
         number += float(images[images <= MAX_IMAGES].sum())  # a crystal with more is refused by its name
     if number * BYTES_PER_IMAGE > memory():
         needed, there = (x / 2**30 for x in (number * BYTES_PER_IMAGE, memory()))

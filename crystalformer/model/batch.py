@@ -70,6 +70,11 @@ class CrystalBatch:
         return self.num_crystals
 
     @property
+    def atom_ptr(self) -> Tensor:
+        """(C+1) as ptr, of the atoms: with `orbit_atoms` those of the primitive cells."""
+        return self.ptr if self.orbit_atoms is None else self.orbit_atoms.ptr
+
+    @property
     def multiplicity(self) -> Tensor | None:
         """(N) how many atoms of its primitive cell each row stands for; None where rows are atoms."""
         return None if self.orbit_atoms is None else self.orbit_atoms.multiplicity

@@ -69,7 +69,7 @@ class Crystalformer(nn.Module):
         return in_units(y, config.target_mean, config.target_deviation) if config.target_mean else y
 
     def encode(self, batch: CrystalBatch) -> Tensor:
-        """(N, model_dim), the atoms' features after the last block."""
+        """(N, model_dim), the features of the batch's rows, atoms or orbits of them, after the last block."""
         batch = self.prepare(batch)
         x = self.embedding(batch.species)
         for block in self.blocks:
@@ -122,8 +122,7 @@ class Crystalformer(nn.Module):
     def build_wave_vectors(self, batch: CrystalBatch) -> WaveVectors:
         """The wave vectors that this model certifies for these crystals, to keep in `batch.wave_vectors`."""
         config = self.config
-        ptr = batch.ptr if batch.orbit_atoms is None else batch.orbit_atoms.ptr
-        return build_wave_vectors(batch.lattice, ptr, config.decay_reciprocal_min, config.tol)
+        return build_wave_vectors(batch.lattice, batch.atom_ptr, config.decay_reciprocal_min, config.tol)
 
     def prepare(self, batch: CrystalBatch) -> CrystalBatch:
         """The batch with the images and wave vectors that this model needs, built where they are missing.
@@ -136,8 +135,7 @@ class Crystalformer(nn.Module):
         if not isinstance(batch, CrystalBatch):
             raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
         config, images, waves = self.config, batch.images, batch.wave_vectors
-        atoms = batch.ptr if batch.orbit_atoms is None else batch.orbit_atoms.ptr
-        for name, lists, ptr in (("batch.images", images, batch.ptr), ("batch.wave_vectors", waves, atoms)):
+        for name, lists, ptr in (("batch.images", images, batch.ptr), ("batch.wave_vectors", waves, batch.atom_ptr)):
             if lists is not None:
                 check_crystals(name, lists, "batch.ptr", ptr)
         if images is not None and images.of_orbits != (batch.orbit_atoms is not None):

@@ -62,8 +62,7 @@ class OrbitAtoms(TensorStruct):
 
 def reduce_crystal(crystal: Crystal, symmetry_tol: float) -> tuple[Crystal, OrbitAtoms]:
     """The first atom of each orbit in the primitive cell, and all atoms behind them."""
-    species = crystal.numbers if crystal.numbers is not None else crystal.occupancies()
-    found = find_orbits(crystal.lattice, crystal.positions, species, symmetry_tol)
+    found = find_orbits(crystal.lattice, crystal.positions, crystal.species, symmetry_tol)
     orbit = found.orbit[found.atoms]
     first = np.unique(orbit, return_index=True)[1]
     atoms = found.atoms[first]

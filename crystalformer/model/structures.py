@@ -29,6 +29,12 @@ class Crystal:
             return None
         return np.array([z for mixture in self.mixtures for z in mixture], dtype=np.int64)
 
+    @property
+    def species(self) -> np.ndarray:
+        """`numbers`, or `occupancies` if there is a mixture."""
+        numbers = self.numbers
+        return self.occupancies() if numbers is None else numbers
+
     def occupancies(self) -> np.ndarray:
         """(n,98) the share of each element in each site."""
         result = np.zeros((len(self.mixtures), NUM_ELEMENTS))
