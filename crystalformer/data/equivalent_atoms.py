@@ -19,9 +19,9 @@ def equivalent_atoms(structure: Any, symmetry_tol: float = SYMMETRY_TOL) -> Orbi
         Orbits: `orbit` (n), of each atom of the structure, and the primitive cell.
 
     Raises:
-        TypeError, ValueError: as `CrystalBatch.from_structures`; ImportError without spglib, which pymatgen brings.
+        TypeError, ValueError: as `CrystalBatch.from_structures`.
+        ModuleNotFoundError: without spglib, unless symmetry_tol is 0.
     """
     symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
     crystal = read_structure(structure, "structure")
-    species = crystal.numbers if crystal.numbers is not None else crystal.occupancies()
-    return find_orbits(crystal.lattice, crystal.positions, species, symmetry_tol)
+    return find_orbits(crystal.lattice, crystal.positions, crystal.species, symmetry_tol)

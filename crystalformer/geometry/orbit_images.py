@@ -54,7 +54,7 @@ def build_orbit_images(
 
     An atom of orbit I sees m images of atoms of orbit J at the distance d; they have one score and one b(d), so they
     are one entry (I, J, d, m), whose weight is m exp(s). Equation (19) of docs/math.md. The list is certified as that
-    of all atoms is.
+    of all atoms is, and where it is not compiled, up to images that `symmetry_tol` puts on either side of the cutoff.
 
     Args:
         positions, lattice, ptr: the crystals, best their primitive cells, as for `build_images`.

@@ -62,7 +62,10 @@ def find_orbits(
 
 
 def _dataset(lattice: np.ndarray, positions: np.ndarray, species: np.ndarray, symmetry_tol: float) -> Any:
-    import spglib
+    try:
+        import spglib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("spglib is missing: install it, or take symmetry_tol=0", name="spglib") from error
 
     kinds = np.unique(species, axis=0, return_inverse=True)[1].reshape(len(positions))
     cell: Any = (lattice, np.linalg.solve(lattice.T, positions.T).T, kinds + 1)
