@@ -92,6 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_orbit_images(const Tensor
     check_shape("orbit_ptr", orbit_ptr, {request.crystals + 1});
     request.orbits = Orbits{pointer<int64_t>(orbit), pointer<int64_t>(orbit_ptr), spread};
     const int64_t orbits = request.orbits->ptr[request.crystals];
+    TORCH_CHECK_VALUE(orbits <= request.atoms, "orbit_ptr must be of at most ", request.atoms, " orbits, as there are ",
+                      "atoms, not of ", orbits);
     check_offsets("orbit_ptr", request.orbits->ptr, request.crystals, orbits);
     check_orbits(request);
     const Tensor row_ptr = at::empty({orbits + 1}, ptr.options());

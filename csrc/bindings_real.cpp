@@ -77,7 +77,8 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
 template <class T>
 Layout<T> layout_of(const Tensor& block, const Images<T>& images, const Window& window, bool by_pair, bool merge) {
     LayoutHeader found{};
-    TORCH_CHECK_VALUE(merge || !images.orbits, "a list of orbits has no gradients of positions and lattice");
+    TORCH_CHECK_VALUE(merge || !images.orbits,
+                      "images must be of all atoms, not of orbits, for the gradients of positions and lattice");
     TORCH_CHECK_VALUE(block.scalar_type() == at::kByte && block.dim() == 1 && block.is_contiguous() &&
                           block.numel() >= int64_t(sizeof found),
                       "layout must be what cpu_layout makes of the image list, not ", block.numel(), " elements of ",

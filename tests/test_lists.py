@@ -247,6 +247,20 @@ def test_ops_check_the_shapes_they_trust():
                 build(*(good | {name: value}).values(), *settings)
     with pytest.raises(ValueError, match="tol must be larger than 0 and at most 1, not 2"):
         build(*good.values(), 2.0, *settings[1:])
+    merge = torch.ops.crystalformer.cpu_orbit_images
+    orbits = {"orbit": torch.arange(len(X.positions)), "orbit_ptr": X.ptr, "spread": 1e-5}
+    for name, value in (
+        ("spread", -1.0),
+        ("spread", float("nan")),
+        ("orbit_ptr", X.ptr * 1000),
+        ("orbit_ptr", X.ptr - 1),
+        ("orbit", orbits["orbit"].flip(0)),
+        ("orbit", orbits["orbit"][1:]),
+        ("orbit", orbits["orbit"] * 0),
+    ):
+        orbit, orbit_ptr, spread = (orbits | {name: value}).values()
+        with pytest.raises(ValueError, match=f"^{name} must"):
+            merge(*list(good.values())[:3], orbit, orbit_ptr, good["decay_min"], *settings, spread)
     waves, largest = X.wave_vectors()
     ptr, g_ptr, g = cf.WaveVectors.views(waves, len(X.lattice))
     for bad, message in [
