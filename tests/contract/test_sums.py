@@ -219,9 +219,8 @@ class TestReference:
         """Distances count at any score; gradients are as good as the score is rounded."""
         x = problem(kinds=(("cubic", 1), ("skewed", 3)), heads=4, dim=4, value_dim=8, num_basis=16, decay_min=1.0)
         rng = torch.Generator().manual_seed(0)
-        q, k = (
-            torch.randint(-4, 5, t.shape, generator=rng) / 4.0 for t in (x.q, x.k)
-        )  # exact, and so are all products
+        # Quarters are exact, and so are all their products.
+        q, k = (torch.randint(-4, 5, t.shape, generator=rng) / 4.0 for t in (x.q, x.k))
         q[..., 0], k[..., 0] = 2.0, score + k[..., 0]
         x = exact(replace(x, q=q.double(), k=k.double()))
         best = results(ATTENTION, x, "reference")

@@ -1,29 +1,71 @@
 """Lists of orbits: one row for each orbit of equivalent atoms, and the sums of all atoms, on every backend."""
 
 import functools
+import math
+from typing import NamedTuple
 
 import pytest
 import torch
-from crystals import aflow_prototypes
 from problems import relative_error
+from torch import Tensor
 
 import crystalformer as cf
 from crystalformer.geometry.orbit_images import build_orbit_images
 
-NAMES = ("q", "k", "v", "decay", "edge_weight")
+HEXAGONAL = [[1.0, 0.0, 0.0], [-0.5, math.sqrt(0.75), 0.0], [0.0, 0.0, 1.6]]
+# Primitive cells: vectors in Å, the atoms in fractions of them, the orbit of each.
+CELLS = {
+    "perovskite": (
+        3.9,
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0, 0, 0], [0.5, 0.5, 0.5], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]],
+        [0, 1, 2, 2, 2],
+    ),
+    "rutile": (
+        4.6,
+        [[1, 0, 0], [0, 1, 0], [0, 0, 0.64]],
+        [[0, 0, 0], [0.3, 0.3, 0], [0.5, 0.5, 0.5], [0.7, 0.7, 0], [0.2, 0.8, 0.5], [0.8, 0.2, 0.5]],
+        [0, 1, 0, 1, 1, 1],
+    ),
+    "wurtzite": (
+        3.8,
+        HEXAGONAL,
+        [[1 / 3, 2 / 3, 0], [2 / 3, 1 / 3, 0.5], [1 / 3, 2 / 3, 0.38], [2 / 3, 1 / 3, 0.88]],
+        [0, 0, 1, 1],
+    ),
+    "triclinic": (
+        5.0,
+        [[1, 0, 0], [0.2, 0.9, 0], [-0.1, 0.3, 0.8]],
+        [[0.1, 0.2, 0.3], [0.4, 0.15, 0.3], [0.9, 0.8, 0.7], [0.6, 0.85, 0.7], [0.5, 0.5, 0.5]],
+        [0, 1, 0, 1, 2],
+    ),
+}  # fmt: skip
 
 
-@functools.lru_cache
-def prototypes():
-    """Primitive cells, packed: positions, lattice, ptr, the orbit of each atom, the first atom of each orbit."""
-    found = [cf.equivalent_atoms(structure) for structure in aflow_prototypes(limit=8, max_atoms=8)]
-    positions = [torch.tensor(s.cart_coords[x.atoms]) for s, x in zip(aflow_prototypes(8, 8), found, strict=True)]
-    lattice = torch.stack([torch.tensor(x.lattice) for x in found])
-    sizes = torch.tensor([0, *(len(x.atoms) for x in found)])
-    begin = torch.tensor([0, *(x.number for x in found)]).cumsum(0)
-    orbit = torch.cat([torch.tensor(x.orbit[x.atoms]) + n for x, n in zip(found, begin, strict=False)])
-    first = torch.tensor([orbit.tolist().index(i) for i in range(int(begin[-1]))])
-    return torch.cat(positions), lattice, sizes.cumsum(0), orbit, first
+class Crystals(NamedTuple):
+    """Packed, with the orbit of each atom and the first atom of each orbit."""
+
+    positions: Tensor
+    lattice: Tensor
+    ptr: Tensor
+    orbit: Tensor
+    first: Tensor
+
+    @staticmethod
+    @functools.lru_cache
+    def of(*names: str) -> "Crystals":
+        lattice = torch.stack([CELLS[x][0] * torch.tensor(CELLS[x][1], dtype=torch.float64) for x in names])
+        fractions = [torch.tensor(CELLS[x][2], dtype=torch.float64) for x in names]
+        orbits = [torch.tensor(CELLS[x][3]) for x in names]
+        begin = torch.tensor([0, *(int(x.max()) + 1 for x in orbits)]).cumsum(0)
+        orbit = torch.cat([x + n for x, n in zip(orbits, begin, strict=False)])
+        return Crystals(
+            torch.cat([x @ cell for x, cell in zip(fractions, lattice, strict=True)]),
+            lattice,
+            torch.tensor([0, *(len(x) for x in orbits)]).cumsum(0),
+            orbit,
+            torch.tensor([orbit.tolist().index(i) for i in range(int(begin[-1]))]),
+        )
 
 
 def inputs(number: int, seed: int = 0) -> list[torch.Tensor]:
@@ -52,7 +94,7 @@ def outputs_and_gradients(op, leaves, positions, lattice, images, backend, rows=
 
 
 def test_attention_is_that_of_all_atoms(way):
-    positions, lattice, ptr, orbit, first = prototypes()
+    positions, lattice, ptr, orbit, first = Crystals.of(*CELLS)
     options = dict(decay_min=0.5, tol=1e-12 if way.double else 1e-7)
     every = cf.build_images(positions, lattice, ptr, **options)
     few = build_orbit_images(positions, lattice, ptr, orbit, **options, symmetry_tol=1e-9).to(way.device)
@@ -70,12 +112,9 @@ def test_encoding_is_that_of_all_pairs_of_two_orbits(way):
     """alpha of (I, J) sums over all atoms of J, beta is the mean over them with the weights of alpha."""
     tol = 1e-12 if way.double else 1e-7
     basis, bound = cf.RadialBasis(5, 6.0), 1e-9 if way.double else 2e-5
-    for structure in aflow_prototypes(8, 8)[2:5]:
-        x = cf.equivalent_atoms(structure)
-        positions, lattice = torch.tensor(structure.cart_coords[x.atoms]), torch.tensor(x.lattice)[None]
-        orbit, ptr = torch.tensor(x.orbit[x.atoms]), torch.tensor([0, len(x.atoms)])
-        first = [orbit.tolist().index(i) for i in range(x.number)]
-        *_, decay, weight = inputs(x.number)
+    for name in CELLS:
+        positions, lattice, ptr, orbit, first = Crystals.of(name)
+        *_, decay, weight = inputs(len(first))
         every = cf.build_images(positions, lattice, ptr, 0.5, tol, every_pair=True)
         alpha, beta = cf.periodic_encoding(decay[orbit], positions, lattice, every, weight, basis, "reference")
         alpha, beta = (y.unflatten(0, (len(orbit), -1))[first] for y in (alpha, beta))
@@ -93,27 +132,22 @@ def test_derivatives(way):
     """Of first and second order."""
     if not way.double:
         way.skip("differences of fp32 show no derivatives")
-    positions, lattice, ptr, orbit, first = prototypes()
-    stop = 2
-    positions, lattice = positions[: ptr[stop]], lattice[:stop]
-    orbit, ptr = orbit[: ptr[stop]], ptr[: stop + 1]
-    number = int(orbit.max()) + 1
-    images = build_orbit_images(positions, lattice, ptr, orbit, 1.0, 1e-14)
-    leaves = [x.requires_grad_() for x in inputs(number)]
+    positions, lattice, ptr, orbit, first = Crystals.of("wurtzite", "triclinic")
+    images = build_orbit_images(positions, lattice, ptr, orbit, 1.0, 1e-14).to(way.device)
+    leaves = [x.to(way.device).requires_grad_() for x in inputs(len(first))]
     leaves[3].data += 0.5
+    geometry = [x.to(way.device) for x in (positions[first], lattice)]
 
     def attend(*x):
         q, k, v, decay, weight = x
-        return cf.periodic_attention(
-            q, k, v, decay, positions[first[:number]], lattice, images, weight, cf.RadialBasis(5, 6.0), way.backend
-        )
+        return cf.periodic_attention(q, k, v, decay, *geometry, images, weight, cf.RadialBasis(5, 6.0), way.backend)
 
     assert torch.autograd.gradcheck(attend, leaves)
     assert torch.autograd.gradgradcheck(attend, leaves)
 
 
 def test_geometry_has_no_gradients(way):
-    positions, lattice, ptr, orbit, first = prototypes()
+    positions, lattice, ptr, orbit, first = Crystals.of(*CELLS)
     images = build_orbit_images(positions, lattice, ptr, orbit, 0.5, 1e-3).to(way.device)
     q, k, v, decay, _ = (x.to(way.device, way.dtype) for x in inputs(len(first)))
     geometry = [x.to(way.device, way.dtype) for x in (positions[first], lattice)]
@@ -122,5 +156,9 @@ def test_geometry_has_no_gradients(way):
         moving = [*geometry[:i], leaf, *geometry[i + 1 :]]
         with pytest.raises(ValueError, match=r"^images must be of all atoms, from build_images, not of orbits, where"):
             cf.periodic_attention(q, k, v, decay, *moving, images, backend=way.backend)
-    with pytest.raises(ValueError, match=r"^images must be built for these positions and lattice"):
-        cf.periodic_attention(q, k, v, decay, geometry[0] * 1.01, geometry[1] * 1.01, images, backend=way.backend)
+    moved = [1.01 * x for x in geometry]
+    with (
+        cf.debug_checks(True),
+        pytest.raises(ValueError, match=r"^images must be built for these positions and lattice"),
+    ):
+        cf.periodic_attention(q, k, v, decay, *moved, images, backend=way.backend)
