@@ -168,14 +168,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("model", type=Path, help="folder of a training or a model")
     parser.add_argument("files", nargs="+", type=str, help="CIF, POSCAR, extxyz, CSV, JSON, folders, ...")
     parser.add_argument("--out", type=str, default="-", help="CSV file to write; - is stdout")
-    parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
-    parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
-    parser.add_argument(
-        "--symmetry_tol",
-        type=float,
-        default=SYMMETRY_TOL,
-        help="Å, atoms equivalent within it are one row; 0: none are",
-    )
+    _add_prediction_options(parser)
     options = parse(parser, arguments)
     _check_file(options.out, options.model, *options.files, *config_files(arguments))
     predictor = _load(options.model, options.device, options.symmetry_tol)
@@ -215,14 +208,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--split", type=Path | None, default=None, help="JSON file: evaluate only its set --set")
     parser.add_argument("--set", choices=["train", "val", "test"], default=None, help="of --split, else test")
     parser.add_argument("--out", type=str | None, default=None, help="CSV file for the predictions; - is stdout")
-    parser.add_argument("--id_column", type=str | None, default=None, help="column of a table with the ids")
-    parser.add_argument("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
-    parser.add_argument(
-        "--symmetry_tol",
-        type=float,
-        default=SYMMETRY_TOL,
-        help="Å, atoms equivalent within it are one row; 0: none are",
-    )
+    _add_prediction_options(parser)
     options = parse(parser, arguments)
     if options.set and options.split is None:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
@@ -262,6 +248,19 @@ def evaluate(arguments: list[str]) -> int:
     if problems:
         raise Stop(f"{count(len(problems), 'row')} could not be used, the first: {problems[0]}", 1)
     return 1 if left_out else 0
+
+
+def _add_prediction_options(parser: Any) -> None:
+    """Those of `predict` and `evaluate`."""
+    add = parser.add_argument
+    add("--id_column", type=str | None, default=None, help="column of a table with the ids")
+    add("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
+    add(
+        "--symmetry_tol",
+        type=float,
+        default=SYMMETRY_TOL,
+        help="Å, atoms equivalent within it are one row; 0: none are",
+    )
 
 
 def info(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ class Settings(NamedTuple):
     """
 
     tol: float = 0.0
-    tf32: float = False
+    tf32: float = 0.0
     r_max: float = 1.0
     width: float = 1.0
     of_orbits: float = 0.0

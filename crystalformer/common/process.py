@@ -22,7 +22,7 @@ class Terminated(SystemExit):
 
 def leave(number: int, *_: Any) -> None:
     """Ends the process at once, for a signal after which nothing has to be cleaned up."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # nobody reads stderr, or it is closed
         os.write(2, f"{PROG}: stopped\n".encode())
     os._exit(128 + number)
 
