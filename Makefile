@@ -17,7 +17,7 @@ test: $(INSTALLED)
 	--cov --cov-append --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 SANITIZED := build/sanitized
-sanitize: $(INSTALLED)  ## the C++ kernels' contract on a build of csrc that stops at a wrong address or undefined behaviour
+sanitize: $(INSTALLED)  ## the C++ kernels' tests on a build of csrc that stops at a wrong address or undefined behaviour
 	CRYSTALFORMER_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	nm -D $(SANITIZED)/lib/crystalformer/_C*.so | grep -q __asan_init
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
