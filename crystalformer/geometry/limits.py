@@ -13,8 +13,9 @@ from .truncation import BEYOND, tail_radius2
 # A list of so many images takes 2 GiB, what is packed of it for the CPU kernels 6 GiB: of some 200,000 atoms with the
 # default settings.
 MAX_IMAGES = 1 << 27
-# Wave vectors of a batch, all its crystals counted as the one with the most: the sums that choose them take 1/2 GiB.
-MAX_VECTORS = 1 << 26
+# Wave vectors of a batch, all its crystals counted as the one with the most: of a cell of 5,800,000 Å^3 with the
+# default settings. No call of torch takes a second for so many, and Ctrl-C waits for no more than a call.
+MAX_VECTORS = 1 << 24
 INT32 = 2**31
 NO_MPS = "lists are certified in fp64, which Apple's GPUs do not have"
 

@@ -176,8 +176,8 @@ def build_wave_vectors(
             at least 0.5·2.2²/2.
         tol: largest part of the sum that may be left out, smaller than 1.
         max_vectors: how many may be looked at, both G and -G and those that are left out again, in each crystal as many
-            as in the largest. More are refused, by an estimate, before time or memory goes into them. At most 2^31 - 1,
-            by default 2^26.
+            as in the largest. More are refused, by an estimate, before time or memory goes into them. By default 2^24,
+            for which Ctrl-C waits no more than a second; at most 2^31 - 1.
 
     Returns:
         WaveVectors on the device of lattice; on a GPU it waits for the device.

@@ -66,9 +66,13 @@ def long_attention() -> None:
     cf.periodic_attention(q, q, q, q[:, :, 0], *pack([crystal])[:2], images, weight, cf.RadialBasis(width=30.0))
 
 
+def long_wave_vectors() -> None:
+    cf.build_wave_vectors(180 * torch.eye(3)[None].double(), torch.tensor([0, 1]))  # nearly 2^24, the most by default
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("work", [long_build, long_build_of_one_row, long_attention])
+@pytest.mark.parametrize("work", [long_build, long_build_of_one_row, long_attention, long_wave_vectors])
 def test_ctrl_c_ends_it_within_a_second(work: Callable[[], None], threads: int) -> None:
     before = torch.get_num_threads()
     try:
