@@ -15,6 +15,8 @@ import crystalformer as cf
 from crystalformer.app import cli
 from crystalformer.attention.layouts import layout as make_layout
 from crystalformer.attention.settings import Settings
+from crystalformer.data import crystals as crystals_module
+from crystalformer.data import equivalent_atoms as equivalent_atoms_module
 from crystalformer.geometry.orbit_images import build_orbit_images, merge
 
 import_or_skip("spglib", reason="finds the symmetry")
@@ -321,3 +323,22 @@ def test_an_invalid_list_of_orbits_is_refused_on_two_threads():
                 cf.periodic_attention(q, q, q, q[:, 0], *geometry, spoilt, backend="cpu")
     finally:
         torch.set_num_threads(before)
+
+
+def test_orbits_and_their_lists_are_found_again(tmp_path, monkeypatch):
+    """In any order and company; those of another tolerance are not."""
+    structures = [s * (1, 1, 2) for s in aflow_prototypes(limit=5, max_atoms=8)]
+    build = functools.partial(crystals_module.build_crystals, settings=model("real"), cache=tmp_path)
+    first = build(structures, symmetry_tol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(equivalent_atoms_module, "find_orbits", None)
+        patch.setattr(crystals_module, "build_orbit_images", None)
+        again = build(structures[::-1], symmetry_tol=1e-5)[::-1]
+        with pytest.raises(TypeError):
+            build(structures, symmetry_tol=1e-4)
+    for one, other in zip(first, again, strict=True):
+        for x, y in ((one.images, other.images), (one.orbit_atoms, other.orbit_atoms)):
+            tensors = [[t for t in vars(z).values() if isinstance(t, torch.Tensor)] for z in (x, y)]
+            assert all(map(torch.equal, *tensors)), len(tensors[0])
+        assert torch.equal(one.positions, other.positions)
+    assert len(build(structures, symmetry_tol=1e-4)) == 5

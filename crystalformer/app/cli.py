@@ -362,7 +362,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "doctor": doctor,
 }
 EXTRAS = {
-    "data": ("reading structures", ("pymatgen", "ase")),
+    "data": ("reading structures", ("pymatgen", "ase", "spglib")),
     "train": (
         "training, saved models, this command line",
         ("lightning", "jsonargparse", "pyyaml", "tqdm", "safetensors", "matplotlib", "torchmetrics"),

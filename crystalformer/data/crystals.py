@@ -22,6 +22,7 @@ from ..geometry.wave_vectors import build_wave_vectors
 from ..model.batch import CrystalBatch
 from ..model.config import CrystalformerConfig
 from ..model.structures import read_structure
+from .equivalent_atoms import orbits_of_all
 from .store import Item, Store, digest
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ def build_crystals(
     Args:
         structures: pymatgen Structures or ase Atoms.
         settings: the model or its configuration; or what the lists shall be certified for.
-        cache: a folder that keeps the image lists, found again by positions, lattice, species and settings, whatever
-            the order and company of the crystals. Needs safetensors. It only grows: remove it as you like.
+        cache: a folder that keeps the image lists and the orbits, found again by positions, lattice, species and
+            settings, whatever the order and company of the crystals. Needs safetensors. It only grows: remove it as
+            you like.
         workers: threads that build; 0 takes torch's number of threads.
         dtype: fp32 or fp64; torch's default dtype if None.
         progress: called with the number of crystals done and of all, now and then.
@@ -82,10 +84,12 @@ def build_crystals(
     checks.check_workers("workers", workers)
     dtype = dtype or torch.get_default_dtype()
     symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
-    crystals = [
-        CrystalBatch._pack([read_structure(structure, f"structures[{i}]")], dtype, symmetry_tol)
-        for i, structure in enumerate(structures, first)
-    ]
+    read = [read_structure(structure, f"structures[{i}]") for i, structure in enumerate(structures, first)]
+    if symmetry_tol:
+        orbits = orbits_of_all(read, symmetry_tol, cache)
+        crystals = [CrystalBatch._pack([x], dtype, [found]) for x, found in zip(read, orbits, strict=True)]
+    else:
+        crystals = [CrystalBatch._pack([x], dtype) for x in read]
     if not isinstance(settings, ImageSettings):
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
         for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):

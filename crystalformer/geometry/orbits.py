@@ -6,6 +6,7 @@ each orbit is enough. A supercell has the orbits of its primitive cell, whatever
 
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ class Orbits:
         lattice: (3,3) fp64, Å, rows are the vectors of the primitive cell.
         atoms: (p) int64, which atoms of the crystal stand in the primitive cell.
         orbit: (n) int64, the orbit of each atom of the crystal, numbered in the order of their first atoms.
+        symmetry_tol: Å, what the symmetry holds within.
     """
 
     lattice: np.ndarray
     atoms: np.ndarray
     orbit: np.ndarray
+    symmetry_tol: float
 
     @property
     def number(self) -> int:
@@ -55,18 +58,24 @@ def find_orbits(
     alone = np.arange(len(positions))
     found = _dataset(lattice, positions, species, symmetry_tol) if symmetry_tol > 0 else None
     if found is None:
-        return Orbits(lattice, alone, alone)
+        return Orbits(lattice, alone, alone, symmetry_tol)
     atoms = np.unique(found.mapping_to_primitive, return_index=True)[1].astype(np.int64)
     orbit = np.unique(_by_first(found.crystallographic_orbits), return_inverse=True)[1].astype(np.int64)
-    return Orbits(_primitive(lattice, found.primitive_lattice, len(positions) // len(atoms)), atoms, orbit)
+    primitive = _primitive(lattice, found.primitive_lattice, len(positions) // len(atoms))
+    return Orbits(primitive, atoms, orbit, symmetry_tol)
 
 
-def _dataset(lattice: np.ndarray, positions: np.ndarray, species: np.ndarray, symmetry_tol: float) -> Any:
+def load_spglib() -> ModuleType:
+    """spglib, which only crystals with a `symmetry_tol` need."""
     try:
         import spglib
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("spglib is missing: install it, or take symmetry_tol=0", name="spglib") from error
+    return spglib
 
+
+def _dataset(lattice: np.ndarray, positions: np.ndarray, species: np.ndarray, symmetry_tol: float) -> Any:
+    spglib = load_spglib()
     kinds = np.unique(species, axis=0, return_inverse=True)[1].reshape(len(positions))
     cell: Any = (lattice, np.linalg.solve(lattice.T, positions.T).T, kinds + 1)
     with warnings.catch_warnings():  # of how errors will be told: today None, an exception later

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..common import checks
 from ..common.ragged import cat_ptr
 from ..geometry.image_list import ImageList
+from ..geometry.orbits import Orbits, find_orbits
 from ..geometry.wave_vectors import WaveVectors
 from .orbit_atoms import OrbitAtoms, reduce_crystal
 from .structures import MOST_OCCUPIED, NUM_ELEMENTS, Crystal, read_structure
@@ -107,12 +108,17 @@ class CrystalBatch:
         if not crystals:
             raise ValueError("structures must hold at least one structure, not none")
         symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
-        return cls._pack(crystals, dtype or torch.get_default_dtype(), symmetry_tol)
+        orbits = None
+        if symmetry_tol > 0:
+            orbits = [find_orbits(x.lattice, x.positions, x.species, symmetry_tol) for x in crystals]
+        return cls._pack(crystals, dtype or torch.get_default_dtype(), orbits)
 
     @classmethod
-    def _pack(cls, crystals: Sequence[Crystal], dtype: torch.dtype, symmetry_tol: float = 0.0) -> "CrystalBatch":
-        if symmetry_tol > 0:
-            crystals, behind = zip(*(reduce_crystal(x, symmetry_tol) for x in crystals), strict=True)
+    def _pack(
+        cls, crystals: Sequence[Crystal], dtype: torch.dtype, orbits: Sequence[Orbits] | None = None
+    ) -> "CrystalBatch":
+        if orbits is not None:
+            crystals, behind = zip(*map(reduce_crystal, crystals, orbits), strict=True)
             orbit_atoms = OrbitAtoms.cat(behind)
             return replace(cls._pack(crystals, dtype), orbit_atoms=orbit_atoms)
         ordered = all(x.numbers is not None for x in crystals)

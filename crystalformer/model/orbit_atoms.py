@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.ragged import cat_ptr
 from ..common.tensor_struct import TensorStruct
-from ..geometry.orbits import find_orbits
+from ..geometry.orbits import Orbits
 from .structures import Crystal
 
 
@@ -60,9 +60,8 @@ class OrbitAtoms(TensorStruct):
         )
 
 
-def reduce_crystal(crystal: Crystal, symmetry_tol: float) -> tuple[Crystal, OrbitAtoms]:
+def reduce_crystal(crystal: Crystal, found: Orbits) -> tuple[Crystal, OrbitAtoms]:
     """The first atom of each orbit in the primitive cell, and all atoms behind them."""
-    found = find_orbits(crystal.lattice, crystal.positions, crystal.species, symmetry_tol)
     orbit = found.orbit[found.atoms]
     first = np.unique(orbit, return_index=True)[1]
     atoms = found.atoms[first]
@@ -75,5 +74,5 @@ def reduce_crystal(crystal: Crystal, symmetry_tol: float) -> tuple[Crystal, Orbi
         first=torch.from_numpy(first),
         row=torch.from_numpy(found.orbit),
         row_ptr=torch.tensor([0, len(crystal.positions)]),
-        symmetry_tol=symmetry_tol,
+        symmetry_tol=found.symmetry_tol,
     )
