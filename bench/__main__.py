@@ -14,7 +14,7 @@ from . import error, gradients, problems, results, speed
 CELLS = ("bigcell-20", "bigcell-80", "bigcell-320", "bigcell-1000", "bigcell-4000")
 # What `all` measures: operations, problems, sizes, providers (none: all). On a CPU the slow providers
 # have the small problems, so that all of it takes a quarter of an hour on two cores.
-FAST, SLOW = ("cpu", "radial-grid"), ("reference", "dense", "edge-list")
+FAST, SLOW = ("cpu", "cpu-orbits", "radial-grid"), ("reference", "dense", "edge-list")
 PLANS: dict[str, list[dict[str, Any]]] = {
     "cpu": [
         {"ops": ("attention", "encoding", "alpha", "reciprocal", "images"), "problems": ("w32",)},
@@ -40,6 +40,7 @@ PLANS: dict[str, list[dict[str, Any]]] = {
             "problems": ("jarvis256", "mp128", "tiny", "needle", *CELLS),
             "providers": (
                 "triton",
+                "triton-orbits",
                 "triton-tf32",
                 "triton-bf16",
                 "triton-graph",

@@ -193,16 +193,8 @@ def truth(x: Problem, op: str, domain: str = "real") -> Results:
     """
     if x.checked is not None and op != "attention":
         raise Absent("has no truth for so big a cell")
-    crystals = x.crystals.to(torch.float64)
-    exact = Problem(
-        x.name,
-        x.size_name,
-        crystals,
-        cf.build_images(crystals.positions, crystals.lattice, crystals.ptr, tol=TRUTH_TOL),
-        {name: value if value is None else value.double() for name, value in x.inputs.items()},
-        x.upstream.double(),
-        x.checked,
-    )
+    exact = exact_problem(x)
+    crystals = exact.crystals
     if x.checked is not None:
         return _truth_of_checked(exact)
     if op == "training":
@@ -214,6 +206,20 @@ def truth(x: Problem, op: str, domain: str = "real") -> Results:
     if op == "encoding":
         return encoding_case(exact, library_encoding(exact, "reference"), geometry=True).results()
     return attention_case(exact, library_attention(exact, "reference"), geometry=True).results()
+
+
+def exact_problem(x: Problem) -> Problem:
+    """The problem in fp64, with a list that leaves out next to nothing."""
+    crystals = x.crystals.to(torch.float64)
+    return Problem(
+        x.name,
+        x.size_name,
+        crystals,
+        cf.build_images(crystals.positions, crystals.lattice, crystals.ptr, tol=TRUTH_TOL),
+        {name: value if value is None else value.double() for name, value in x.inputs.items()},
+        x.upstream.double(),
+        x.checked,
+    )
 
 
 def _truth_of_checked(exact: Problem) -> Results:

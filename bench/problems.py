@@ -29,6 +29,8 @@ from torch import Tensor
 
 import crystalformer as cf
 from crystalformer.attention.settings import Settings
+from crystalformer.geometry.orbits import SYMMETRY_TOL
+from crystalformer.model.structures import Crystal
 
 if TYPE_CHECKING:
     from crystalformer.kernels.layout import Layout
@@ -119,6 +121,17 @@ class Problem:
     def wave_vectors(self) -> cf.WaveVectors:
         x = self.crystals
         return cf.build_wave_vectors(x.lattice.double(), x.ptr, DECAY_RECIPROCAL_MIN, CERTIFICATE["tol"])
+
+    @functools.cached_property
+    def orbits(self) -> cf.CrystalBatch:
+        """The same crystals with one row for each orbit of equivalent atoms; needs spglib."""
+        x = self.crystals.to(torch.float64).to(torch.device("cpu"))
+        bounds = x.ptr.tolist()
+        found = [
+            Crystal([{z: 1.0} for z in x.species[start:end].tolist()], x.positions[start:end].numpy(), cell.numpy())
+            for start, end, cell in zip(bounds, bounds[1:], x.lattice, strict=False)
+        ]
+        return cf.CrystalBatch.from_structures(found, self.dtype, SYMMETRY_TOL).to(self.device)
 
     @functools.cached_property
     def pairs_in_reach(self) -> int:
@@ -226,10 +239,10 @@ def _many(number: int, mean: float, spread: float, seed: int) -> cf.CrystalBatch
     return _pack([_random_crystal(rng, int(n)) for n in sizes])
 
 
-Crystal = tuple[np.ndarray, np.ndarray, np.ndarray]  # species, positions, lattice
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # species, positions, lattice
 
 
-def _random_crystal(rng: np.random.Generator, num_atoms: int) -> Crystal:
+def _random_crystal(rng: np.random.Generator, num_atoms: int) -> Arrays:
     kind = rng.choice(["cubic", "hexagonal", "orthorhombic", "triclinic"], p=[0.3, 0.25, 0.2, 0.25])
     if kind == "cubic":
         shape = np.eye(3)
@@ -247,7 +260,7 @@ def _random_crystal(rng: np.random.Generator, num_atoms: int) -> Crystal:
     return _fill(rng, shape * (volume / abs(np.linalg.det(shape))) ** (1 / 3), num_atoms)
 
 
-def _fill(rng: np.random.Generator, lattice: np.ndarray, num_atoms: int) -> Crystal:
+def _fill(rng: np.random.Generator, lattice: np.ndarray, num_atoms: int) -> Arrays:
     """Atoms at random places of the cell, each where it is not too near to those before."""
     nearest = NEAREST * (abs(np.linalg.det(lattice)) / num_atoms) ** (1 / 3)
     # In a big cell of even edges the nearest image is the one that rounding finds.
@@ -266,7 +279,7 @@ def _fill(rng: np.random.Generator, lattice: np.ndarray, num_atoms: int) -> Crys
     return rng.integers(1, 90, size=num_atoms), placed @ lattice, lattice
 
 
-def _pack(found: list[Crystal]) -> cf.CrystalBatch:
+def _pack(found: list[Arrays]) -> cf.CrystalBatch:
     size = torch.tensor([0] + [len(species) for species, _, _ in found])
     return cf.CrystalBatch(
         species=torch.from_numpy(np.concatenate([species for species, _, _ in found])),

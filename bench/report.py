@@ -13,7 +13,10 @@ CALL = "One attention call of the paper's size, forward and backward, fp32, mill
 PLOTS = ("time.svg", "memory.svg", "error.svg")
 ATTENTION_PROBLEMS = ("w32", "jarvis256", "mp128", "bigcell-1000", "bigcell-4000")
 IMAGE_PROBLEMS = ("w32", "jarvis256", "mp128")
-OURS = ("cpu", "cpu-dual-space", "cpu-slow-decay", "triton", "triton-tf32", "triton-graph", "reference")
+OURS = (
+    "cpu", "cpu-orbits", "cpu-dual-space", "cpu-slow-decay", "triton", "triton-orbits", "triton-tf32", "triton-graph",
+    "reference",
+)  # fmt: skip
 COLORS = {
     "cpu": "#2563a8", "triton": "#2563a8", "reference": "#7fa8d1", "triton-tf32": "#4b8bc8", "radial-grid": "#3a9a78",
     "dense": "#d9772b", "edge-list": "#a05195", "paper": "#8a8f98", "paper-cuda": "#8a8f98",

@@ -101,9 +101,9 @@ def test_words_of_the_glossary_are_words_of_the_code():
         assert re.search(rf"\b{word.replace(' ', '[ _]')}", code), word
 
 
-def test_the_picture_is_what_its_program_draws():
-    program = ROOT / "docs" / "site" / "picture.py"
-    names = runpy.run_path(str(program))
+@pytest.mark.parametrize("name", ["attention_picture", "orbits_picture"])
+def test_a_picture_is_what_its_program_draws(name):
+    names = runpy.run_path(str(ROOT / "docs" / "site" / f"{name}.py"))
     assert names["FILE"].read_text() == names["picture"]()
 
 

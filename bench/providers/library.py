@@ -55,7 +55,7 @@ INSTRUCTIONS = {
 }
 
 
-def _require(backend: str, x: Problem) -> None:
+def require(backend: str, x: Problem) -> None:
     """Raises Absent for a backend that does not serve the problem's tensors."""
     require_backend(backend)
     where = {"cpu": "cpu", "triton": "cuda"}.get(backend, x.device.type)
@@ -75,7 +75,7 @@ def _interpreted(backend: str) -> bool:
 
 def _attention(backend: str, **options: str) -> Callable[[Problem], Case]:
     def prepare(x: Problem) -> Case:
-        _require(backend, x)
+        require(backend, x)
         for name in options:
             if name not in inspect.signature(cf.periodic_attention).parameters:
                 raise Absent(f"periodic_attention has no argument {name!r}")
@@ -85,7 +85,7 @@ def _attention(backend: str, **options: str) -> Callable[[Problem], Case]:
 
 
 def _bf16(x: Problem) -> Case:
-    _require("triton", x)
+    require("triton", x)
     attend = library_attention(x, "triton")
 
     def rounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _bf16(x: Problem) -> Case:
 
 def _encoding(backend: str) -> Callable[[Problem], Case]:
     def prepare(x: Problem) -> Case:
-        _require(backend, x)
+        require(backend, x)
         return encoding_case(x, library_encoding(x, backend), geometry=True)
 
     return prepare
@@ -104,7 +104,7 @@ def _encoding(backend: str) -> Callable[[Problem], Case]:
 
 def _reciprocal(backend: str) -> Callable[[Problem], Case]:
     def prepare(x: Problem) -> Case:
-        _require(backend, x)
+        require(backend, x)
         return reciprocal_case(x, library_reciprocal(x, backend), geometry=True)
 
     return prepare
@@ -114,7 +114,7 @@ def _alpha(backend: str, slow: bool = False) -> Callable[[Problem], Case]:
     """alpha alone, with the lists built beforehand or, in one direction, for each call."""
 
     def prepare(x: Problem) -> Case:
-        _require(backend, x)
+        require(backend, x)
         scale = SLOW_DECAY / CERTIFICATE["decay_min"] if slow else 1.0
         x = replace(x, inputs=x.inputs | {"decay": scale * x.inputs["decay"], "weight": None})
         certificate: dict[str, Any] = CERTIFICATE | {"decay_min": scale * CERTIFICATE["decay_min"]}
@@ -143,7 +143,7 @@ def _slow_truth(x: Problem) -> Callable[[], Results]:
 
 def _training(backend: str, domain: str = "real") -> Callable[[Problem], Case]:
     def prepare(x: Problem) -> Case:
-        _require(backend, x)
+        require(backend, x)
         model, batch = seeded_model(x, x.dtype, backend, domain), x.crystals.to(x.dtype)
         batch.images = x.images
         batch = model.prepare(batch)

@@ -1,6 +1,6 @@
 """Draws docs/attention.svg: an atom of a square crystal and its weights for the periodic images around it.
 
-`python docs/site/picture.py` writes the file.
+`python docs/site/attention_picture.py` writes the file.
 """
 
 from pathlib import Path
