@@ -4,6 +4,7 @@ Equivalent atoms see the same images at the same distances, so every layer gives
 each orbit is enough. A supercell has the orbits of its primitive cell, whatever cell that is written in.
 """
 
+import os
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
@@ -67,6 +68,8 @@ def find_orbits(
 
 def load_spglib() -> ModuleType:
     """spglib, which only crystals with a `symmetry_tol` need."""
+    # Else it writes to stderr about tolerances that it tries on the way to its answer.
+    os.environ.setdefault("SPGLIB_WARNING", "OFF")
     try:
         import spglib
     except ModuleNotFoundError as error:
