@@ -139,8 +139,7 @@ class Regression(lightning.LightningModule):
         weights = [x for name, x in self.named_parameters() if not name.endswith("bias")]
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": self.bias_decay}]
         # Fused: one call for all weights, where one for each operation on each of them takes longer than small batches.
-        chosen = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay, "fused": True}
-        optimizer = torch.optim.AdamW(groups, **chosen)
+        optimizer = torch.optim.AdamW(groups, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
         steps = self.decay_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: math.sqrt(steps / (steps + t)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
