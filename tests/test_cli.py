@@ -93,7 +93,7 @@ def test_the_folder_of_a_training(run, folder):
 def test_names_with_a_bar_do_not_break_the_tables():
     from crystalformer.app import report
 
-    assert report._row("|E|", 0.5) == r"| \|E\| | 0.5 |"
+    assert report.row_of_table("|E|", 0.5) == r"| \|E\| | 0.5 |"
 
 
 def test_a_config_repeats_the_training(run, folder):
@@ -291,7 +291,7 @@ def test_wrong_input_is_refused_in_one_line(run, folder, capsys, tmp_path, monke
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     for arguments, text in (
-        (("tarin",), "must be one of train, predict"),
+        (("tarin",), "must be one of train, crossval, predict"),
         (("train",), "required"),
         ((*data, "--target", "energy"), "required"),
         ((*data, *out), "target"),

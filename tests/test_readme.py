@@ -36,7 +36,7 @@ def run(blocks: list[tuple[str, str]], names: dict, more: tuple[str, ...] = ()) 
         for command in text.splitlines():
             program, *arguments = shlex.split(command)
             assert program == "crystalformer"
-            assert main([*arguments, *(more if arguments[0] == "train" else ())]) == 0, command
+            assert main([*arguments, *(more if arguments[0] in ("train", "crossval") else ())]) == 0, command
     return names
 
 

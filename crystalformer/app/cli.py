@@ -1,4 +1,4 @@
-"""The command line: crystalformer train, predict, evaluate, info, convert, doctor.
+"""The command line: crystalformer train, crossval, predict, evaluate, info, convert, doctor.
 
 Whatever is wrong with the arguments or the data ends in one line on stderr and exit code 2, Ctrl-C in one and 130,
 SIGTERM in one and 143.
@@ -32,8 +32,9 @@ from ..common.version import version
 from ..common.words import count, one_line, short, some
 from ..geometry.orbits import SYMMETRY_TOL
 from .metrics import not_learnt, read_metrics
-from .options import add_fields, argument_errors, config_files, make_parser, parse, read_yaml, with_underscores
-from .user_errors import Stop, training_errors, user_errors
+from .options import config_files, make_parser, parse
+from .training_commands import crossval, train
+from .user_errors import Stop, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,56 +107,6 @@ def _overview() -> str:
     lines += [f"  {name:10}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
     lines += ["", f"{PROG} COMMAND --help explains a command; {PROG} --version."]
     return "\n".join(lines)
-
-
-def train(arguments: list[str]) -> int:
-    """Trains a model and writes it, its errors, predictions and plots into a folder."""
-    with user_errors():
-        from ..model.config import FROM_TRAINING, CrystalformerConfig
-        from ..training import PRESETS, Recipe
-        from .run_folder import CONFIG, check_folder
-        from .train import DataSource
-        from .train import train as run
-    parser = make_parser("train", train)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, new or empty")
-    parser.add_argument("--target", nargs="+", type=str, required=True, help="columns to learn")
-    parser.add_argument("--unit", nargs="+", type=str, default=None, help="of each target, for plots, tables and card")
-    add_fields(parser, DataSource)
-    parser.add_argument("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
-    add_fields(parser, Recipe)
-    add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
-    parser.add_argument("--seed", type=int, default=0, help="of split, first weights, order and dropout")
-    parser.add_argument("--resume", action="store_true", help="go on with the training in --out; needs no other option")
-    parser.add_argument("--accelerator", type=str, default="auto", help="what computes: auto, cpu or gpu")
-    parser.add_argument("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
-    parser.add_argument("--nodes", type=int, default=1, help="machines; under torchrun as it says")
-    parser.add_argument("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
-
-    # Where defaults come from, before the options are read.
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--config", "--preset", "--out"):
-        ahead.add_argument(name)
-    ahead.add_argument("--resume", action="store_true")
-    with argument_errors(parser):
-        known, _ = ahead.parse_known_args(with_underscores(arguments))
-    preset = known.preset or (read_yaml(known.config).get("preset") if known.config else None)
-    if preset in PRESETS:
-        parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
-    if known.resume and known.out:
-        with user_errors():
-            check_folder(Path(known.out), resume=True)
-        parser.default_config_files = [str(Path(known.out) / CONFIG)]
-
-    options = parse(parser, arguments)
-    with user_errors():
-        source = DataSource(**{field.name: options[field.name] for field in dataclasses.fields(DataSource)})
-        recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
-        config = CrystalformerConfig(**options.model.as_dict())
-    keywords: dict[str, Any] = {"unit": options.unit or ()}
-    keywords |= {name: options[name] for name in ("seed", "resume", "accelerator", "devices", "nodes", "loaders")}
-    with training_errors(options.out):
-        run(options.out, options.target, source, recipe, config, **keywords)
-    return 0
 
 
 def predict(arguments: list[str]) -> int:
@@ -355,6 +306,7 @@ def doctor(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "crossval": crossval,
     "predict": predict,
     "evaluate": evaluate,
     "info": info,

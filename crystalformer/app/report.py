@@ -158,7 +158,7 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
     names, labels, baseline = predictor.names, predictor.labels, metrics["baseline_mae"]
     stems = file_stems(names)
     rows = "\n".join(
-        _row(label, part, metrics["crystals"][part], short(mae[name]), short(baseline[part][name]))
+        row_of_table(label, part, metrics["crystals"][part], short(mae[name]), short(baseline[part][name]))
         for name, label in zip(names, labels, strict=True)
         for part, mae in metrics["mae"].items()
     )
@@ -178,7 +178,7 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
     left_out += " (problems.csv)" if metrics["left_out"] else ""
     flat = {name: value for name, value in shareable.items() if name != "model"}
     flat |= {f"model.{name}": value for name, value in settings["model"].items()}
-    options = "\n".join(_row(name, value) for name, value in flat.items() if value is not None)
+    options = "\n".join(row_of_table(name, value) for name, value in flat.items() if value is not None)
     libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     elements = ", ".join(SYMBOLS[z - 1] for z in predictor.model.config.elements)
     return f"""---
@@ -227,6 +227,6 @@ Encoding*, ICLR 2024).
 """
 
 
-def _row(*cells: object) -> str:
+def row_of_table(*cells: object) -> str:
     """A row of a Markdown table; a column of the data may be named |x|."""
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -31,11 +31,14 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def run_folder(out: Path, resume: bool) -> Iterator[None]:
+def run_folder(out: Path, resume: bool, begun: Callable[[Path], bool] | None = None) -> Iterator[None]:
     """Makes the folder and keeps other trainings out of it.
 
     A new training that fails before its first checkpoint removes what it has written, so that it can be started
     again in the same folder, with other options too.
+
+    Args:
+        begun: whether there is something that cannot be removed; a checkpoint if None.
 
     Raises:
         FileExistsError, CheckpointError, DataError: as `check_folder`; FileExistsError while another training runs.
@@ -51,12 +54,16 @@ def run_folder(out: Path, resume: bool) -> Iterator[None]:
             try:
                 yield
             except BaseException:
-                if not resume and not any((out / CHECKPOINTS).glob("*.ckpt")):
+                if not resume and not (begun or has_checkpoint)(out):
                     _clear(out)
                 raise
     finally:
         for path in made:
             _remove_empty(path)
+
+
+def has_checkpoint(out: Path) -> bool:
+    return any((out / CHECKPOINTS).glob("*.ckpt"))
 
 
 def _is_free(out: Path) -> bool:

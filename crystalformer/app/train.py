@@ -37,6 +37,10 @@ from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 MOST_SEED = 2**64 - 1  # of torch
 
 
+# What a training runs on; its numbers do not depend on it.
+MACHINE = ("accelerator", "devices", "nodes", "loaders")
+
+
 @dataclass(frozen=True)
 class DataSource:
     """Where the crystals come from and which of them train, validate and test.
@@ -85,6 +89,27 @@ class DataSource:
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DataError(f"cache must be a folder, not the file {self.cache}")
 
+    def read_file(self, path: Path, targets: Sequence[str]) -> tuple[Samples, list[Problem]]:
+        """The crystals of a file, and the rows that cannot be used.
+
+        Raises:
+            DataError: if there are no crystals.
+        """
+        with progress_bar(f"  reading {path.name}") as advance:
+            read, bad = read_samples(
+                path,
+                targets,
+                id_column=self.id_column,
+                primitive=self.primitive,
+                strict=self.strict,
+                workers=self.workers,
+                cache=self.cache,
+                progress=advance,
+            )
+        if not len(read):
+            raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
+        return read, bad
+
     def read(self, targets: Sequence[str], seed: int) -> tuple[dict[str, Samples], list[Problem]]:
         """The crystals of train, val and test, and the rows that cannot be used.
 
@@ -94,20 +119,8 @@ class DataSource:
         problems: list[Problem] = []
 
         def samples(path: Path) -> Samples:
-            with progress_bar(f"  reading {path.name}") as advance:
-                read, bad = read_samples(
-                    path,
-                    targets,
-                    id_column=self.id_column,
-                    primitive=self.primitive,
-                    strict=self.strict,
-                    workers=self.workers,
-                    cache=self.cache,
-                    progress=advance,
-                )
+            read, bad = self.read_file(path, targets)
             problems.extend(bad)
-            if not len(read):
-                raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
             return read
 
         try:
@@ -219,7 +232,7 @@ def _train(
     except ValueError as error:
         raise DataError(str(error)) from error
     parts, problems = source.read(names, seed)
-    settings = _settings(names, units, source, recipe, config, seed, machine)
+    settings = settings_of(names, units, source, recipe, config, seed, machine)
     if first:
         print(f"  {describe_backend(device)}", flush=True)
     torch.manual_seed(seed)
@@ -301,7 +314,7 @@ def _rank() -> int:
     return getattr(rank_zero_only, "rank", 0)
 
 
-def _settings(
+def settings_of(
     names: Sequence[str],
     units: Sequence[str],
     source: DataSource,

@@ -42,7 +42,7 @@ def _stop_out_of_memory(error: Exception) -> None:
 
 
 @contextmanager
-def training_errors(out: Path) -> Iterator[None]:
+def training_errors(out: Path, command: str = "train") -> Iterator[None]:
     """In a training, only what is known to be no fault of this program."""
     import torch
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -59,17 +59,17 @@ def training_errors(out: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise Stop(f"out of GPU memory: train anew with a smaller --max_images_per_batch ({error})", 1) from error
     except OSError as error:
-        raise Stop(f"{error}{_again(out)}", 1) from error
+        raise Stop(f"{error}{_again(out, command)}", 1) from error
     except (MemoryError, RuntimeError) as error:
         _stop_out_of_memory(error)
         raise
     except KeyboardInterrupt as error:
-        raise Stop(f"stopped{_again(out)}", INTERRUPTED) from error
+        raise Stop(f"stopped{_again(out, command)}", INTERRUPTED) from error
     except SystemExit as error:  # how lightning ends for SIGTERM, and with code 1 for Ctrl-C
-        raise Stop(f"stopped{_again(out)}", INTERRUPTED if error.code == 1 else TERMINATED) from error
+        raise Stop(f"stopped{_again(out, command)}", INTERRUPTED if error.code == 1 else TERMINATED) from error
 
 
-def _again(out: Path) -> str:
+def _again(out: Path, command: str) -> str:
     """How to go on with the training in this folder, if there is something to go on with."""
     from .run_folder import CONFIG
 
@@ -77,4 +77,4 @@ def _again(out: Path) -> str:
         begun = (out / CONFIG).is_file()
     except OSError:
         begun = False
-    return f"; go on with: {PROG} train --out {out} --resume" if begun else "; nothing was kept: no epoch was done"
+    return f"; go on with: {PROG} {command} --out {out} --resume" if begun else "; nothing was kept: no epoch was done"

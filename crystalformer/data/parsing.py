@@ -106,6 +106,8 @@ def _dict(content: dict[str, Any]) -> list[Parsed]:
     if "lattice_mat" in content:
         lattice, species, coords = (content[name] for name in ("lattice_mat", "elements", "coords"))
         return [Parsed(Structure(lattice, species, coords, coords_are_cartesian=bool(content.get("cartesian"))))]
+    if {"lattice", "species", "frac_coords"} <= content.keys():
+        return [Parsed(Structure(content["lattice"], content["species"], content["frac_coords"]))]
     if "sites" not in content:
         raise ValueError(f"neither a pymatgen Structure nor JARVIS atoms, but with the keys {', '.join(content)}")
     if "lattice" not in content:

@@ -1,0 +1,97 @@
+"""The commands that train: crystalformer train and crossval."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
+from .user_errors import training_errors, user_errors
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+
+def train(arguments: list[str]) -> int:
+    """Trains a model and writes it, its errors, predictions and plots into a folder."""
+    options, inputs = _read("train", train, arguments)
+    with training_errors(options.out):
+        from .train import train as run
+
+        run(options.out, options.target, **inputs)
+    return 0
+
+
+def crossval(arguments: list[str]) -> int:
+    """Trains once for each fold of the data, tests on the fold, and writes the errors of all folds into a folder.
+
+    It has the options of train but for those that say which crystals train and test.
+    """
+    with user_errors():
+        from .crossval import SETS_OF_SOURCE
+    options, inputs = _read("crossval", crossval, arguments, SETS_OF_SOURCE)
+    with training_errors(options.out, "crossval"):
+        from .crossval import crossval as run
+
+        several = {name: options[name] for name in ("val_fraction", "jobs")}
+        run(options.out, options.target, folds=options.folds, **inputs, **several)
+    return 0
+
+
+def _read(
+    name: str, command: Callable[[list[str]], int], arguments: list[str], left_out: Sequence[str] = ()
+) -> tuple["Namespace", dict[str, Any]]:
+    """The options of a command, and what they say of source, recipe, model and machine.
+
+    Args:
+        left_out: options of the source that the command does not have.
+    """
+    with user_errors():
+        from ..model.config import FROM_TRAINING, CrystalformerConfig
+        from ..training import PRESETS, Recipe
+        from .run_folder import CONFIG, check_folder
+        from .train import MACHINE, DataSource
+    parser = make_parser(name, command)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the results, new or empty")
+    add("--target", nargs="+", type=str, required=True, help="columns to learn")
+    add("--unit", nargs="+", type=str, default=None, help="of each target, for plots, tables and card")
+    add_fields(parser, DataSource, leave_out=left_out)
+    if left_out:
+        add("--folds", type=str, required=True, help="number of random folds, or a file with the columns id and fold")
+        add("--val_fraction", type=float, default=0.1, help="share of each training's crystals that validate it")
+        add("--jobs", type=int, default=1, help="folds that are trained at once, each in a process of its own")
+    add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
+    add_fields(parser, Recipe)
+    add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
+    add("--seed", type=int, default=0, help="of split, first weights, order and dropout")
+    add("--resume", action="store_true", help="go on with what is in --out; needs no other option")
+    add("--accelerator", type=str, default="auto", help="what computes: auto, cpu or gpu")
+    add("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
+    add("--nodes", type=int, default=1, help="machines; under torchrun as it says")
+    add("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
+
+    # Where defaults come from, before the options are read.
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--config", "--preset", "--out"):
+        ahead.add_argument(option)
+    ahead.add_argument("--resume", action="store_true")
+    with argument_errors(parser):
+        known, _ = ahead.parse_known_args(with_underscores(arguments))
+    preset = known.preset or (read_yaml(known.config).get("preset") if known.config else None)
+    if preset in PRESETS:
+        parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
+    if known.resume and known.out:
+        with user_errors():
+            check_folder(Path(known.out), resume=True)
+        parser.default_config_files = [str(Path(known.out) / CONFIG)]
+
+    options = parse(parser, arguments)
+    with user_errors():
+        fields = [field.name for field in dataclasses.fields(DataSource) if field.name not in left_out]
+        inputs: dict[str, Any] = {"source": DataSource(**{name: options[name] for name in fields})}
+        inputs["recipe"] = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
+        inputs["model"] = CrystalformerConfig(**options.model.as_dict())
+    inputs |= {"unit": options.unit or (), **{x: options[x] for x in ("seed", "resume", *MACHINE)}}
+    return options, inputs

@@ -1,0 +1,163 @@
+"""crystalformer crossval: every crystal tested once, by a model that has not seen its fold."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from command_line import SIZES, refused
+
+from crystalformer.app import cli, crossval
+from crystalformer.data.folds import in_order, random_folds, read_folds
+from crystalformer.data.ionic import ionic_crystals
+from crystalformer.data.samples import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
+SMALL = [f"--model.{x}" for x in SIZES.split()] + ["--batch-size=8", "--epochs=2", "--lr=0.02"]
+NUMBER = 18
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Crystals as Matbench's folds are handed on, one JSON record a line, the first without a structure."""
+    folder = tmp_path_factory.mktemp("crossval")
+    lines = []
+    for number, x in enumerate(ionic_crystals(NUMBER, seed=1)):
+        s = x.structure
+        cell = {"lattice": s.lattice.matrix.tolist(), "frac_coords": s.frac_coords.tolist()}
+        cell["species"] = [site.specie.symbol for site in s]
+        record = {"id": f"salt-{number}", "fold": number % 3, "structure": cell if number else None}
+        lines.append(json.dumps(record | {"energy": x.energy, "volume": s.volume}))
+    (folder / "salts.jsonl").write_text("\n".join(lines))
+    (folder / "folds.csv").write_text("".join(f"salt-{i},{i % 3}\n" for i in range(NUMBER)))
+    return folder
+
+
+def command(folder: Path, out: Path, folds: object, *more: object) -> list[str]:
+    options = ("--data", folder / "salts.jsonl", "--target", "energy", "--folds", folds, "--out", out, *SMALL, *more)
+    return ["crossval", *map(str, options)]
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Path:
+    out = folder / "run"
+    assert cli.main(command(folder, out, folder / "salts.jsonl", "--unit", "eV")) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_every_crystal_is_tested_by_the_training_without_its_fold(run, folder):
+    found = rows(run / "predictions.csv")
+    assert {row["id"]: int(row["fold"]) for row in found} == {f"salt-{i}": i % 3 for i in range(1, NUMBER)}
+    assert len(found) == NUMBER - 1
+    for fold in range(3):
+        sets = json.loads((run / f"fold-{fold}.json").read_text())
+        assert sorted(sets["test"]) == sorted(row["id"] for row in found if row["fold"] == str(fold))
+        assert len(sets["val"]) == 1
+    # The training of a fold is one of `train`.
+    alone = folder / "alone"
+    data = ["--data", str(folder / "salts.jsonl"), "--target", "energy", "--split", str(run / "fold-1.json")]
+    assert cli.main(["train", *data, "--out", str(alone), *SMALL]) == 0
+    tested = [row for row in rows(alone / "predictions.csv") if row["set"] == "test"]
+    assert [row["energy_predicted"] for row in tested] == [x["energy_predicted"] for x in found if x["fold"] == "1"]
+
+
+def test_errors_are_those_of_the_predictions(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    maes = []
+    for fold, about in metrics["folds"].items():
+        here = [row for row in rows(run / "predictions.csv") if row["fold"] == fold]
+        errors = [float(row["energy_predicted"]) - float(row["energy"]) for row in here]
+        maes.append(statistics.fmean(map(abs, errors)))
+        assert about["mae"]["energy"] == pytest.approx(maes[-1])
+        assert about["rmse"]["energy"] == pytest.approx(statistics.fmean(x**2 for x in errors) ** 0.5)
+        assert about["crystals"] == len(here)
+    assert metrics["mae"]["energy"] == pytest.approx(statistics.fmean(maes))
+    assert metrics["mae_deviation"]["energy"] == pytest.approx(statistics.stdev(maes))
+    card = (run / "README.md").read_text()
+    assert (
+        f"| energy, eV | **mean** | {NUMBER - 1} | {statistics.fmean(maes):.4g} ± {statistics.stdev(maes):.4g} |"
+        in card
+    )
+    assert (run / "parity_energy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folds_in_processes_are_those_one_after_another(run, folder):
+    out = folder / "processes"
+    assert cli.main(command(folder, out, folder / "folds.csv", "--jobs", 2)) == 0
+    assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+    assert "validation MAE" in (out / "fold-0.log").read_text()
+
+
+def test_stopped_and_resumed(run, folder, capsys, monkeypatch):
+    """Folds that are done are not trained again; the result is the same."""
+    out, trained = folder / "stopped", []
+    train = crossval.train
+
+    def stop(folder, *args, **options):
+        trained.append(folder.name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(folder, *args, **options)
+
+    monkeypatch.setattr(crossval, "train", stop)
+    assert cli.main(command(folder, out, folder / "salts.jsonl", "--unit", "eV")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"crystalformer: stopped; go on with: crystalformer crossval --out {out} --resume"
+    )
+    assert "lr must be 0.02, as when the cross-validation began, not 0.1" in refused(
+        capsys, "crossval", "--out", out, "--resume", "--lr", "0.1"
+    )
+    assert "must be a new or an empty folder" in refused(capsys, *command(folder, out, 3))
+    assert cli.main(["crossval", "--out", str(out), "--resume"]) == 0
+    assert trained == ["fold-0", "fold-1", "fold-1", "fold-2"]
+    assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+
+
+def test_what_cannot_be_cross_validated(folder, capsys, tmp_path):
+    out = tmp_path / "out"
+    text = (folder / "folds.csv").read_text()
+    for name, content, message in (
+        ("unknown", text + "salt-99,0\n", "has crystals that the data do not have: salt-99 (1 crystal)"),
+        ("few", text.replace("salt-5,2\n", ""), "has no fold of: salt-5 (1 crystal)"),
+        ("twice", text + "salt-5,0\n", "must name each crystal once, but 'salt-5' is there twice"),
+        ("empty", text.replace("salt-5,2", "salt-5,"), "'salt-5' has no fold"),
+        ("one", text.replace(",2", ",0").replace(",1", ",0"), "must have from 2 to 1000 folds, not 1"),
+        ("paths", text.replace(",2", ",../2"), "folds must be numbers or short names, which become names of folders"),
+        ("names", "id,part\nsalt-1,0\n", "has no column 'fold'"),
+    ):
+        (tmp_path / name).with_suffix(".csv").write_text(content)
+        assert message in refused(capsys, *command(folder, out, tmp_path / f"{name}.csv")), name
+    for more, message in (
+        (("--folds", "1"), "folds must be from 2 to 17, not 1, of 17 crystals"),
+        (("--folds", "18"), "folds must be from 2 to 17, not 18, of 17 crystals"),
+        (("--folds", tmp_path / "no.csv"), "no.csv: no such file"),
+        (("--val_fraction", "1"), "val_fraction must be"),
+        (("--jobs", "0"), "jobs must be an integer, at least 1"),
+        (("--split", "x"), "unrecognized arguments: --split x"),
+    ):
+        assert message in refused(capsys, *command(folder, out, 3, *more)), message
+    assert not out.exists()
+    assert cli.main(command(folder, out, 2, "--jobs", 2, "--lr", "9e5", "--epochs", "3")) == 2
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_random_folds_depend_on_ids_and_seed_alone():
+    ids = [f"mp-{i}" for i in range(23)]
+    found = random_folds(ids, 5, seed=3)
+    assert random_folds(ids[::-1], 5, seed=3) == found
+    assert random_folds(ids, 5, seed=4) != found
+    sizes = [[*found.values()].count(x) for x in in_order([*found.values()])]
+    assert sizes == [5, 5, 5, 4, 4]
+    assert in_order(["10", "b", "9", "a", "9"]) == ["9", "10", "a", "b"]
+
+
+def test_a_table_of_folds_may_have_structures(folder):
+    assert read_folds(folder / "salts.jsonl") == read_folds(folder / "folds.csv")
+    with pytest.raises(DataError, match="no such file"):
+        read_folds(folder / "none.csv")
