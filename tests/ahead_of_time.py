@@ -24,6 +24,7 @@ from triton.runtime import JITFunction
 from crystalformer import kernels
 from crystalformer.attention.settings import Settings
 from crystalformer.geometry.limits import MAX_IMAGES
+from crystalformer.geometry.wave_vectors import build_wave_vectors
 from crystalformer.kernels import layout as packing
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -115,6 +116,10 @@ def launch_reciprocal(x):
     kernels.OPERATORS["reciprocal"](*inputs)
     for moving in (False, True):
         kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, moving)
+    waves = build_wave_vectors(x.lattice, x.ptr, positions=x.positions, orbit=torch.arange(len(x.q)))
+    inputs = (*x.inputs[:6], waves.packed(), waves.largest)
+    kernels.OPERATORS["reciprocal"](*inputs)
+    kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, False)
 
 
 def loop_instructions(sass):

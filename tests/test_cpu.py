@@ -108,3 +108,22 @@ def test_weights_of_thousands_of_images_add_up_to_one_in_fp32():
         x.q, x.k, v, x.decay, positions, x.lattice, x.edge_weight, backend="cpu", edge_weight=None, basis=None
     )
     torch.testing.assert_close(torch.autograd.grad(y, v, grad)[0], grad, rtol=3e-6, atol=0.0)
+
+
+def test_reciprocal_sums_of_orbits_have_the_same_bits_on_two_threads():
+    x = problem(kinds=(("cubic", 40), ("skewed", 7)), heads=3, decay_min=2.0)
+    orbit = torch.arange(47) // 3 + (torch.arange(47) >= 40)  # rows of three atoms, none of two crystals
+    first = torch.cat([torch.tensor([True]), orbit.diff() > 0])
+    ptr = torch.tensor([0, int(orbit[39]) + 1, int(orbit[-1]) + 1])
+    waves = cf.build_wave_vectors(x.lattice, ptr, 2.0, positions=x.positions, orbit=orbit)
+    arguments = [t[first] for t in x.inputs[:5]]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in arguments[:4]]
+            y = cf.reciprocal_attention(*leaves, arguments[4], x.lattice, ptr, backend="cpu", wave_vectors=waves)
+            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
