@@ -187,15 +187,15 @@ def in_parts(
             last, size = last + 1, larger
         a, b, s, t, u, v = (x[at] for x in (row, atom, vector) for at in (first, last))
         inputs = (*(x[a:b] for x in by_row), lattice[first:last])
-        lists, part = (ptr[first : last + 1] - a, g_ptr[first : last + 1] - u), size
+        here, part = [ptr[first : last + 1] - a, g_ptr[first : last + 1] - u], [*size]
         if orbits:
-            lists += (orbits[0][a : b + 1] - s, orbits[1][s:t])
-            part += (max(y - x for x, y in itertools.pairwise(row[first : last + 1])), b - a, t - s)
-        lists += (g[u:v],)
+            here += [orbits[0][a : b + 1] - s, orbits[1][s:t]]
+            part += [max(y - x for x, y in itertools.pairwise(row[first : last + 1])), b - a, t - s]
+        here.append(g[u:v])
         if fits(t - s, heads, *size):
-            made.append(run(*inputs, lists, part))
+            made.append(run(*inputs, here, part))
         else:
-            made.append(reference(*inputs, join_words(lists), part))
+            made.append(reference(*inputs, join_words(here), part))
         first = last
     return tuple(map(torch.cat, zip(*made, strict=True)))
 

@@ -63,18 +63,18 @@ class WaveVectors(TensorStruct):
 
     def __post_init__(self) -> None:
         known: dict[str, int] = {}
+        atom_ptr: Any = self.atom_ptr
+        positions: Any = self.positions
         checks.check_tensor("g", self.g, "M 3", known)
         checks.check_dtype("g", self.g, torch.int32)
         checks.check_segments("g_ptr", self.g_ptr, known["M"], "vectors", "C")
-        if self.atom_ptr is None and self.positions is None:
+        if atom_ptr is None and positions is None:
             checks.check_ptr("ptr", self.ptr)
         else:
-            checks.check_tensor("positions", self.positions, "P 3", known)
-            checks.check_dtype("positions", self.positions, torch.float64)
-            checks.check_segments(
-                "atom_ptr", self.atom_ptr, known["P"], "atoms", "R", 1, "rise by at least one atom a row"
-            )
-            checks.check_ptr("ptr", self.ptr, len(self.atom_ptr) - 1)
+            checks.check_tensor("positions", positions, "P 3", known)
+            checks.check_dtype("positions", positions, torch.float64)
+            checks.check_segments("atom_ptr", atom_ptr, known["P"], "atoms", "R", 1, "rise by at least one atom a row")
+            checks.check_ptr("ptr", self.ptr, len(atom_ptr) - 1)
             checks.check_integer("max_rows", self.max_rows, 0)
         if self.g_ptr.shape != self.ptr.shape:
             raise ValueError(f"g_ptr must have shape {tuple(self.ptr.shape)}, as ptr, not {tuple(self.g_ptr.shape)}")
@@ -166,8 +166,10 @@ class WaveVectors(TensorStruct):
         """The wave vectors that `packed` made one tensor of, in views; what they are certified for is not there."""
         ptr, g_ptr, *atoms, g = WaveVectors.views(words, num_crystals, largest)
         max_atoms, max_vectors, *rows = largest
-        of_orbits = (*atoms, rows[0]) if rows else ()
-        return WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, 0.0, 1.0, None, None, *of_orbits)
+        of_orbits: dict[str, Any] = {}
+        if rows:
+            of_orbits = {"atom_ptr": atoms[0], "positions": atoms[1], "max_rows": rows[0]}
+        return WaveVectors(g, g_ptr, ptr, max_atoms, max_vectors, decay_min=0.0, tol=1.0, **of_orbits)
 
     @property
     def of_orbits(self) -> bool:
