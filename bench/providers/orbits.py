@@ -1,4 +1,4 @@
-"""This library on one row for each orbit of equivalent atoms: `cpu-orbits` where `cpu` has one for each atom, and so on.
+"""This library on one row for each orbit of equivalent atoms, in `cpu-orbits` where `cpu` has one for each atom.
 
 The truth is that of all atoms, each with the q, k, v and decay of its orbit. Orbits are found beforehand, as a training
 does that keeps them; `certified-orbits` builds their list.
