@@ -68,7 +68,7 @@ class TensorStruct:
 
 
 def join_words(parts: Sequence[Tensor]) -> Tensor:
-    """(words) int32 of integers of 64 bits, and of 32 in the last parts. Each part begins at a multiple of 16 bytes,
+    """(words) int32 of numbers of 64 bits, and of 32 in the last parts. Each part begins at a multiple of 16 bytes,
     which loads are faster from."""
     words = [x.contiguous().view(torch.int32).flatten() for x in parts]
     return torch.cat([*(pad(x, (0, _aligned(len(x)) - len(x))) for x in words[:-1]), words[-1]])
