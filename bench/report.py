@@ -14,8 +14,8 @@ PLOTS = ("time.svg", "memory.svg", "error.svg")
 ATTENTION_PROBLEMS = ("w32", "jarvis256", "mp128", "bigcell-1000", "bigcell-4000")
 IMAGE_PROBLEMS = ("w32", "jarvis256", "mp128")
 OURS = (
-    "cpu", "cpu-orbits", "cpu-dual-space", "cpu-slow-decay", "triton", "triton-orbits", "triton-tf32", "triton-graph",
-    "reference",
+    "cpu", "cpu-orbits", "cpu-dual-space", "cpu-dual-space-orbits", "cpu-slow-decay", "triton", "triton-orbits",
+    "triton-tf32", "triton-graph", "reference",
 )  # fmt: skip
 COLORS = {
     "cpu": "#2563a8", "triton": "#2563a8", "reference": "#7fa8d1", "triton-tf32": "#4b8bc8", "radial-grid": "#3a9a78",

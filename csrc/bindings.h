@@ -82,7 +82,7 @@ inline int64_t segments(const char* name, const Tensor& offsets) {
     return offsets.numel() - 1;
 }
 
-// Integers that join_words (common/tensor_struct.py) made one tensor of: parts of 32-bit words, each of which begins at
+// Numbers that join_words (common/tensor_struct.py) made one tensor of: parts of 32-bit words, each of which begins at
 // a multiple of 16 bytes, taken from the first to the last.
 class Words {
   public:
@@ -90,11 +90,11 @@ class Words {
         TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(at_) % alignof(int64_t) == 0, name, " must be aligned");
     }
     int64_t left() const { return left_; }
-    template <class Integer>
-    const Integer* take(int64_t number) {
-        const int64_t words = number * int64_t(sizeof(Integer) / sizeof(int32_t));
+    template <class Number>
+    const Number* take(int64_t number) {
+        const int64_t words = number * int64_t(sizeof(Number) / sizeof(int32_t));
         TORCH_CHECK_VALUE(words <= left_, name_, MADE_FOR, "but it ends");
-        const Integer* taken = reinterpret_cast<const Integer*>(at_);
+        const Number* taken = reinterpret_cast<const Number*>(at_);
         const int64_t used = std::min(left_, (words + 3) / 4 * 4);
         at_ += used;
         left_ -= used;

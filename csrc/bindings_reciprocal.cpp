@@ -17,27 +17,46 @@ void check_total(const char* name, const Tensor& total, const ReciprocalInputs<T
     check_shape(name, total, {pairs, in.heads});
 }
 
+// WaveVectors.largest has more numbers of a list of orbits.
+bool of_orbits(at::IntArrayRef largest) {
+    return largest.size() > 2;
+}
+
+void check_of_atoms(at::IntArrayRef largest) {
+    TORCH_CHECK_VALUE(!of_orbits(largest), "wave_vectors must be of all atoms, not of orbits, for the sums of pairs");
+}
+
 // What the sums S read, of wave vectors as WaveVectors.packed makes one tensor of them; q, k and v are null.
 template <class T>
-ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice,
-                               const Tensor& waves) {
+ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& waves,
+                               bool of_orbits) {
     TORCH_CHECK_VALUE(decay.dim() == 2 && lattice.dim() == 3,
                       "decay must have two and lattice three dimensions, not shapes ", decay.sizes(), ", ",
                       lattice.sizes());
-    const int64_t atoms = decay.size(0), crystals = lattice.size(0);
-    check_shape("positions", positions, {atoms, 3});
+    const int64_t rows = decay.size(0), crystals = lattice.size(0);
+    check_shape("positions", positions, {rows, 3});
     check_shape("lattice", lattice, {crystals, 3, 3});
     Words words("waves", waves);
     const int64_t *first = words.take<int64_t>(crystals + 1), *first_vector = words.take<int64_t>(crystals + 1);
+    const int64_t* atom_ptr = nullptr;
+    const double* atoms = nullptr;
+    if (of_orbits) {
+        atom_ptr = words.take<int64_t>(rows + 1);
+        const int64_t* end = atom_ptr + rows + 1;
+        TORCH_CHECK_VALUE(!atom_ptr[0] && std::adjacent_find(atom_ptr, end, std::greater_equal<>()) == end &&
+                              atom_ptr[rows] <= words.left(),
+                          "atom_ptr must run from 0 to the number of atoms and rise by at least one a row");
+        atoms = words.take<double>(3 * atom_ptr[rows]);
+    }
     const int64_t vectors = words.left() / 3;
     const int32_t* n = words.take<int32_t>(3 * vectors);
     words.check_end();
-    check_offsets("ptr", first, crystals, atoms);
+    check_offsets("ptr", first, crystals, rows);
     check_offsets("g_ptr", first_vector, crystals, vectors);
     for (int64_t m = 0; m < 3 * vectors; ++m)  // memory is taken for powers up to these
         TORCH_CHECK_VALUE(std::abs(int64_t(n[m])) <= LARGEST, "g must hold integers within ", LARGEST, ", not ", n[m]);
     return {
-        .atoms = atoms,
+        .rows = rows,
         .crystals = crystals,
         .heads = int(decay.size(1)),
         .decay = pointer<T>(decay),
@@ -46,6 +65,8 @@ ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, con
         .ptr = first,
         .g_ptr = first_vector,
         .g = n,
+        .atom_ptr = atom_ptr,
+        .atoms = atoms,
     };
 }
 
@@ -53,15 +74,16 @@ ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, con
 struct ReciprocalArguments {
     Tensor q, k, v, decay, positions, lattice;
     const Tensor& waves;
+    bool of_orbits;
 
     template <class T>
     ReciprocalInputs<T> inputs() const {
-        ReciprocalInputs<T> in = sum_inputs<T>(decay, positions, lattice, waves);
+        ReciprocalInputs<T> in = sum_inputs<T>(decay, positions, lattice, waves, of_orbits);
         TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3, "q and v must have three dimensions, not shapes ", q.sizes(),
                           ", ", v.sizes());
-        check_shape("q", q, {in.atoms, in.heads, q.size(2)});
+        check_shape("q", q, {in.rows, in.heads, q.size(2)});
         check_shape("k", k, q.sizes());
-        check_shape("v", v, {in.atoms, in.heads, v.size(2)});
+        check_shape("v", v, {in.rows, in.heads, v.size(2)});
         in.dim = int(q.size(2));
         in.value_dim = int(v.size(2));
         in.q = pointer<T>(q);
@@ -72,9 +94,9 @@ struct ReciprocalArguments {
 };
 
 Tensor cpu_reciprocal(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& positions,
-                      const Tensor& lattice, const Tensor& waves, at::IntArrayRef) {
+                      const Tensor& lattice, const Tensor& waves, at::IntArrayRef largest) {
     const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                                positions.contiguous(), lattice.contiguous(), waves};
+                                positions.contiguous(), lattice.contiguous(), waves,          of_orbits(largest)};
     const Tensor y = at::empty(v.sizes(), v.options());
     AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal", [&] {
         const auto inputs = x.inputs<scalar_t>();
@@ -89,9 +111,11 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& decay, const Tensor& positions, const Tensor& lattice,
-                                   const Tensor& waves, at::IntArrayRef, const Tensor&, bool geometry) {
+                                   const Tensor& waves, at::IntArrayRef largest, const Tensor&, bool geometry) {
     const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                                positions.contiguous(), lattice.contiguous(), waves};
+                                positions.contiguous(), lattice.contiguous(), waves,          of_orbits(largest)};
+    TORCH_CHECK_VALUE(!geometry || !x.of_orbits,
+                      "wave_vectors must be of all atoms, not of orbits, for the gradients of positions and lattice");
     const Tensor grad = grad_y.contiguous();
     check_shape("grad_y", grad, v.sizes());
     const SixTensors result{
@@ -114,11 +138,12 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
 }
 
 Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& waves,
-                          at::IntArrayRef, int64_t num_pairs) {
+                          at::IntArrayRef largest, int64_t num_pairs) {
+    check_of_atoms(largest);
     const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
     const Tensor total = at::empty({num_pairs, decay.size(1)}, decay.options());
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum", [&] {
-        const auto inputs = sum_inputs<scalar_t>(c, p, l, waves);
+        const auto inputs = sum_inputs<scalar_t>(c, p, l, waves, false);
         check_total("total", total, inputs);
         scalar_t* to = output<scalar_t>(total);
         const ReleaseGil release;
@@ -129,13 +154,14 @@ Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Te
 
 std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& grad_total, const Tensor& decay,
                                                                const Tensor& positions, const Tensor& lattice,
-                                                               const Tensor& waves, at::IntArrayRef, int64_t,
+                                                               const Tensor& waves, at::IntArrayRef largest, int64_t,
                                                                const Tensor&, bool geometry) {
+    check_of_atoms(largest);
     const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
     const Tensor grad = grad_total.contiguous();
     const auto result = std::make_tuple(like(c), like_if(geometry, p), like_if(geometry, l));
     AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum_backward", [&] {
-        const auto inputs = sum_inputs<scalar_t>(c, p, l, waves);
+        const auto inputs = sum_inputs<scalar_t>(c, p, l, waves, false);
         const ReciprocalGrads<scalar_t> to{
             .decay = output<scalar_t>(std::get<0>(result)),
             .positions = geometry ? output<scalar_t>(std::get<1>(result)) : nullptr,

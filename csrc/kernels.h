@@ -50,17 +50,19 @@ struct EncodingRows {
     int64_t scratch;                                        // numbers of scratch space a thread needs
 };
 
-// One crystal in reciprocal space. Its atoms come in tiles of eight, the last one padded with zeros.
+// One crystal in reciprocal space. Its atoms, and its rows, come in tiles of eight, the last one padded with zeros.
 template <class T>
 struct ReciprocalCrystal {
-    int64_t begin, end, tiles;     // atoms
+    int64_t begin, end, row_tiles;  // rows
+    int64_t first_atom, last_atom, tiles;
     int64_t vectors, shells;       // a shell is vectors of one length
     const int32_t *g, *shell_end;  // (vectors,3) (shells)
     const T* length2;              // (shells)
     double basis[9];               // rows are the reciprocal lattice vectors, 2 pi included
     T* phase;                      // (tiles,vectors,2,8) cos and sin of G·p
-    T *k, *v;                      // (tiles,H,D,8) (tiles,H,Dv,8)
-    int64_t atoms() const { return end - begin; }
+    T *k, *v;                      // (row tiles,H,D,8) (row tiles,H,Dv,8)
+    int64_t rows() const { return end - begin; }
+    int64_t atoms() const { return last_atom - first_atom; }
     int64_t columns() const { return 8 * tiles; }
 };
 
@@ -76,7 +78,7 @@ struct ReciprocalRows {
     // Backward goes by blocks of rows, so that what it keeps of their pairs stays small.
     int64_t first_row = 0, last_row = 0;
     const int64_t* pair = nullptr;            // (N) where in the block a row's pairs begin
-    T *pair_p = nullptr, *pair_ds = nullptr;  // at pair[i] H: (H,columns), ds over sqrt(D)
+    T *pair_p = nullptr, *pair_ds = nullptr;  // at pair[i] H: (H,columns) by row, ds over sqrt(D)
     T* pair_force = nullptr;                  // at 3 pair[i]: (3,columns) dloss/dr
     T* row_lattice = nullptr;                 // (N,9) each row's part of the gradient of the reciprocal basis
     int64_t scratch;                          // numbers of scratch space a thread needs

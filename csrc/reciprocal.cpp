@@ -40,23 +40,26 @@ class Crystals {
           shell_end_(in.g_ptr[in.crystals]),
           length2_(in.g_ptr[in.crystals]),
           phase_(phases(in)),
-          k_(padded_atoms(in) * in.heads * in.dim),
-          v_(backward ? padded_atoms(in) * in.heads * in.value_dim : 0) {
-        int64_t phase = 0, atoms = 0, largest = 0;
+          k_(padded_rows(in) * in.heads * in.dim),
+          v_(backward ? padded_rows(in) * in.heads * in.value_dim : 0) {
+        int64_t phase = 0, rows = 0, largest = 0;
         for (int64_t c = 0; c < in.crystals; ++c) {
             ReciprocalCrystal<T>& x = all[c];
             x.begin = in.ptr[c];
             x.end = in.ptr[c + 1];
+            x.row_tiles = row_tiles(in, c);
+            x.first_atom = in.first_atom(x.begin);
+            x.last_atom = in.first_atom(x.end);
             x.tiles = tiles(in, c);
             x.vectors = in.g_ptr[c + 1] - in.g_ptr[c];
             x.g = in.g + 3 * in.g_ptr[c];
             x.phase = phase_.data() + phase;
-            x.k = k_.data() + atoms * in.heads * in.dim;
-            x.v = backward ? v_.data() + atoms * in.heads * in.value_dim : nullptr;
+            x.k = k_.data() + rows * in.heads * in.dim;
+            x.v = backward ? v_.data() + rows * in.heads * in.value_dim : nullptr;
             reciprocal_basis(in.lattice + 9 * c, x.basis);
             find_shells(x, in.g_ptr[c], by_vector);
             phase += 16 * x.tiles * x.vectors;
-            atoms += x.columns();
+            rows += 8 * x.row_tiles;
             for (int64_t g = 0; g < 3 * x.vectors; ++g) largest = std::max<int64_t>(largest, std::abs(x.g[g]));
             scratch = std::max(scratch, 2 * x.vectors + 8 * x.shells + 17 * x.columns());
         }
@@ -72,10 +75,13 @@ class Crystals {
     int64_t scratch = 0;
 
   private:
-    static int64_t tiles(const ReciprocalInputs<T>& in, int64_t c) { return (in.ptr[c + 1] - in.ptr[c] + 7) / 8; }
-    static int64_t padded_atoms(const ReciprocalInputs<T>& in) {
+    static int64_t row_tiles(const ReciprocalInputs<T>& in, int64_t c) { return (in.ptr[c + 1] - in.ptr[c] + 7) / 8; }
+    static int64_t tiles(const ReciprocalInputs<T>& in, int64_t c) {
+        return (in.first_atom(in.ptr[c + 1]) - in.first_atom(in.ptr[c]) + 7) / 8;
+    }
+    static int64_t padded_rows(const ReciprocalInputs<T>& in) {
         int64_t sum = 0;
-        for (int64_t c = 0; c < in.crystals; ++c) sum += 8 * tiles(in, c);
+        for (int64_t c = 0; c < in.crystals; ++c) sum += 8 * row_tiles(in, c);
         return sum;
     }
     static int64_t phases(const ReciprocalInputs<T>& in) {
@@ -124,9 +130,8 @@ void for_rows(const ReciprocalRows<T>& rows, int64_t begin, int64_t end, Kernel 
 // (N) the first pair of each row, of pairs crystal by crystal, row-major.
 template <class T>
 std::vector<int64_t> first_pairs(const ReciprocalInputs<T>& in, const std::vector<int64_t>& crystal) {
-    std::vector<int64_t> first(size_t(in.atoms));
-    for (int64_t i = 1; i < in.atoms; ++i)
-        first[i] = first[i - 1] + in.ptr[crystal[i - 1] + 1] - in.ptr[crystal[i - 1]];
+    std::vector<int64_t> first(size_t(in.rows));
+    for (int64_t i = 1; i < in.rows; ++i) first[i] = first[i - 1] + in.ptr[crystal[i - 1] + 1] - in.ptr[crystal[i - 1]];
     return first;
 }
 
@@ -137,9 +142,9 @@ void backward_in_blocks(ReciprocalRows<T>& rows, bool weights, Kernel rows_kerne
     const ReciprocalInputs<T>& in = rows.in;
     const bool geometry = rows.result.positions;
     const int64_t heads = weights ? in.heads : 0;
-    std::vector<int64_t> blocks = {0}, pair(size_t(in.atoms));
+    std::vector<int64_t> blocks = {0}, pair(size_t(in.rows));
     int64_t pairs = 0, most_pairs = 0;
-    for (int64_t i = 0; i < in.atoms; ++i) {
+    for (int64_t i = 0; i < in.rows; ++i) {
         if (pairs * (2 * heads + 3 * geometry) >= BLOCK_NUMBERS) {
             blocks.push_back(i);
             pairs = 0;
@@ -148,15 +153,15 @@ void backward_in_blocks(ReciprocalRows<T>& rows, bool weights, Kernel rows_kerne
         pairs += rows.crystals[rows.crystal[i]].columns();
         most_pairs = std::max(most_pairs, pairs);
     }
-    if (in.atoms) blocks.push_back(in.atoms);
+    if (in.rows) blocks.push_back(in.rows);
     Buffer<T> pair_p(most_pairs * heads), pair_ds(most_pairs * heads), pair_force(geometry ? 3 * most_pairs : 0);
-    Buffer<T> row_lattice(geometry ? 9 * in.atoms : 0);
+    Buffer<T> row_lattice(geometry ? 9 * in.rows : 0);
     rows.pair = pair.data();
     rows.pair_p = pair_p.data();
     rows.pair_ds = pair_ds.data();
     rows.pair_force = geometry ? pair_force.data() : nullptr;
     rows.row_lattice = row_lattice.data();
-    if (geometry) std::fill(rows.result.positions, rows.result.positions + 3 * in.atoms, T(0));
+    if (geometry) std::fill(rows.result.positions, rows.result.positions + 3 * in.rows, T(0));
     for (size_t b = 0; b + 1 < blocks.size(); ++b) {
         rows.first_row = blocks[b];
         rows.last_row = blocks[b + 1];
@@ -194,15 +199,15 @@ void reciprocal(const ReciprocalInputs<T>& in, T* y, const Threads& threads) {
                                  .crystal = crystals.crystal.data(),
                                  .y = y,
                                  .scratch = crystals.scratch};
-    for_rows(rows, 0, in.atoms, kernels<T>().reciprocal_rows, threads);
+    for_rows(rows, 0, in.rows, kernels<T>().reciprocal_rows, threads);
 }
 
 template <class T>
 void reciprocal_backward(const T* grad, const ReciprocalInputs<T>& in, const ReciprocalGrads<T>& result,
                          const Threads& threads) {
     const Crystals<T> crystals(in, true, result.positions, threads);
-    std::fill(result.k, result.k + in.atoms * in.heads * in.dim, T(0));
-    std::fill(result.v, result.v + in.atoms * in.heads * in.value_dim, T(0));
+    std::fill(result.k, result.k + in.rows * in.heads * in.dim, T(0));
+    std::fill(result.v, result.v + in.rows * in.heads * in.value_dim, T(0));
     ReciprocalRows<T> rows{
         .in = in,
         .crystals = crystals.all.data(),
@@ -225,7 +230,7 @@ void reciprocal_sum(const ReciprocalInputs<T>& in, T* total, const Threads& thre
                                  .first_pair = first_pair.data(),
                                  .y = total,
                                  .scratch = crystals.scratch};
-    for_rows(rows, 0, in.atoms, kernels<T>().reciprocal_sum_rows, threads);
+    for_rows(rows, 0, in.rows, kernels<T>().reciprocal_sum_rows, threads);
 }
 
 template <class T>

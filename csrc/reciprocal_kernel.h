@@ -1,5 +1,6 @@
 // Reciprocal attention of some rows. Lanes are atoms j, eight at a time: S_ij = sum_G w_i(G) cos(G·r_ij), and the
-// cosine of a pair is two products, cos G·p_i cos G·p_j + sin G·p_i sin G·p_j, which all heads share.
+// cosine of a pair is two products, cos G·p_i cos G·p_j + sin G·p_i sin G·p_j, which all heads share. The atoms of an
+// orbit have one key and one value, so what goes with these is by row: spread to its atoms, or summed over them.
 #pragma once
 
 #include "heads.h"
@@ -39,14 +40,19 @@ void reciprocal_crystal(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T
                                  : (x.g[g] > most[g % 3] ? x.g[g] : most[g % 3]);
     T* power[3] = {scratch, scratch + 16 * (most[0] + 1), scratch + 16 * (most[0] + most[1] + 2)};
     for (int64_t tile = 0; tile < x.tiles; ++tile) {
-        const int64_t first = x.begin + 8 * tile;
-        const int real = x.end - first < 8 ? int(x.end - first) : 8;
+        const int64_t first = x.first_atom + 8 * tile;
+        const int real = x.last_atom - first < 8 ? int(x.last_atom - first) : 8;
+        double where[8][3];
+        for (int a = 0; a < 8; ++a)
+            for (int k = 0; k < 3; ++k) {
+                const int64_t place = 3 * (first + (a < real ? a : 0)) + k;
+                where[a][k] = in.atoms ? in.atoms[place] : double(in.positions[place]);
+            }
         for (int axis = 0; axis < 3; ++axis) {
             double cosine[8], sine[8];
             for (int a = 0; a < 8; ++a) {
-                const T* p = in.positions + 3 * (first + (a < real ? a : 0));
                 const double* b = x.basis + 3 * axis;
-                const double angle = b[0] * double(p[0]) + b[1] * double(p[1]) + b[2] * double(p[2]);
+                const double angle = b[0] * where[a][0] + b[1] * where[a][1] + b[2] * where[a][2];
                 cosine[a] = __builtin_cos(angle);
                 sine[a] = __builtin_sin(angle);
             }
@@ -66,6 +72,10 @@ void reciprocal_crystal(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T
             c.store(to);
             s.store(to + 8);
         }
+    }
+    for (int64_t tile = 0; tile < x.row_tiles; ++tile) {
+        const int64_t first = x.begin + 8 * tile;
+        const int real = x.end - first < 8 ? int(x.end - first) : 8;
         const auto transposed = [&](const T* rows, int dim, T* result) {
             const int64_t width = int64_t(in.heads) * dim;
             for (int64_t d = 0; d < width; ++d)
@@ -88,8 +98,8 @@ INLINE void reciprocal_weights(const ReciprocalCrystal<T>& x, Heads<T> decay, T*
 
 // The row's own phases, (vectors,2).
 template <class T>
-INLINE void own_phases(const ReciprocalCrystal<T>& x, int64_t i, T* own) {
-    const int64_t place = i - x.begin;
+INLINE void own_phases(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& x, int64_t i, T* own) {
+    const int64_t place = in.first_atom(i) - x.first_atom;
     const T* from = x.phase + 16 * (place / 8) * x.vectors + place % 8;
     for (int64_t g = 0; g < x.vectors; ++g) {
         own[2 * g] = from[16 * g];
@@ -134,11 +144,33 @@ INLINE void sum_vectors(const ReciprocalCrystal<T>& x, const T* own, const T* we
     }
 }
 
-// result (columns) = sum_d row_d x_d, of x (tiles,H,dim,8).
+// x, a number for each row, becomes (columns), its row's for each atom, in place, and zero in the padding.
 template <class T>
-INLINE void dot_columns(const T* row, const T* grouped, int64_t tiles, int heads, int head, int dim, T* result) {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const T* from = grouped + 8 * (tile * heads + head) * dim;
+INLINE void spread_rows(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& crystal, T* x) {
+    if (!in.atom_ptr) return;
+    int64_t j = crystal.columns();
+    while (j > crystal.atoms()) x[--j] = 0;
+    for (int64_t row = crystal.rows(); row-- > 0;)  // from the last one: an atom never stands before its row
+        for (const T value = x[row]; crystal.first_atom + j > in.atom_ptr[crystal.begin + row];) x[--j] = value;
+}
+
+// x (columns) becomes a number for each row, the sum over its atoms, in place.
+template <class T>
+INLINE void sum_rows(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& crystal, T* x) {
+    if (!in.atom_ptr) return;
+    for (int64_t row = 0, j = 0; row < crystal.rows(); ++row) {
+        T sum = 0;
+        while (crystal.first_atom + j < in.atom_ptr[crystal.begin + row + 1]) sum += x[j++];
+        x[row] = sum;
+    }
+}
+
+// result (columns) = sum_d row_d x_d, of x (row tiles,H,dim,8).
+template <class T>
+INLINE void dot_columns(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& crystal, const T* row,
+                        const T* grouped, int head, int dim, T* result) {
+    for (int64_t tile = 0; tile < crystal.row_tiles; ++tile) {
+        const T* from = grouped + 8 * (tile * in.heads + head) * dim;
         Atoms<T> even = Atoms<T>::all(0), odd = even;
         int d = 0;
         for (; d + 1 < dim; d += 2) {
@@ -148,6 +180,7 @@ INLINE void dot_columns(const T* row, const T* grouped, int64_t tiles, int heads
         if (d < dim) even += Atoms<T>::load(from + 8 * d) * row[d];
         (even + odd).store(result + 8 * tile);
     }
+    spread_rows(in, crystal, result);
 }
 
 // p (columns) = softmax( q·k/sqrt(D) + log max(S, clamp) ), zero in the padding, without the logarithm.
@@ -155,7 +188,7 @@ template <class T>
 INLINE void softmax_columns(const ReciprocalInputs<T>& in, const ReciprocalCrystal<T>& x, int64_t i, int head,
                             const T* sums, T* p) {
     const T scale = T(LOG2_E / __builtin_sqrt(double(in.dim)));
-    dot_columns(in.q + (i * in.heads + head) * in.dim, x.k, x.tiles, in.heads, head, in.dim, p);
+    dot_columns(in, x, in.q + (i * in.heads + head) * in.dim, x.k, head, in.dim, p);
     T largest = p[0];
     for (int64_t j = 1; j < x.atoms(); ++j) largest = p[j] > largest ? p[j] : largest;
     for (int64_t j = x.atoms(); j < x.columns(); ++j) p[j] = -__builtin_huge_val();
@@ -180,7 +213,7 @@ void reciprocal_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T*
         T* weight = own + 2 * crystal.vectors;
         T* sums = weight + HEADS * crystal.shells;
         T* p = sums + HEADS * crystal.columns();
-        own_phases(crystal, i, own);
+        own_phases(in, crystal, i, own);
         for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
             const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
             reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
@@ -192,9 +225,10 @@ void reciprocal_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T*
             for (int h = 0; h < real; ++h) {
                 const int64_t head = first_head + h;
                 softmax_columns(in, crystal, i, int(head), sums + h * crystal.columns(), p);
+                sum_rows(in, crystal, p);
                 T* y = x.y + (i * in.heads + head) * in.value_dim;
                 for (int d = 0; d < in.value_dim; ++d) y[d] = 0;
-                for (int64_t j = 0; j < crystal.atoms(); ++j) {
+                for (int64_t j = 0; j < crystal.rows(); ++j) {
                     const T* v = in.v + ((crystal.begin + j) * in.heads + head) * in.value_dim;
                     for (int d = 0; d < in.value_dim; ++d) y[d] += p[j] * v[d];
                 }
@@ -285,7 +319,7 @@ INLINE void backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t las
         Atoms<T> stress[6];
         for (int m = 0; m < 6; ++m) stress[m] = Atoms<T>::all(0);
         for (int64_t m = 0; force && m < 3 * columns; ++m) force[m] = 0;
-        own_phases(crystal, i, own);
+        own_phases(in, crystal, i, own);
         for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
             const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
             reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
@@ -319,16 +353,18 @@ void reciprocal_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t
                       T* ds = x.pair_ds + x.pair[i] * in.heads + h * columns;
                       const T* grad = x.grad + head * in.value_dim;
                       softmax_columns(in, crystal, i, h, sum, p);
-                      dot_columns(grad, crystal.v, crystal.tiles, in.heads, h, in.value_dim, gamma);
+                      dot_columns(in, crystal, grad, crystal.v, h, in.value_dim, gamma);
                       const T delta = dot_flat(p, gamma, columns);  // grad·y, so that gamma - delta cancels exactly
                       for (int64_t j = 0; j < columns; ++j) {
                           const T d = p[j] * (gamma[j] - delta);
                           ds[j] = d * scale;
                           sum[j] = sum[j] > T(RECIPROCAL_CLAMP) ? d / sum[j] : T(0);
                       }
+                      sum_rows(in, crystal, p);
+                      sum_rows(in, crystal, ds);
                       T* to = x.result.q + head * in.dim;
                       for (int d = 0; d < in.dim; ++d) to[d] = 0;
-                      for (int64_t j = 0; j < crystal.atoms(); ++j) {
+                      for (int64_t j = 0; j < crystal.rows(); ++j) {
                           const T* k = in.k + ((crystal.begin + j) * in.heads + h) * in.dim;
                           for (int d = 0; d < in.dim; ++d) to[d] += ds[j] * k[d];
                       }
@@ -377,49 +413,6 @@ void reciprocal_backward_columns(const ReciprocalRows<T>& x, int64_t first, int6
                     x.result.v[column * in.value_dim + d] += p * x.grad[row * in.value_dim + d];
             }
         if (x.pair_force) add_column_force(x, crystal, j, begin, end);
-    }
-}
-
-// S of some rows with all atoms of their crystals, (P,H). Equation (13), first part.
-template <class T>
-void reciprocal_sum_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
-    const ReciprocalInputs<T>& in = x.in;
-    for (int64_t i = first; i < last; ++i) {
-        const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[i]];
-        T* own = scratch;
-        T* weight = own + 2 * crystal.vectors;
-        T* sums = weight + HEADS * crystal.shells;
-        own_phases(crystal, i, own);
-        for (int first_head = 0; first_head < in.heads; first_head += HEADS) {
-            const int real = in.heads - first_head < HEADS ? in.heads - first_head : HEADS;
-            reciprocal_weights(crystal, load_heads(in.decay + i * in.heads, in.heads, first_head / HEADS, T(1)),
-                               weight);
-            if (real > 4)
-                sum_vectors<8, false>(crystal, own, weight, 0, sums, sums);
-            else
-                sum_vectors<4, false>(crystal, own, weight, 0, sums, sums);
-            T* to = x.y + x.first_pair[i] * in.heads + first_head;
-            for (int64_t j = 0; j < crystal.atoms(); ++j)
-                for (int h = 0; h < real; ++h) to[j * in.heads + h] = sums[h * crystal.columns() + j];
-        }
-    }
-}
-
-// From the gradient of S. Equation (B12), second part.
-template <class T>
-void reciprocal_sum_backward_rows(const ReciprocalRows<T>& x, int64_t first, int64_t last, T* scratch) {
-    const int heads = x.in.heads;
-    backward_rows(x, first, last, scratch, [&](const ReciprocalCrystal<T>& crystal, int64_t i, int h, T* sum, T*) {
-        const T* grad = x.grad + x.first_pair[i] * heads + h;
-        for (int64_t j = 0; j < crystal.columns(); ++j) sum[j] = j < crystal.atoms() ? grad[j * heads] : T(0);
-    });
-}
-
-template <class T>
-void reciprocal_sum_backward_columns(const ReciprocalRows<T>& x, int64_t first, int64_t last, T*) {
-    for (int64_t j = first; j < last; ++j) {
-        const ReciprocalCrystal<T>& crystal = x.crystals[x.crystal[j]];
-        add_column_force(x, crystal, j, block_begin(x, crystal), block_end(x, crystal));
     }
 }
 

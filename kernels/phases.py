@@ -1,8 +1,9 @@
-"""What the kernels of reciprocal attention read: cos and sin of G·p, N times the wave vectors, made once a call.
+"""What the kernels of reciprocal attention read: cos and sin of G·p, atoms times the wave vectors, made once a call.
 
 So no cosine is computed for a pair of atoms. Only batches that do not fit in SCRATCH wait for the device.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -117,10 +118,11 @@ class Phases:
     """Phases of a batch, G padded to whole blocks.
 
     Attributes:
-        phase: (N,2,G) cos and sin of G·p, zero in the padding of the crystal's last block.
+        phase: (P,2,G) cos and sin of G·p, zero in the padding of the crystal's last block.
         vector: (C,4,G) the vectors, Å^-1, and their squared lengths.
         inverse: (C,3,3) L^-T.
-        crystal: (N) the crystal of each atom; ptr and g_ptr (C+1) as in WaveVectors.
+        crystal: (N) the crystal of each row; ptr and g_ptr (C+1) as in WaveVectors.
+        atom_ptr: (N+1) as there; where rows are atoms something that is not read.
     """
 
     phase: Tensor
@@ -129,6 +131,7 @@ class Phases:
     crystal: Tensor
     ptr: Tensor
     g_ptr: Tensor
+    atom_ptr: Tensor
 
     @property
     def stride(self) -> int:
@@ -153,24 +156,26 @@ def fits(num_atoms: int, heads: int, max_atoms: int, max_vectors: int) -> bool:
 def in_parts(
     run: Callable[..., tuple[Tensor, ...]],
     reference: Callable[..., tuple[Tensor, ...]],
-    by_atom: Sequence[Tensor],
+    by_row: Sequence[Tensor],
     lattice: Tensor,
     waves: Tensor,
     largest: Sequence[int],
 ) -> tuple[Tensor, ...]:
-    """run(*by_atom, lattice, ptr, g_ptr, g, max_atoms, max_vectors), of as many consecutive crystals at a time as fit,
-    joined. `reference`, which takes packed lists, serves a crystal that is too large by itself.
+    """run(*by_row, lattice, lists, largest), of as many consecutive crystals at a time as fit, joined; lists are the
+    views of `waves`. `reference`, which takes packed lists, serves a crystal that is too large by itself.
 
     Only if one part does not hold them all is the device asked for the sizes of the crystals.
 
     Args:
-        by_atom: tensors (N,...), the first one (N,H,...).
+        by_row: tensors (N,...), the first one (N,H,...).
     """
-    num_atoms, heads = by_atom[0].shape[:2]
-    ptr, g_ptr, g = WaveVectors.views(waves, len(lattice))
-    if fits(num_atoms, heads, *largest):
-        return run(*by_atom, lattice, ptr, g_ptr, g, *largest)
-    atom, vector = ptr.tolist(), g_ptr.tolist()
+    num_rows, heads = by_row[0].shape[:2]
+    lists = WaveVectors.views(waves, len(lattice), largest)
+    ptr, g_ptr, *orbits, g = lists
+    if fits(len(orbits[1]) if orbits else num_rows, heads, *largest[:2]):
+        return run(*by_row, lattice, lists, largest)
+    row, vector = ptr.tolist(), g_ptr.tolist()
+    atom = orbits[0][ptr].tolist() if orbits else row
     made: list[tuple[Tensor, ...]] = []
     first = 0
     while first < len(lattice):
@@ -180,22 +185,41 @@ def in_parts(
             if last > first and not fits(atom[last + 1] - atom[first], heads, *larger):
                 break
             last, size = last + 1, larger
-        a, b, u, v = atom[first], atom[last], vector[first], vector[last]
-        inputs = (*(x[a:b] for x in by_atom), lattice[first:last])
-        lists = (ptr[first : last + 1] - a, g_ptr[first : last + 1] - u, g[u:v])
-        if fits(b - a, heads, *size):
-            made.append(run(*inputs, *lists, *size))
+        a, b, s, t, u, v = (x[at] for x in (row, atom, vector) for at in (first, last))
+        inputs = (*(x[a:b] for x in by_row), lattice[first:last])
+        here, part = [ptr[first : last + 1] - a, g_ptr[first : last + 1] - u], [*size]
+        if orbits:
+            here += [orbits[0][a : b + 1] - s, orbits[1][s:t]]
+            part += [max(y - x for x, y in itertools.pairwise(row[first : last + 1])), b - a, t - s]
+        here.append(g[u:v])
+        if fits(t - s, heads, *size):
+            made.append(run(*inputs, here, part))
         else:
-            made.append(reference(*inputs, join_words(lists), size))
+            made.append(reference(*inputs, join_words(here), part))
         first = last
     return tuple(map(torch.cat, zip(*made, strict=True)))
 
 
-def make_phases(positions: Tensor, lattice: Tensor, ptr: Tensor, g_ptr: Tensor, g: Tensor, max_vectors: int) -> Phases:
-    crystal = crystal_of_atom(ptr, len(positions))
+def of_atoms(lists: Sequence[Tensor], *by_row: Tensor) -> tuple[Tensor, ...]:
+    """What is by row, as it is for each atom."""
+    _, _, *orbits, _ = lists
+    if not orbits:
+        return by_row
+    atom_ptr, positions = orbits
+    return tuple(x.repeat_interleave(atom_ptr.diff(), 0, output_size=len(positions)) for x in by_row)
+
+
+def make_phases(positions: Tensor, lattice: Tensor, lists: Sequence[Tensor], max_vectors: int) -> Phases:
+    ptr, g_ptr, *orbits, g = lists
+    row_crystal = crystal = crystal_of_atom(ptr, len(positions))
+    atom_ptr = column_ptr = ptr
+    if orbits:
+        atom_ptr, positions = orbits[0], orbits[1].to(positions.dtype)
+        column_ptr = atom_ptr[ptr]
+        crystal = crystal_of_atom(column_ptr, len(positions))
     phase = positions.new_empty(len(positions), 2, padded(max_vectors))
     vector = positions.new_empty(len(lattice), 4, phase.shape[2])
-    x = Phases(phase, vector, lattice.new_empty(lattice.shape), crystal, ptr, g_ptr)
-    inputs = (positions.contiguous(), lattice.contiguous(), crystal, ptr, g_ptr, g)
+    x = Phases(phase, vector, lattice.new_empty(lattice.shape), row_crystal, ptr, g_ptr, atom_ptr)
+    inputs = (positions.contiguous(), lattice.contiguous(), crystal, column_ptr, g_ptr, g)
     phases[(len(positions),)](*inputs, phase, vector, x.inverse, x.stride, BP=256, BW=VECTORS, num_warps=4)
     return x

@@ -1,8 +1,8 @@
-"""Forward of reciprocal attention: one program per atom, one pass over the atoms of its crystal, online softmax.
+"""Forward of reciprocal attention: one program per row, one pass over the atoms of its crystal, online softmax.
 
-Equation (13) of docs/math.md. A tile is BN atoms j. The cosine of a pair is two products of phases, which all heads
-share, and S [BN, BH] = sum_G cos(G·r_ij) w_i(G) is a matrix product, of BW vectors at a time. S and the softmax never
-leave the registers.
+Equation (13) of docs/math.md. Rows are atoms, or ORBITS of them; keys and values are by atom. A tile is BN atoms j. The
+cosine of a pair is two products of phases, which all heads share, and S [BN, BH] = sum_G cos(G·r_ij) w_i(G) is a matrix
+product, of BW vectors at a time. S and the softmax never leave the registers.
 """
 
 import math
@@ -19,9 +19,21 @@ from crystalformer.attention.reference import RECIPROCAL_CLAMP
 
 from .device_functions import LOG2E, crystal_of, dot, gather_heads, load_heads, store_heads
 from .launch import head_blocks, reciprocal_blocks
-from .phases import in_parts, make_phases
+from .phases import in_parts, make_phases, of_atoms
 
 CLAMP = tl.constexpr(RECIPROCAL_CLAMP)
+
+
+@triton.jit
+def atoms_of(i, crystal_p, ptr_p, atom_ptr_p, ORBITS: tl.constexpr):
+    """The crystal of row i, the row's atom, the first atom of the crystal, and the first one after it."""
+    crystal, first, last = crystal_of(i, crystal_p, ptr_p)
+    own = i
+    if ORBITS:
+        own = tl.load(atom_ptr_p + i)
+        first = tl.load(atom_ptr_p + first)
+        last = tl.load(atom_ptr_p + last)
+    return crystal, own, first, last
 
 
 @triton.jit
@@ -76,6 +88,7 @@ def reciprocal_fwd(
     crystal_p,
     ptr_p,
     g_ptr_p,
+    atom_ptr_p,
     y_p,
     q_scale,
     stride,
@@ -87,10 +100,11 @@ def reciprocal_fwd(
     BV: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
+    ORBITS: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    crystal, first, last = crystal_of(i, crystal_p, ptr_p)
+    crystal, own, first, last = atoms_of(i, crystal_p, ptr_p, atom_ptr_p, ORBITS)
     number = tl.load(g_ptr_p + crystal + 1) - tl.load(g_ptr_p + crystal)
     c = tl.load(decay_p + i * H + h, mask=h < H, other=0.0) * -LOG2E  # [BH], negative
     q = load_heads(q_p, i, h, H, D, BD) * q_scale  # [BH, BD]
@@ -100,7 +114,7 @@ def reciprocal_fwd(
     for start in range(first, last, BN):
         j, m_j = tile(start, last, BN)
         sums, _ = sum_vectors(
-            phase_p, vector_p + (4 * crystal + 3) * stride, stride, number, i, start, j, c, BH, BN, BW, False
+            phase_p, vector_p + (4 * crystal + 3) * stride, stride, number, own, start, j, c, BH, BN, BW, False
         )
         s = tl.sum(gather_heads(k_p + start * (H * D), j, h, H, D, BD) * q[None, :, :], 2)  # [BN, BH]
         # S is in [clamp, S_ii], so the content alone keeps the exponentials in range.
@@ -120,18 +134,17 @@ def _forward(
     decay: Tensor,
     positions: Tensor,
     lattice: Tensor,
-    ptr: Tensor,
-    g_ptr: Tensor,
-    g: Tensor,
-    max_atoms: int,
-    max_vectors: int,
+    lists: Sequence[Tensor],
+    largest: Sequence[int],
 ) -> tuple[Tensor]:
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
     y = torch.empty_like(v)
-    x = make_phases(positions, lattice, ptr, g_ptr, g, max_vectors)
+    x = make_phases(positions, lattice, lists, largest[1])
     q_scale = math.log2(math.e) / math.sqrt(q.shape[2])
     reciprocal_fwd[len(q), head_blocks(q.shape[1])](
-        q, k, v, decay, *x.read, y, q_scale, x.stride, **reciprocal_blocks(q, v)
+        *(q, *of_atoms(lists, k, v), decay, *x.read, x.atom_ptr, y, q_scale, x.stride),
+        **reciprocal_blocks(q, v),
+        ORBITS=len(largest) > 2,
     )
     return (y,)
 
@@ -147,9 +160,9 @@ def reciprocal(
     largest: Sequence[int],
 ) -> Tensor:
     """y (N,H,Dv): the operator `triton_reciprocal`."""
-    by_atom = (q, k, v, decay_reciprocal, positions)
+    by_row = (q, k, v, decay_reciprocal, positions)
     with torch.cuda.device_of(q):
-        return in_parts(_forward, _by_products, by_atom, lattice, waves, largest)[0]
+        return in_parts(_forward, _by_products, by_row, lattice, waves, largest)[0]
 
 
 def _by_products(*inputs: Any) -> tuple[Tensor]:

@@ -24,6 +24,7 @@ from triton.runtime import JITFunction
 from crystalformer import kernels
 from crystalformer.attention.settings import Settings
 from crystalformer.geometry.limits import MAX_IMAGES
+from crystalformer.geometry.wave_vectors import build_wave_vectors
 from crystalformer.kernels import layout as packing
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -115,6 +116,10 @@ def launch_reciprocal(x):
     kernels.OPERATORS["reciprocal"](*inputs)
     for moving in (False, True):
         kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, moving)
+    waves = build_wave_vectors(x.lattice, x.ptr, positions=x.positions, orbit=torch.arange(len(x.q)))
+    inputs = (*x.inputs[:6], waves.packed(), waves.largest)
+    kernels.OPERATORS["reciprocal"](*inputs)
+    kernels.OPERATORS["reciprocal_backward"](y, *inputs, y, False)
 
 
 def loop_instructions(sass):
@@ -131,37 +136,34 @@ def narrow_offsets(ttir):
     They overflow where arrays are large. Constants, a minimum with one, tl.arange and the number of the head block are
     bounded by the shape, and additions to pointers are wide whatever the offset.
     """
-    comes_from = {}
+    constants, unbounded, narrow = set(), set(), 0
+    # In order, for regions beside each other use the same names: what a name means is its last definition so far.
     for line in ttir.splitlines():
-        made, _, source = line.partition(" = ")
-        names = re.findall(r"%[\w#]+", line.partition(" loc(")[0])
-        if "scf.for" in line:  # the counter comes from the bounds, what is carried from before the loop
-            bounds, _, carried = line.partition(" loc(")[0].partition("iter_args")
+        code = line.partition(" loc(")[0]
+        made, defines, source = code.partition(" = ")
+        if not defines:
+            continue
+        comes_from = {name: re.findall(r"%\w+", source) for name in re.findall(r"%\w+", made)}
+        if "scf.for" in code:  # the counter comes from the bounds, what is carried from before the loop
+            bounds, _, carried = code.partition("iter_args")
             counter, *bounds = re.findall(r"%\w+", bounds.partition("scf.for")[2])
-            comes_from[counter] = ("", bounds)
-            comes_from |= {name: ("", [before]) for name, before in re.findall(r"(%\w+) = (%\w+)", carried)}
-            if made.startswith("scf.for"):
-                continue
-        for name in re.findall(r"%\w+", made):
-            comes_from[name] = (source, names)
-
-    def unbounded(name, seen):
-        if name in seen or name not in comes_from:
-            return False
-        seen.add(name)
-        source, names = comes_from[name]
-        if "tt.bitcast" in source:  # the bits of a float
-            return False
-        if "arith.minsi" in source and any("arith.constant" in comes_from.get(x, ("",))[0] for x in names):
-            return False
-        return (
-            "tt.load" in source or "get_program_id x" in source or any(unbounded(x.split("#")[0], seen) for x in names)
-        )
-
-    offset = r"tt\.addptr %[\w#]+, (%[\w#]+) : .*(?:x|, )i32>?(?: loc|$)"
-    result = r"(%\w+) = arith\.(?:muli|addi|subi) .* : (?:tensor<[\dx]+xi32>|i32)(?: loc|$)"
-    names = re.findall(offset, ttir, re.MULTILINE) + re.findall(result, ttir, re.MULTILINE)
-    return sum(unbounded(name.split("#")[0], set()) for name in names)
+            comes_from |= {counter: bounds} | {
+                name: [before] for name, before in re.findall(r"(%\w+) = (%\w+)", carried)
+            }
+        bounded = "tt.bitcast" in source  # the bits of a float
+        bounded |= "arith.minsi" in source and not constants.isdisjoint(*comes_from.values())
+        read = "tt.load" in source or "get_program_id x" in source
+        for name, names in comes_from.items():
+            constants.discard(name)
+            unbounded.discard(name)
+            if "arith.constant" in source:
+                constants.add(name)
+            if not bounded and (read or not unbounded.isdisjoint(names)):
+                unbounded.add(name)
+        offset = re.search(r"tt\.addptr %[\w#]+, (%\w+).* : .*(?:x|, )i32>?$", code)
+        result = re.match(r"\s*(%\w+) = arith\.(?:muli|addi|subi) .* : (?:tensor<[\dx]+xi32>|i32)$", code)
+        narrow += any(found and found[1] in unbounded for found in (offset, result))
+    return narrow
 
 
 def resources(function, types, kwargs, arch, disassembled=""):

@@ -14,6 +14,7 @@ from problems import problem, relative_error
 from sums import MAIN, RECIPROCAL, exact, results
 
 import crystalformer as cf
+from crystalformer.attention import reference
 
 if cf.available_backends()["cpu"] is not True:
     pytest.skip(cf.available_backends()["cpu"], allow_module_level=True)
@@ -108,3 +109,43 @@ def test_weights_of_thousands_of_images_add_up_to_one_in_fp32():
         x.q, x.k, v, x.decay, positions, x.lattice, x.edge_weight, backend="cpu", edge_weight=None, basis=None
     )
     torch.testing.assert_close(torch.autograd.grad(y, v, grad)[0], grad, rtol=3e-6, atol=0.0)
+
+
+def of_orbits(x, orbit):
+    """y and the gradients of all but the geometry as a function of the backend, where rows are orbits of the atoms."""
+    first = [orbit.tolist().index(i) for i in range(int(orbit[-1]) + 1)]
+    ptr = torch.cat([orbit[x.ptr[:-1]], orbit[-1:] + 1])
+    waves = cf.build_wave_vectors(x.lattice, ptr, float(x.decay.min()), positions=x.positions, orbit=orbit)
+
+    def run(backend):
+        leaves = [t[first].requires_grad_() for t in x.inputs[:4]]
+        options = {"backend": backend, "wave_vectors": waves}
+        y = cf.reciprocal_attention(*leaves, x.positions[first], x.lattice, ptr, **options)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_orbits_have_the_same_bits_on_two_threads(dtype):
+    x = problem(kinds=(("cubic", 40), ("skewed", 7)), heads=9, decay_min=2.0).to(dtype)
+    orbit = torch.arange(47) // 3 + (torch.arange(47) >= 40)  # three atoms each, but for the ends of the crystals
+    run, before = of_orbits(x, orbit), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run("cpu")
+        torch.set_num_threads(2)
+        assert all(map(torch.equal, run("cpu"), alone))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_backward_of_orbits_in_blocks_of_rows(monkeypatch):
+    """And the reference in parts."""
+    x = problem(kinds=(("skewed", 3), ("cubic", 400), ("cubic", 5)), heads=8, dim=2, value_dim=2, decay_min=20.0)
+    run = of_orbits(x, (torch.arange(408) + 1) // 2)  # a row each begins with the crystals, at 3 and 403
+    found, wanted = run("cpu"), run("reference")
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1 << 12)
+    for y, whole, in_parts in zip(found, wanted, run("reference"), strict=True):
+        assert relative_error(y, whole) < 1e-10
+        assert relative_error(in_parts, whole) < 1e-12

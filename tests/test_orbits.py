@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import SIZES
 from crystals import DISORDERED, aflow_prototypes, import_or_skip
+from operators import operator
 
 import crystalformer as cf
 from crystalformer.app import cli
@@ -206,6 +207,8 @@ def test_batches_of_orbits_join_and_move():
     joined = cf.CrystalBatch.cat([network.prepare(x) for x in parts])
     assert torch.equal(joined.images.distance, network.build_images(whole).distance)
     torch.testing.assert_close(network(joined), network(whole), rtol=1e-12, atol=0.0)
+    for name in ("ptr", "atom_ptr", "positions", "g"):
+        assert torch.equal(getattr(joined.wave_vectors, name), getattr(network.build_wave_vectors(whole), name)), name
     assert joined.to("cpu").to(torch.float32).orbit_atoms.positions.dtype == torch.float64
     with pytest.raises(ValueError, match="batches must be all of orbits or all of atoms"):
         cf.CrystalBatch.cat([parts[0], cf.CrystalBatch.from_structures(structures[1:2], torch.float64)])
@@ -252,14 +255,19 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.crystalformer.cpu_orbit_images.default, arguments)
     images = build_orbit_images(x.positions, x.lattice, x.ptr, x.orbit, 0.5, 1e-3)
     number = images.num_atoms
+    waves = cf.build_wave_vectors(x.lattice, orbit_ptr, 0.5, 1e-3, positions=x.positions, orbit=x.orbit)
     q, k, v = (torch.randn(number, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     a = torch.full((number, 2), 0.6, dtype=torch.float64, requires_grad=True)
     weight, told = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), Settings(r_max=6.0, of_orbits=1.0)
     geometry = (x.positions[x.first], x.lattice)
     for backend in ("reference", "cpu"):
         layout = make_layout(backend, images, *geometry, 4, told, by_pair=False, merge=True)
-        operator = getattr(torch.ops.crystalformer, f"{backend}_attention").default
-        torch.library.opcheck(operator, (q, k, v, a, weight, *geometry, images.packed(), layout, told))
+        lists, more = (images.packed(), layout), (waves.packed(), waves.largest)
+        run = lambda name, *arguments: torch.library.opcheck(operator(backend, name), arguments)  # noqa: B023
+        halves = [t.detach().requires_grad_() for t in (a[:, :1], a[:, 1:], weight[:1])]
+        run("attention", q, k, v, a, weight, *geometry, *lists, told)
+        run("reciprocal", q, k, v, a, *geometry, *more)
+        run("dual_space", q, k, v, *halves, *geometry, *lists, *more, told)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own, which change from release to release
@@ -278,13 +286,19 @@ def test_what_orbits_do_not_serve_is_refused():
     network.calibrate(few)
     for name in ("positions", "lattice"):
         moving = dataclasses.replace(few, **{name: getattr(few, name).clone().requires_grad_()})
-        with pytest.raises(
-            ValueError, match="batch must have rows of atoms, symmetry_tol=0, where positions or lattice"
-        ):
+        with pytest.raises(ValueError, match=r"^wave_vectors must be of all atoms, not of orbits, where positions or"):
             network(moving)
     first_atoms = cf.build_images(few.positions, few.lattice, few.ptr)
     with pytest.raises(ValueError, match=r"batch.images must be of orbits if, and only if, the batch is"):
         model("real")(dataclasses.replace(few, images=first_atoms))
+    of_atoms = cf.build_wave_vectors(few.lattice, few.ptr)
+    for rows, waves in ((few, of_atoms), (dataclasses.replace(few, orbit_atoms=None), network.build_wave_vectors(few))):
+        with pytest.raises(ValueError, match=r"batch.wave_vectors must be of orbits if, and only if, the batch is"):
+            network(dataclasses.replace(rows, wave_vectors=waves))
+    q = torch.ones(few.num_atoms, 2, 1, dtype=torch.float64)
+    lists = (model("real", 1e-6).build_images(few), cf.build_wave_vectors(few.lattice, few.ptr, 0.5))
+    with pytest.raises(ValueError, match=r"^wave_vectors must be of orbits if, and only if, images are"):
+        cf.dual_space_attention(q, q, q, q[:, :1, 0], q[:, :1, 0], few.positions, few.lattice, *lists)
 
 
 def test_calibration_is_that_of_all_atoms():

@@ -1,5 +1,6 @@
 """How often a GPU is waited for while lists are built and packed: counted, not timed."""
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -63,3 +64,35 @@ def test_packing_for_a_gpu_waits_never(by_pair: bool, waits: Waits, monkeypatch:
     with waits:
         pack_layout(*batch[:2], *lists, 64, Settings(r_max=14.0), by_pair)
     assert waits.found == []
+
+
+def orbits_of_two() -> tuple[tuple[torch.Tensor, ...], cf.WaveVectors]:
+    """q, k, v, decay, positions, lattice and ptr of two crystals of two orbits and one, and their wave vectors."""
+    positions, lattice = torch.rand(5, 3), 4 * torch.eye(3).expand(2, 3, 3)
+    ptr, orbit = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0, 2, 2])
+    waves = cf.build_wave_vectors(lattice, ptr, positions=positions, orbit=orbit)
+    qkv = (torch.ones(3, 2, 4).requires_grad_() for _ in range(3))
+    return (*qkv, torch.full((3, 2), 2.0), positions[[0, 1, 3]], lattice, ptr), waves
+
+
+def test_reciprocal_sums_of_orbits_wait_never(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, waves = orbits_of_two()
+    monkeypatch.setattr(checks, "values_visible", lambda x: False)  # as on a GPU
+    with waits:
+        y = cf.reciprocal_attention(*inputs, backend="reference", wave_vectors=waves)
+        torch.autograd.grad(y.sum(), inputs[:3])
+    assert waits.found == []
+
+
+def test_phases_of_orbits_wait_never(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    from crystalformer.kernels import phases as module
+
+    (q, *_, positions, lattice, _), waves = orbits_of_two()
+    monkeypatch.setattr(module, "phases", defaultdict(lambda: lambda *_, **__: None))  # no kernel
+    with waits:
+        lists = waves.views(waves.packed(), len(lattice), waves.largest)
+        made = module.make_phases(positions, lattice, lists, waves.max_vectors)
+        keys = module.of_atoms(lists, q.detach())
+    assert waits.found == []
+    assert (len(made.phase), len(made.crystal), len(keys[0])) == (5, 3, 5)

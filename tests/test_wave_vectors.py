@@ -3,6 +3,7 @@
 The oracle is a sum over a box of reciprocal lattice vectors in numpy, converged.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -158,3 +159,66 @@ def test_a_model_refuses_wave_vectors_of_a_weaker_certificate() -> None:
         ValueError, match=r"batch.wave_vectors must be built for decay_min at most 1\.21, as the model's"
     ):
         model(x)
+
+
+def orbits(order: list[int]) -> cf.WaveVectors:
+    """Two crystals of three atoms and two, whose rows are two and one; the atoms in some order."""
+    _, lattice, _ = pack([random_crystal("cubic", 0, 1), random_crystal("skewed", 0, 1)])
+    positions = torch.arange(15.0).view(5, 3)[order]
+    orbit = torch.tensor([0, 1, 0, 2, 2])[order]
+    return cf.build_wave_vectors(lattice, torch.tensor([0, 2, 3]), 1.0, positions=positions, orbit=orbit)
+
+
+def test_lists_of_orbits_pack_and_join() -> None:
+    waves = orbits([0, 1, 2, 3, 4])
+    assert (waves.max_atoms, waves.max_rows, waves.of_orbits) == (3, 2, True)
+    assert waves.atom_ptr.tolist() == [0, 2, 3, 5]
+    assert waves.positions[:, 0].tolist() == [0.0, 6.0, 3.0, 9.0, 12.0]  # those of a row together
+    assert waves.column_ptr.tolist() == [0, 3, 5]
+    other = orbits([4, 1, 0, 2, 3])
+    assert torch.equal(other.atom_ptr, waves.atom_ptr)
+    assert other.positions[:, 0].tolist() == [0.0, 6.0, 3.0, 12.0, 9.0]
+    unpacked = cf.WaveVectors.unpack(waves.packed(), 2, waves.largest)
+    for name in ("g", "g_ptr", "ptr", "atom_ptr", "positions"):
+        assert torch.equal(getattr(unpacked, name), getattr(waves, name)), name
+    assert unpacked.largest == waves.largest
+    twice = cf.WaveVectors.cat([waves, other])
+    assert twice.atom_ptr.tolist() == [0, 2, 3, 5, 7, 8, 10]
+    assert torch.equal(twice.positions, torch.cat([waves.positions, other.positions]))
+    assert twice.largest == (3, waves.max_vectors, 2, 6, 10)
+    atoms = cf.build_wave_vectors(waves.lattice, waves.ptr, 1.0)
+    with pytest.raises(ValueError, match="parts must be all of orbits or all of atoms"):
+        cf.WaveVectors.cat([waves, atoms])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"positions": None}, TypeError, "positions must be a torch.Tensor, not NoneType"),
+        ({"atom_ptr": None}, TypeError, "atom_ptr must be a torch.Tensor, not NoneType"),
+        ({"positions": torch.zeros(5, 3)}, TypeError, "positions must be torch.float64"),
+        ({"atom_ptr": torch.tensor([0, 2, 2, 5])}, ValueError, "atom_ptr must rise by at least one atom a row"),
+        ({"atom_ptr": torch.tensor([0, 2, 3, 4])}, ValueError, "atom_ptr must run from 0 to the number of atoms 5"),
+        ({"ptr": torch.tensor([0, 2, 4])}, ValueError, "ptr must run from 0 to the number of atoms 3"),
+        ({"max_rows": None}, ValueError, "max_rows must be an integer"),
+        ({"max_rows": 1}, ValueError, "max_rows must be 2, that of the largest crystal, not 1"),
+        ({"max_atoms": 2}, ValueError, "max_atoms must be 3, that of the largest crystal, not 2"),
+    ],
+)
+def test_lists_of_orbits_check_themselves(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dataclasses.replace(orbits([0, 1, 2, 3, 4]), **change)
+
+
+def test_wrong_orbits_are_refused() -> None:
+    _, lattice, ptr = pack([random_crystal("cubic", 0, 2)])
+    positions = torch.zeros(3, 3)
+    for orbit in (torch.tensor([0, 0, 2]), torch.tensor([-1, 0, 1]), torch.tensor([0, 0, 0])):
+        with pytest.raises(ValueError, match="orbit must hold each row of ptr, 0 to 1, but it is"):
+            cf.build_wave_vectors(lattice, ptr, positions=positions, orbit=orbit)
+    with pytest.raises(ValueError, match=r"orbit must have shape \(P=3\), not \(2,\)"):
+        cf.build_wave_vectors(lattice, ptr, positions=positions, orbit=torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r"orbit must be a torch.Tensor, not NoneType"):
+        cf.build_wave_vectors(lattice, ptr, positions=positions)
+    with pytest.raises(ValueError, match="positions must be finite"):
+        cf.build_wave_vectors(lattice, ptr, positions=positions / 0, orbit=torch.tensor([0, 1, 1]))

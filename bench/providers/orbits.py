@@ -1,4 +1,4 @@
-"""This library on one row for each orbit of equivalent atoms, where `cpu` and `triton` have one for each atom.
+"""This library on one row for each orbit of equivalent atoms, in `cpu-orbits` where `cpu` has one for each atom.
 
 The truth is that of all atoms, each with the q, k, v and decay of its orbit. Orbits are found beforehand, as a training
 does that keeps them; `certified-orbits` builds their list.
@@ -23,6 +23,7 @@ from ..cases import (
     library_attention,
     seeded_model,
     training_case,
+    truth,
 )
 from ..problems import CERTIFICATE, Problem
 from .library import FP32_BOUND, STEP_BOUND, require
@@ -73,13 +74,14 @@ def _truth(x: Problem, few: Problem, row: torch.Tensor, first: torch.Tensor) -> 
     return attention_case(replace(few, inputs=exact, upstream=few.upstream.double()), rows).results()
 
 
-def _training(backend: str) -> Callable[[Problem], Case]:
+def _training(backend: str, domain: str = "real") -> Callable[[Problem], Case]:
     def prepare(x: Problem) -> Case:
         require(backend, x)
         _orbits(x)
-        model = seeded_model(x, x.dtype, backend)
+        model = seeded_model(x, x.dtype, backend, domain)
         batch = model.prepare(x.orbits)
-        return training_case(model, lambda: model(batch))
+        exact = None if domain == "real" else lambda: truth(x, "training", domain)
+        return training_case(model, lambda: model(batch), exact)
 
     return prepare
 
@@ -108,5 +110,6 @@ PROVIDERS = [
         for op, bound, prepare in (("attention", FP32_BOUND, _attention), ("training", STEP_BOUND, _training))
         for name in ("cpu", "triton")
     ),
+    Provider("cpu-dual-space-orbits", "training", STEP_BOUND, _training("cpu", "multihead")),
     Provider("certified-orbits", "images", 1e-9, _images),
 ]

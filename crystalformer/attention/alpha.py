@@ -53,7 +53,7 @@ def reciprocal_alpha(decay: Tensor, positions: Tensor, lattice: Tensor, images: 
     """alpha (P,H) summed over the wave vectors of the list, in fp64.  Equation (15) of docs/math.md."""
     waves = images.wave_vectors
     assert waves is not None
-    waves.check_built_for(lattice, "images", "build_images")
+    waves.check_built_for(lattice, name="images", build="build_images")
     a, p, cell = decay.double(), positions.double(), lattice.double()
     backend = choose_backend(backend, decay.device, "reciprocal_sum", a.dtype)
     lists = (waves.packed(), waves.largest, images.num_pairs)

@@ -64,14 +64,18 @@ def check_images(images: ImageList, decay: Tensor, known: dict[str, int], recipr
         check_smallest("decay", decay, decay_min, "images")
 
 
-def check_wave_vectors(waves: WaveVectors, name: str, ptr: Tensor, decay: Tensor, lattice: Tensor) -> None:
+def check_wave_vectors(
+    waves: WaveVectors, name: str, ptr: Tensor, decay: Tensor, positions: Tensor, lattice: Tensor
+) -> None:
     """Checks those of the crystals of the argument `name`, whose ptr is given."""
     if not isinstance(waves, WaveVectors):
         raise TypeError(f"wave_vectors must be WaveVectors, from build_wave_vectors, not {type(waves).__name__}")
     if waves.device != decay.device:
         raise ValueError(f"wave_vectors must be on {decay.device}, as the other arguments, not on {waves.device}")
     check_crystals("wave_vectors", waves, name, ptr)
-    waves.check_built_for(lattice)
+    if waves.of_orbits and (positions.requires_grad or lattice.requires_grad):
+        raise ValueError("wave_vectors must be of all atoms, not of orbits, where positions or lattice require grad")
+    waves.check_built_for(lattice, positions)
     check_smallest("decay_reciprocal", decay, waves.decay_min, "wave_vectors")
 
 

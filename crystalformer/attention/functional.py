@@ -221,7 +221,8 @@ def reciprocal_attention(
         decay_min: smallest c that the choice of G must serve, Å². Default: the smallest in decay_reciprocal, which
             costs a GPU synchronisation and lets the choice vary with the data.
         wave_vectors: the G, from `build_wave_vectors` for these crystals, made once for many calls; tol and decay_min
-            are then those that it was made for.
+            are then those that it was made for. Of orbits, N is their number, positions are the first atom of each,
+            and there are no gradients of positions and lattice.
 
     The dtypes are those of `periodic_attention`.
 
@@ -250,7 +251,7 @@ def reciprocal_attention(
             decay_min = float(decay_reciprocal.detach().min()) if known["N"] else 1.0
         wave_vectors = build_wave_vectors(lattice, ptr, decay_min, tol)
     else:
-        check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal, lattice)
+        check_wave_vectors(wave_vectors, "ptr", ptr, decay_reciprocal, positions, lattice)
     lists = (wave_vectors.packed(), wave_vectors.largest)
     run = getattr(torch.ops.crystalformer, f"{backend}_{RECIPROCAL.name}")
     y = run(*(x.to(decay_reciprocal.dtype) for x in (q, k, v)), decay_reciprocal, positions, lattice, *lists)
@@ -305,7 +306,9 @@ def dual_space_attention(
     check_atoms("decay", decay, positions, lattice, real, like=q)
     check_images(images, decay, real)
     check_atoms("decay_reciprocal", decay_reciprocal, positions, lattice, other, like=q)
-    check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal, lattice)
+    check_wave_vectors(wave_vectors, "images", images.ptr, decay_reciprocal, positions, lattice)
+    if wave_vectors.of_orbits != images.of_orbits:
+        raise ValueError("wave_vectors must be of orbits if, and only if, images are")
     weight, settings = check_value_encoding(edge_weight, basis, real, decay)
     refuse_forward_mode(q, k, v, decay, decay_reciprocal, positions, lattice, edge_weight)
     backend = choose_backend(backend, positions.device, DUAL_SPACE.name, positions.dtype)

@@ -122,6 +122,8 @@ def _reciprocal_sum_shapes(decay_reciprocal, positions, lattice, waves, largest,
 
 def _reciprocal_sum_parts(decay_reciprocal, positions, lattice, waves, largest, num_pairs):  # type: ignore[no-untyped-def]
     found = WaveVectors.unpack(waves, len(lattice), largest)
+    if found.of_orbits:
+        raise ValueError("wave_vectors must be of all atoms, not of orbits, for the sums of pairs")
     return reference.reciprocal_pairs_parts(decay_reciprocal, found, num_pairs)
 
 

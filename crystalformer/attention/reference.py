@@ -260,17 +260,23 @@ class PaddedCrystals:
     Attributes:
         crystals: which.
         atom: (c,n) their atoms, the last one repeated; real: (c,n) whether it is an atom, not padding.
-        row: (c,r) the atoms whose rows these are, the last one repeated; place: (rows) where in (c,r) each row is.
+        column: (c,n) the row of each of these atoms, whose key and value it has: the atom itself where rows are atoms.
+        row: (c,r) the rows, the last one repeated; place: (rows) where in (c,r) each row is.
+        first: (c,r) the atom that is each row's.
         g: (c,G,3) the wave vectors; count: (c,G) 1 for the zero vector, 2 for G and -G, 0 for padding.
+        positions: (P,3) the atoms of a list of orbits; None where positions are an argument.
     """
 
     crystals: slice
     atom: Tensor
     real: Tensor
+    column: Tensor
     row: Tensor
     place: Tensor
+    first: Tensor
     g: Tensor
     count: Tensor
+    positions: Tensor | None
 
     def rows(self, x: Tensor) -> Tensor:
         """(rows, ...) of (c,r, ...)."""
@@ -303,17 +309,24 @@ def pad_segments(ptr: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     return torch.minimum(entry, ptr[1:, None] - 1), entry < ptr[1:, None]
 
 
-def pad_crystals(waves: WaveVectors, crystals: slice, rows: slice, max_atoms: int, max_vectors: int) -> PaddedCrystals:
+def pad_crystals(
+    waves: WaveVectors, crystals: slice, rows: slice, max_atoms: int, max_rows: int, max_vectors: int
+) -> PaddedCrystals:
+    atom, real = pad_segments(waves.column_ptr[crystals.start : crystals.stop + 1], max_atoms)
     ptr = waves.ptr[crystals.start : crystals.stop + 1]
-    atom, real = pad_segments(ptr, max_atoms)
     row_ptr = ptr.clamp(rows.start, rows.stop)
-    row, _ = pad_segments(row_ptr, min(max_atoms, rows.stop - rows.start))
+    row, _ = pad_segments(row_ptr, min(max_rows, rows.stop - rows.start))
+    column, first = atom, row
+    if waves.atom_ptr is not None and waves.positions is not None:
+        column = torch.repeat_interleave(waves.atom_ptr.diff(), output_size=len(waves.positions))[atom]
+        first = waves.atom_ptr[row]
     here = torch.arange(rows.start, rows.stop, device=ptr.device)
     segment = torch.repeat_interleave(row_ptr.diff(), output_size=len(here))
     entry, real_vector = pad_segments(waves.g_ptr[crystals.start : crystals.stop + 1], max_vectors)
     g = waves.g[entry]
     count = torch.where((g == 0).all(-1), 1, 2) * real_vector
-    return PaddedCrystals(crystals, atom, real, row, segment * row.shape[1] + here - row_ptr[segment], g, count)
+    place = segment * row.shape[1] + here - row_ptr[segment]
+    return PaddedCrystals(crystals, atom, real, column, row, place, first, g, count, waves.positions)
 
 
 @dataclass(frozen=True)
@@ -334,7 +347,8 @@ def reciprocal_sums(decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor
     cos(G·(p_j - p_i)) = cos G·p_i cos G·p_j + sin G·p_i sin G·p_j makes the sum a matrix product.
     """
     vectors = x.g.to(lattice.dtype) @ reciprocal(lattice[x.crystals])
-    phase_i, phase_j = positions[x.row] @ vectors.mT, positions[x.atom] @ vectors.mT
+    where = positions if x.positions is None else x.positions.to(positions.dtype)
+    phase_i, phase_j = where[x.first] @ vectors.mT, where[x.atom] @ vectors.mT
     length2 = vectors.square().sum(-1)
     weight = torch.exp(-decay_reciprocal[x.row][..., None] * length2[:, None, None]) * x.count[:, None, None]
     by_cos, by_sin = (weight * f(phase_i)[:, :, None] for f in (torch.cos, torch.sin))
@@ -347,7 +361,7 @@ def reciprocal_weights(q: Tensor, k: Tensor, total: Tensor, x: PaddedCrystals) -
 
     The other terms of alpha are the same for a whole row, so they do not change the softmax.
     """
-    content = torch.einsum("crhd,cnhd->crhn", q[x.row], k[x.atom]) / math.sqrt(q.shape[-1])
+    content = torch.einsum("crhd,cnhd->crhn", q[x.row], k[x.column]) / math.sqrt(q.shape[-1])
     score = content + total.clamp(min=RECIPROCAL_CLAMP).log()
     return torch.softmax(score.masked_fill(~x.real[:, None, None], -math.inf), -1)
 
@@ -355,35 +369,36 @@ def reciprocal_weights(q: Tensor, k: Tensor, total: Tensor, x: PaddedCrystals) -
 def reciprocal_rows(
     q: Tensor, k: Tensor, v: Tensor, decay_reciprocal: Tensor, positions: Tensor, lattice: Tensor, x: PaddedCrystals
 ) -> tuple[Tensor]:
-    """y_i = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j of some rows, (rows,H,Dv)."""
+    """y_i = softmax_j( q_i·k_j / sqrt(D) + alpha_ij ) v_j of some rows, (rows,H,Dv).  Equations (13) and (20)."""
     p = reciprocal_weights(q, k, reciprocal_sums(decay_reciprocal, positions, lattice, x).total, x)
-    return (x.rows(torch.einsum("crhn,cnhd->crhd", p, v[x.atom])),)
+    return (x.rows(torch.einsum("crhn,cnhd->crhd", p, v[x.column])),)
 
 
-def padded_crystals(num_atoms: int, heads: int, waves: WaveVectors) -> Iterator[tuple[slice, PaddedCrystals]]:
+def padded_crystals(num_rows: int, heads: int, waves: WaveVectors) -> Iterator[tuple[slice, PaddedCrystals]]:
     """Cuts the rows into consecutive parts whose weights (c,r,H,G) keep to CHUNK_ELEMENTS: many crystals at once, or
     some rows of a large one. Only if one part does not hold them all is a GPU asked for the sizes of the crystals."""
-    if not num_atoms:
+    if not num_rows:
         return
-    if waves.num_crystals * waves.max_atoms * heads * waves.max_vectors <= CHUNK_ELEMENTS:
-        everything = slice(0, num_atoms)
+    max_rows = waves.max_rows or waves.max_atoms
+    if waves.num_crystals * max_rows * heads * waves.max_vectors <= CHUNK_ELEMENTS:
+        everything = slice(0, num_rows)
         crystals = slice(0, waves.num_crystals)
-        yield everything, pad_crystals(waves, crystals, everything, waves.max_atoms, waves.max_vectors)
+        yield everything, pad_crystals(waves, crystals, everything, waves.max_atoms, max_rows, waves.max_vectors)
         return
-    ptr = waves.ptr.tolist()
-    atoms, vectors = waves.ptr.diff().tolist(), waves.g_ptr.diff().tolist()
+    ptr, atoms = waves.ptr.tolist(), waves.column_ptr.diff().tolist()
+    size, vectors = waves.ptr.diff().tolist(), waves.g_ptr.diff().tolist()
     first = 0
-    while first < len(atoms):
-        last, max_atoms, max_vectors = first + 1, atoms[first], vectors[first]
-        while last < len(atoms):
-            larger = max(max_atoms, atoms[last]), max(max_vectors, vectors[last])
+    while first < len(size):
+        last, max_rows, max_vectors = first + 1, size[first], vectors[first]
+        while last < len(size):
+            larger = max(max_rows, size[last]), max(max_vectors, vectors[last])
             if (last + 1 - first) * heads * math.prod(larger) > CHUNK_ELEMENTS:
                 break
-            last, (max_atoms, max_vectors) = last + 1, larger
+            last, (max_rows, max_vectors) = last + 1, larger
         step = ptr[last] - ptr[first] if last > first + 1 else max(1, CHUNK_ELEMENTS // (heads * max_vectors))
         for row in range(ptr[first], ptr[last], step):
             rows = slice(row, min(row + step, ptr[last]))
-            yield rows, pad_crystals(waves, slice(first, last), rows, max_atoms, max_vectors)
+            yield rows, pad_crystals(waves, slice(first, last), rows, max(atoms[first:last]), max_rows, max_vectors)
         first = last
 
 

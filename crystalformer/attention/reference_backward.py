@@ -133,18 +133,20 @@ def reciprocal_rows_backward(
 
     The terms of alpha that do not depend on j do not change the softmax, so they have no gradient.
     """
+    if geometry and x.positions is not None:
+        raise ValueError("wave_vectors must be of all atoms, not of orbits, for the gradients of positions and lattice")
     (grad,), (q, k, v, decay_reciprocal, positions, lattice) = grads, inputs
     dq, dk, dv, d_decay, d_positions, d_lattice = totals
     t = reciprocal_sums(decay_reciprocal, positions, lattice, x)
     p = reciprocal_weights(q, k, t.total, x)
     grad = x.pad(grad)
-    gamma = torch.einsum("crhd,cnhd->crhn", grad, v[x.atom])
+    gamma = torch.einsum("crhd,cnhd->crhn", grad, v[x.column])
     ds = p * (gamma - (p * gamma).sum(-1, keepdim=True))
-    atom, row = x.atom.flatten(), x.row.flatten()
+    column, row = x.column.flatten(), x.row.flatten()
     scaled = ds / math.sqrt(q.shape[-1])
-    dq.index_add_(0, row, torch.einsum("crhn,cnhd->crhd", scaled, k[x.atom]).flatten(0, 1))
-    dk.index_add_(0, atom, torch.einsum("crhn,crhd->cnhd", scaled, q[x.row]).flatten(0, 1))
-    dv.index_add_(0, atom, torch.einsum("crhn,crhd->cnhd", p, grad).flatten(0, 1))
+    dq.index_add_(0, row, torch.einsum("crhn,cnhd->crhd", scaled, k[x.column]).flatten(0, 1))
+    dk.index_add_(0, column, torch.einsum("crhn,crhd->cnhd", scaled, q[x.row]).flatten(0, 1))
+    dv.index_add_(0, column, torch.einsum("crhn,crhd->cnhd", p, grad).flatten(0, 1))
 
     d_total = torch.where(t.total > RECIPROCAL_CLAMP, ds / t.total, 0.0)
     add_sums(t, d_total, inputs[3:], (d_decay, d_positions, d_lattice), geometry, x)

@@ -15,8 +15,8 @@ class TensorStruct:
     """Base of a frozen dataclass of tensors and of the numbers that belong to them.
 
     Attributes:
-        PACKED: names of the integer tensors that an operator reads, those of 64 bits first. It takes them as one:
-            torch.library takes a time that grows with the number of arguments.
+        PACKED: names of the tensors that an operator reads, where they are there, those of 64 bits first. It takes them
+            as one: torch.library takes a time that grows with the number of arguments.
     """
 
     PACKED: ClassVar[tuple[str, ...]] = ()
@@ -38,7 +38,7 @@ class TensorStruct:
         return [0 if x.is_inference() else x._version for x in self._parts()]
 
     def _parts(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.PACKED]
+        return [x for name in self.PACKED if (x := getattr(self, name)) is not None]
 
     def _words(self) -> Tensor:
         return join_words(self._parts())
@@ -68,7 +68,7 @@ class TensorStruct:
 
 
 def join_words(parts: Sequence[Tensor]) -> Tensor:
-    """(words) int32 of integers of 64 bits, and of 32 in the last parts. Each part begins at a multiple of 16 bytes,
+    """(words) int32 of numbers of 64 bits, and of 32 in the last parts. Each part begins at a multiple of 16 bytes,
     which loads are faster from."""
     words = [x.contiguous().view(torch.int32).flatten() for x in parts]
     return torch.cat([*(pad(x, (0, _aligned(len(x)) - len(x))) for x in words[:-1]), words[-1]])
@@ -98,6 +98,12 @@ def check_parts(parts: Sequence[Any], name: str, kind: type) -> None:
         raise ValueError(f"{name} must hold at least one {kind.__name__}, not none")
     if len({x.device for x in parts}) > 1:
         raise ValueError(f"{name} must be on one device, not on {sorted({str(x.device) for x in parts})}")
+
+
+def cat_known(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Those that are there joined, or None if none is."""
+    known = [x for x in parts if x is not None]
+    return torch.cat(known) if known else None
 
 
 def weakest(parts: Sequence[Any], name: str, choose: Callable[[list[float]], float]) -> float | None:

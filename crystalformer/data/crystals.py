@@ -18,7 +18,6 @@ from ..geometry.images import build_images
 from ..geometry.limits import MAX_IMAGES, Extent
 from ..geometry.movement import Geometry
 from ..geometry.orbit_images import build_orbit_images
-from ..geometry.wave_vectors import build_wave_vectors
 from ..model.batch import CrystalBatch
 from ..model.config import CrystalformerConfig
 from ..model.structures import read_structure
@@ -94,9 +93,7 @@ def build_crystals(
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
         for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):
             with _named(first + i):
-                crystal.wave_vectors = build_wave_vectors(
-                    crystal.lattice, crystal.atom_ptr, config.decay_reciprocal_min, config.tol
-                )
+                crystal.wave_vectors = crystal.build_wave_vectors(config.decay_reciprocal_min, config.tol)
         needed = ImageSettings.of(config)
         if needed is None:
             return crystals
@@ -148,7 +145,7 @@ def _check_memory(index: Sequence[int], crystals: Sequence[CrystalBatch], settin
         images = Extent.of(
             *geometry, decay, settings.tol, settings.logit_range, None, settings.every_pair, all_pairs=False
         ).images
-        images *= batch.ptr.diff() / batch.atom_ptr.diff()  # of orbits, if none of their images were merged
+        images *= batch.ptr.diff() / geometry[2].diff()  # of orbits, if none of their images were merged
         number += float(images[images <= MAX_IMAGES].sum())  # a crystal with more is refused by its name
     if number * BYTES_PER_IMAGE > memory():
         needed, there = (x / 2**30 for x in (number * BYTES_PER_IMAGE, memory()))

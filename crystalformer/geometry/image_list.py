@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common import checks
 from ..common.ragged import cat_ptr, crystal_of_atom, ordinals
-from ..common.tensor_struct import TensorStruct, check_parts, join_words, split_words, weakest
+from ..common.tensor_struct import TensorStruct, cat_known, check_parts, join_words, split_words, weakest
 from .lattice import triangular
 from .movement import Geometry
 from .truncation import BEYOND, bearable_movement
@@ -158,9 +158,6 @@ class ImageList(TensorStruct):
         found = ImageList.views(words, num_atoms, num_crystals, of_orbits)
         return ImageList(**found._asdict(), cutoff=words.new_zeros(num_crystals), num_pairs=num_pairs)
 
-    def _parts(self) -> list[Tensor]:
-        return [x for x in super()._parts() if x is not None]
-
     def _words(self) -> Tensor:
         if self.distance is None or self.repeats is None:
             return super()._words()
@@ -231,8 +228,8 @@ class ImageList(TensorStruct):
             crossover=torch.cat(crossovers) if crossovers else None,
             wave_vectors=WaveVectors.cat(waves) if waves else None,
             geometry=_cat_geometry([x.geometry for x in lists]),
-            distance=_cat_known([x.distance for x in lists]),
-            repeats=_cat_known([x.repeats for x in lists]),
+            distance=cat_known([x.distance for x in lists]),
+            repeats=cat_known([x.repeats for x in lists]),
         )
 
     @property
@@ -288,11 +285,6 @@ class ImageList(TensorStruct):
                 f"{float(moved[c]):.3g} Å since the list was built, and it serves up to {float(bearable[c]):.3g} Å; "
                 f"call {'build_orbit_images' if self.of_orbits else 'build_images'} again"
             )
-
-
-def _cat_known(parts: list[Tensor | None]) -> Tensor | None:
-    known = [x for x in parts if x is not None]
-    return torch.cat(known) if known else None
 
 
 def _cat_geometry(parts: list[Geometry | None]) -> Geometry | None:

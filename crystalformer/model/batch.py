@@ -10,8 +10,9 @@ from torch import Tensor
 from ..common import checks
 from ..common.ragged import cat_ptr
 from ..geometry.image_list import ImageList
+from ..geometry.limits import MAX_VECTORS
 from ..geometry.orbits import Orbits, find_orbits
-from ..geometry.wave_vectors import WaveVectors
+from ..geometry.wave_vectors import WaveVectors, build_wave_vectors
 from .orbit_atoms import OrbitAtoms, reduce_crystal
 from .structures import MOST_OCCUPIED, NUM_ELEMENTS, Crystal, read_structure
 
@@ -69,11 +70,6 @@ class CrystalBatch:
 
     def __len__(self) -> int:
         return self.num_crystals
-
-    @property
-    def atom_ptr(self) -> Tensor:
-        """(C+1) as ptr, of the atoms: with `orbit_atoms` those of the primitive cells."""
-        return self.ptr if self.orbit_atoms is None else self.orbit_atoms.ptr
 
     @property
     def multiplicity(self) -> Tensor | None:
@@ -158,6 +154,12 @@ class CrystalBatch:
             wave_vectors=WaveVectors.cat(waves) if len(waves) == len(batches) else None,
             orbit_atoms=OrbitAtoms.cat(orbits) if orbits else None,
         )
+
+    def build_wave_vectors(self, decay_min: float, tol: float) -> WaveVectors:
+        """`build_wave_vectors` of these crystals; with `orbit_atoms` a list of orbits."""
+        x = self.orbit_atoms
+        atoms = (None, None) if x is None else (x.positions, x.orbit)
+        return build_wave_vectors(self.lattice, self.ptr, decay_min, tol, MAX_VECTORS, *atoms)
 
     def occupancies(self) -> Tensor:
         """(N,98) the share of each element in each site."""

@@ -1,7 +1,5 @@
 """The layers of the Crystalformer."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,35 +89,18 @@ class PeriodicAttention(nn.Module):
         positions, lattice, images, waves = batch.positions, batch.lattice, batch.images, batch.wave_vectors
         encoding, backend, precision = (self.edge_weight, self.basis), self.backend, self.precision
         if not real:
-            y = self._reciprocal(q, k, v, raw_decay, batch)
+            c = self._reciprocal_decay(raw_decay)
+            y = reciprocal_attention(q, k, v, c, positions, lattice, batch.ptr, backend=backend, wave_vectors=waves)
         elif real == self.num_heads:
             assert images is not None
             a = self._real_decay(raw_decay)
             y = periodic_attention(q, k, v, a, positions, lattice, images, *encoding, backend, precision=precision)
-        elif batch.orbit_atoms is not None:
-            assert images is not None
-            a = self._real_decay(raw_decay[:, :real])
-            (q, far_q), (k, far_k), (v, far_v) = ((x[:, :real], x[:, real:]) for x in (q, k, v))
-            y = periodic_attention(q, k, v, a, positions, lattice, images, *encoding, backend, precision=precision)
-            y = torch.cat((y, self._reciprocal(far_q, far_k, far_v, raw_decay[:, real:], batch)), 1)
         else:
             assert images is not None
             assert waves is not None
             a, c = self._real_decay(raw_decay[:, :real]), self._reciprocal_decay(raw_decay[:, real:])
             y = dual_space_attention(q, k, v, a, c, positions, lattice, images, waves, *encoding, backend, precision)
         return self.out_proj(y.flatten(1))
-
-    def _reciprocal(self, q: Tensor, k: Tensor, v: Tensor, raw_decay: Tensor, batch: CrystalBatch) -> Tensor:
-        """y of heads in reciprocal space; of rows that are orbits, with all atoms of the primitive cells."""
-        inputs, orbits = (q, k, v, self._reciprocal_decay(raw_decay)), batch.orbit_atoms
-        options: dict[str, Any] = {"backend": self.backend, "wave_vectors": batch.wave_vectors}
-        if orbits is None:
-            return reciprocal_attention(*inputs, batch.positions, batch.lattice, batch.ptr, **options)
-        if batch.positions.requires_grad or batch.lattice.requires_grad:
-            raise ValueError("batch must have rows of atoms, symmetry_tol=0, where positions or lattice require grad")
-        positions = orbits.positions.to(batch.lattice.dtype)
-        q, k, v, c = (x[orbits.orbit] for x in inputs)
-        return reciprocal_attention(q, k, v, c, positions, batch.lattice, orbits.ptr, **options)[orbits.first]
 
     def _real_decay(self, raw: Tensor) -> Tensor:
         """a, Å^-2."""

@@ -20,7 +20,7 @@ from ..common.words import some
 from ..geometry.image_list import ImageList
 from ..geometry.images import build_images
 from ..geometry.orbit_images import build_orbit_images
-from ..geometry.wave_vectors import WaveVectors, build_wave_vectors
+from ..geometry.wave_vectors import WaveVectors
 from .batch import CrystalBatch
 from .config import CrystalformerConfig
 from .layers import Block, Embedding, mean_pool
@@ -122,7 +122,7 @@ class Crystalformer(nn.Module):
     def build_wave_vectors(self, batch: CrystalBatch) -> WaveVectors:
         """The wave vectors that this model certifies for these crystals, to keep in `batch.wave_vectors`."""
         config = self.config
-        return build_wave_vectors(batch.lattice, batch.atom_ptr, config.decay_reciprocal_min, config.tol)
+        return batch.build_wave_vectors(config.decay_reciprocal_min, config.tol)
 
     def prepare(self, batch: CrystalBatch) -> CrystalBatch:
         """The batch with the images and wave vectors that this model needs, built where they are missing.
@@ -135,11 +135,11 @@ class Crystalformer(nn.Module):
         if not isinstance(batch, CrystalBatch):
             raise TypeError(f"batch must be a CrystalBatch, not {type(batch).__name__}")
         config, images, waves = self.config, batch.images, batch.wave_vectors
-        for name, lists, ptr in (("batch.images", images, batch.ptr), ("batch.wave_vectors", waves, batch.atom_ptr)):
+        for name, lists in (("batch.images", images), ("batch.wave_vectors", waves)):
             if lists is not None:
-                check_crystals(name, lists, "batch.ptr", ptr)
-        if images is not None and images.of_orbits != (batch.orbit_atoms is not None):
-            raise ValueError("batch.images must be of orbits if, and only if, the batch is: see model.prepare")
+                check_crystals(name, lists, "batch.ptr", batch.ptr)
+                if lists.of_orbits != (batch.orbit_atoms is not None):
+                    raise ValueError(f"{name} must be of orbits if, and only if, the batch is: see model.prepare")
         if config.needs_images:
             if images is None:
                 _check_not_compiling("images")

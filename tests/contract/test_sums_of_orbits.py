@@ -1,11 +1,14 @@
 """Lists of orbits: one row for each orbit of equivalent atoms, and the sums of all atoms, on every backend."""
 
+import dataclasses
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
+from operators import NOT_IN_TRITON, operator
 from problems import relative_error
 from torch import Tensor
 
@@ -68,6 +71,9 @@ class Crystals(NamedTuple):
         )
 
 
+OPS = ("attention", "reciprocal", "dual space")
+
+
 def inputs(number: int, seed: int = 0) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
     shapes = ((number, 2, 3), (number, 2, 3), (number, 2, 4), (number, 2), (2, 4, 5))
@@ -75,35 +81,47 @@ def inputs(number: int, seed: int = 0) -> list[torch.Tensor]:
     return [q, k, v, 0.5 + 0.5 * decay.sigmoid(), weight]
 
 
-def outputs_and_gradients(op, leaves, positions, lattice, images, backend, rows=slice(None), spread=None):
-    """Of leaves by row; `spread` gives every atom its row's."""
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    q, k, v, decay, weight = (x if spread is None or i == 4 else x[spread] for i, x in enumerate(leaves))
-    basis = cf.RadialBasis(5, 6.0)
+def attend(op, leaves, geometry, lists, backend):
+    """y of an op, and of attention lse, of all leaves; of `lists`, images and wave vectors, what it needs."""
+    (q, k, v, decay, weight), (images, waves), basis = leaves, lists, cf.RadialBasis(5, 6.0)
     if op == "attention":
-        outputs = cf.periodic_attention(
-            q, k, v, decay, positions, lattice, images, weight, basis, backend, return_lse=True
-        )
-        used = leaves
-    else:
-        outputs = cf.periodic_encoding(decay, positions, lattice, images, weight, basis, backend)
-        used = leaves[3:]
-    outputs = [y[rows] for y in outputs]
+        return cf.periodic_attention(q, k, v, decay, *geometry, images, weight, basis, backend, return_lse=True)
+    if op == "reciprocal":
+        options = {"wave_vectors": waves, "backend": backend}
+        return (cf.reciprocal_attention(q, k, v, decay, *geometry, waves.ptr, **options),)
+    heads = (decay[:, :1], decay[:, 1:])
+    return (cf.dual_space_attention(q, k, v, *heads, *geometry, images, waves, weight[:1], basis, backend),)
+
+
+def of_all_atoms(x, **options):
+    return cf.build_images(x.positions, x.lattice, x.ptr, **options), cf.build_wave_vectors(x.lattice, x.ptr, **options)
+
+
+def of_orbits(x, device="cpu", **options):
+    images = build_orbit_images(x.positions, x.lattice, x.ptr, x.orbit, **options, symmetry_tol=1e-9)
+    waves = cf.build_wave_vectors(x.lattice, images.ptr, **options, positions=x.positions, orbit=x.orbit)
+    return images.to(device), waves.to(device)
+
+
+def outputs_and_gradients(op, leaves, geometry, lists, backend, rows=slice(None), spread=None):
+    """Of leaves by row; `spread` gives every atom its row's."""
+    leaves = [x.clone().requires_grad_() for x in leaves[: 4 if op == "reciprocal" else 5]]
+    given = [x if spread is None or i == 4 else x[spread] for i, x in enumerate(leaves)]
+    outputs = [y[rows] for y in attend(op, [*given, *[None] * (5 - len(given))], geometry, lists, backend)]
     grads = [torch.sin(torch.arange(y.numel()).to(y)).view_as(y) for y in outputs]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, used, grads)]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, grads)]
 
 
-def test_attention_is_that_of_all_atoms(way):
-    positions, lattice, ptr, orbit, first = Crystals.of(*CELLS)
+@pytest.mark.parametrize("op", OPS)
+def test_attention_is_that_of_all_atoms(op, way):
+    x = Crystals.of(*CELLS)
     options = dict(decay_min=0.5, tol=1e-12 if way.double else 1e-7)
-    every = cf.build_images(positions, lattice, ptr, **options)
-    few = build_orbit_images(positions, lattice, ptr, orbit, **options, symmetry_tol=1e-9).to(way.device)
-    assert 3 * few.num_images < every.num_images
-    leaves = inputs(len(first))
-    wanted = outputs_and_gradients("attention", leaves, positions, lattice, every, "reference", first, orbit)
-    geometry = (x.to(way.device, way.dtype) for x in (positions[first], lattice))
-    leaves = [x.to(way.device, way.dtype) for x in leaves]
-    found = outputs_and_gradients("attention", leaves, *geometry, few, way.backend)
+    every, few = of_all_atoms(x, **options), of_orbits(x, way.device, **options)
+    assert 3 * few[0].num_images < every[0].num_images
+    leaves = inputs(len(x.first))
+    wanted = outputs_and_gradients(op, leaves, (x.positions, x.lattice), every, "reference", x.first, x.orbit)
+    geometry = [t.to(way.device, way.dtype) for t in (x.positions[x.first], x.lattice)]
+    found = outputs_and_gradients(op, [t.to(way.device, way.dtype) for t in leaves], geometry, few, way.backend)
     for y, exact in zip(found, wanted, strict=True):
         assert relative_error(y.cpu(), exact) < (1e-9 if way.double else 2e-5)
 
@@ -128,37 +146,95 @@ def test_encoding_is_that_of_all_pairs_of_two_orbits(way):
             assert relative_error(y.cpu(), exact.flatten(0, 1)) < bound
 
 
-def test_derivatives(way):
+@pytest.mark.parametrize("op", OPS)
+def test_derivatives(op, way):
     """Of first and second order."""
     if not way.double:
         way.skip("differences of fp32 show no derivatives")
-    positions, lattice, ptr, orbit, first = Crystals.of("wurtzite", "triclinic")
-    images = build_orbit_images(positions, lattice, ptr, orbit, 1.0, 1e-14).to(way.device)
-    leaves = [x.to(way.device).requires_grad_() for x in inputs(len(first))]
+    x = Crystals.of("wurtzite", "triclinic")
+    lists = of_orbits(x, way.device, decay_min=1.0, tol=1e-14)
+    leaves = [t.to(way.device).requires_grad_() for t in inputs(len(x.first))]
     leaves[3].data += 0.5
-    geometry = [x.to(way.device) for x in (positions[first], lattice)]
-
-    def attend(*x):
-        q, k, v, decay, weight = x
-        return cf.periodic_attention(q, k, v, decay, *geometry, images, weight, cf.RadialBasis(5, 6.0), way.backend)
-
-    assert torch.autograd.gradcheck(attend, leaves)
-    assert torch.autograd.gradgradcheck(attend, leaves)
+    geometry = [t.to(way.device) for t in (x.positions[x.first], x.lattice)]
+    run = lambda *given: attend(op, [*given, *leaves[len(given) :]], geometry, lists, way.backend)[0]
+    given = leaves[: 4 if op == "reciprocal" else 5]
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given)
 
 
-def test_geometry_has_no_gradients(way):
-    positions, lattice, ptr, orbit, first = Crystals.of(*CELLS)
-    images = build_orbit_images(positions, lattice, ptr, orbit, 0.5, 1e-3).to(way.device)
-    q, k, v, decay, _ = (x.to(way.device, way.dtype) for x in inputs(len(first)))
-    geometry = [x.to(way.device, way.dtype) for x in (positions[first], lattice)]
+@pytest.mark.parametrize(
+    ("op", "name"), [("attention", "images"), ("reciprocal", "wave_vectors"), ("dual space", "wave_vectors")]
+)
+def test_geometry_has_no_gradients(op, name, way):
+    x = Crystals.of(*CELLS)
+    lists = of_orbits(x, way.device, decay_min=0.5, tol=1e-3)
+    leaves = [t.to(way.device, way.dtype) for t in inputs(len(x.first))]
+    geometry = [t.to(way.device, way.dtype) for t in (x.positions[x.first], x.lattice)]
     for i in (0, 1):
         leaf = geometry[i].clone().requires_grad_()
         moving = [*geometry[:i], leaf, *geometry[i + 1 :]]
-        with pytest.raises(ValueError, match=r"^images must be of all atoms, from build_images, not of orbits, where"):
-            cf.periodic_attention(q, k, v, decay, *moving, images, backend=way.backend)
-    moved = [1.01 * x for x in geometry]
-    with (
-        cf.debug_checks(True),
-        pytest.raises(ValueError, match=r"^images must be built for these positions and lattice"),
+        with pytest.raises(ValueError, match=rf"^{name} must be of all atoms, .*not of orbits, where positions or"):
+            attend(op, leaves, moving, lists, way.backend)
+    for moved in ([1.01 * t for t in geometry], [geometry[0].flip(0), geometry[1]], [geometry[0], 1.001 * geometry[1]]):
+        with (
+            cf.debug_checks(True),
+            pytest.raises(ValueError, match=rf"^{name} must be built for these positions and lattice"),
+        ):
+            attend(op, leaves, moved, lists, way.backend)
+
+
+def reciprocal(way, q, k, v, decay, geometry, waves, moving=False):
+    """y and the gradients by the operators themselves, past the checks of values."""
+    arguments = (q, k, v, decay, *geometry, waves.packed(), waves.largest)
+    y = operator(way.backend, "reciprocal")(*arguments)
+    grad = torch.sin(torch.arange(y.numel(), device=y.device)).to(y).view_as(y)
+    return [y, *operator(way.backend, "reciprocal_backward")(grad, *arguments, y, moving)[:4]]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in Triton's interpreter
+def test_what_operators_of_reciprocal_space_refuse_and_show(way):
+    """The gradients of the geometry, the sums of pairs and wrong lists; and NaN in all that it belongs to."""
+    x = Crystals.of("rutile", "wurtzite")
+    waves = of_orbits(x, way.device, decay_min=0.5, tol=1e-3)[1]
+    leaves = [t.to(way.device, way.dtype) for t in inputs(len(x.first))[:4]]
+    geometry = [t.to(way.device, way.dtype) for t in (x.positions[x.first], x.lattice)]
+    with pytest.raises(
+        ValueError, match=r"^wave_vectors must be of all atoms, not of orbits, for the gradients of pos"
     ):
-        cf.periodic_attention(q, k, v, decay, *moved, images, backend=way.backend)
+        reciprocal(way, *leaves, geometry, waves, moving=True)
+    if way.backend != "triton" or "reciprocal_sum" not in NOT_IN_TRITON:
+        pairs = operator(way.backend, "reciprocal_sum")
+        with pytest.raises(
+            ValueError, match=r"^wave_vectors must be of all atoms, not of orbits, for the sums of pairs"
+        ):
+            pairs(leaves[3], *geometry, waves.packed(), waves.largest, 25)
+    if way.backend == "cpu":
+        packed = waves.packed()
+        with pytest.raises(ValueError, match=r"^g_ptr must run from 0 to \d+"):
+            operator("cpu", "reciprocal")(*leaves, *geometry, packed, waves.largest[:2])
+        for place, value in ((16, 1), (18, 0), (24, 1 << 40)):  # atom_ptr stands behind two of three numbers each
+            bad = packed.clone()
+            bad[place : place + 2] = torch.tensor([value]).view(torch.int32)
+            with pytest.raises(ValueError, match=r"^atom_ptr must run from 0 to the number of atoms and rise"):
+                operator("cpu", "reciprocal")(*leaves, *geometry, bad, waves.largest)
+    reference = dataclasses.replace(way, backend="reference")
+    for i, place in itertools.product(range(4), (0, -1)):
+        spoilt = [t.clone() for t in leaves]
+        spoilt[i].view(-1)[place] = math.nan
+        found, wanted = (reciprocal(w, *spoilt, geometry, waves) for w in (way, reference))
+        assert wanted[0].isnan().any()
+        for y, exact in zip(found, wanted, strict=True):
+            if way.backend == "triton":  # a sum over a tile shows it in the rest of the tile, too
+                assert not (exact.isnan() & ~y.isnan()).any()
+            else:
+                assert torch.equal(y.isnan(), exact.isnan())
+
+
+def test_a_batch_of_nothing(way):
+    none = torch.zeros(0, 3, device=way.device, dtype=way.dtype)
+    ptr, cell = torch.zeros(1, dtype=torch.int64, device=way.device), none.new_zeros(0, 3, 3)
+    waves = cf.build_wave_vectors(cell, ptr, positions=none, orbit=ptr[:0])
+    assert waves.of_orbits
+    q = none.new_zeros(0, 2, 3).requires_grad_()
+    y = cf.reciprocal_attention(q, q, q, q[..., 0], none, cell, ptr, backend=way.backend, wave_vectors=waves)
+    assert torch.autograd.grad(y.sum(), q)[0].shape == y.shape == q.shape

@@ -45,6 +45,24 @@ def test_reciprocal_in_parts(monkeypatch):
         assert relative_error(value, whole[True][name]) < 1e-5, name
 
 
+def test_reciprocal_of_orbits_in_parts(monkeypatch):
+    module = import_module("crystalformer.kernels.phases")
+    x = TRITON.problem(kinds=(("cubic", 2), ("skewed", 3), ("cubic", 5), ("cubic", 1)))
+    orbit = torch.tensor([0, 0, 1, 2, 1, 3, 4, 3, 5, 4, 6], device=DEVICE)
+    first, ptr = [0, 2, 3, 5, 6, 8, 10], torch.tensor([0, 1, 3, 6, 7], device=DEVICE)
+    waves = cf.build_wave_vectors(x.lattice, ptr, float(x.decay.min()), positions=x.positions, orbit=orbit)
+    found = []
+    for scratch in (module.SCRATCH, 5 * (6 * module.padded(waves.max_vectors) + 3 * module.padded(5) * 3), 1):
+        monkeypatch.setattr(module, "SCRATCH", scratch)
+        leaves = [t[first].requires_grad_() for t in x.inputs[:4]]
+        options = {"backend": "triton", "wave_vectors": waves}
+        y = cf.reciprocal_attention(*leaves, x.positions[first], x.lattice, ptr, **options)
+        found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)])
+    for parts in found[1:]:
+        for one, whole in zip(parts, found[0], strict=True):
+            assert relative_error(one, whole) < 1e-5
+
+
 def test_encoding_in_chunks(monkeypatch):
     module = import_module("crystalformer.kernels.encoding")
 
