@@ -65,6 +65,12 @@ def test_training_step_against(benchmark, other, times):
     assert ratio(benchmark, call("training", other, "step"), call("training", "cpu", "step")) > times
 
 
+@pytest.mark.parametrize(("op", "direction", "times"), [("training", "step", 1.3), ("attention", BOTH, 1.6)])
+def test_rows_of_orbits_against_rows_of_atoms(benchmark, op, direction, times):
+    pytest.importorskip("spglib", reason="finds the orbits", exc_type=ImportError)
+    assert ratio(benchmark, call(op, "cpu", direction), call(op, "cpu-orbits", direction)) > times
+
+
 def test_encoding_against_the_reference(benchmark):
     assert ratio(benchmark, call("encoding", "reference", BOTH), call("encoding", "cpu", BOTH)) > 10
 

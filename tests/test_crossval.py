@@ -83,6 +83,8 @@ def test_errors_are_those_of_the_predictions(run):
         f"| energy, eV | **mean** | {NUMBER - 1} | {statistics.fmean(maes):.4g} ± {statistics.stdev(maes):.4g} |"
         in card
     )
+    assert "| folds | salts.jsonl |" in card
+    assert str(run.parent) not in card
     assert (run / "parity_energy.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -113,6 +115,11 @@ def test_stopped_and_resumed(run, folder, capsys, monkeypatch):
         capsys, "crossval", "--out", out, "--resume", "--lr", "0.1"
     )
     assert "must be a new or an empty folder" in refused(capsys, *command(folder, out, 3))
+    sets = (out / "fold-0.json").read_bytes()
+    (out / "fold-0.json").write_text('{"train": [], "val": [], "test": []}')
+    line = refused(capsys, "crossval", "--out", out, "--resume")
+    assert "the crystals of fold-0 must be those of when the cross-validation began" in line
+    (out / "fold-0.json").write_bytes(sets)
     assert cli.main(["crossval", "--out", str(out), "--resume"]) == 0
     assert trained == ["fold-0", "fold-1", "fold-1", "fold-2"]
     assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
@@ -158,6 +165,9 @@ def test_random_folds_depend_on_ids_and_seed_alone():
 
 
 def test_a_table_of_folds_may_have_structures(folder):
-    assert read_folds(folder / "salts.jsonl") == read_folds(folder / "folds.csv")
+    found = read_folds(folder / "salts.jsonl")
+    assert found == read_folds(folder / "folds.csv")
+    (folder / "floats.csv").write_text("".join(f"{id},{fold}.0\n" for id, fold in found.items()))
+    assert found == read_folds(folder / "floats.csv")
     with pytest.raises(DataError, match="no such file"):
         read_folds(folder / "none.csv")

@@ -22,12 +22,12 @@ from ..common.process import cores, uninterrupted
 from ..common.words import count, short
 from ..data.folds import in_order, random_folds, read_folds, split_of_fold
 from ..data.samples import DataError
-from ..data.splits import write_split
+from ..data.splits import read_split, write_split
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
 from . import plots
 from .metrics import METRICS, read_metrics
-from .report import CARD, PREDICTIONS, duration, file_stems, row_of_table
+from .report import CARD, PREDICTIONS, duration, file_stems, row_of_table, rows_of_settings
 from .run_folder import CONFIG, has_checkpoint, run_folder
 from .train import MACHINE, DataSource, settings_of, train
 
@@ -93,19 +93,12 @@ def crossval(
         settings = {name: value for name, value in settings.items() if name not in SETS_OF_SOURCE}
         _write_settings(out / CONFIG, settings, resume)
         fixed = {"unit": units, "seed": seed, **machine}
-        waiting = [fold for fold in order if not (out / f"fold-{fold}" / METRICS).exists()]
-        tasks = [
-            (
-                out / f"fold-{fold}",
-                split_of_fold(fold_of, fold, val_fraction, seed),
-                names,
-                source,
-                recipe,
-                model,
-                fixed,
-            )
-            for fold in waiting
-        ]
+        tasks = []
+        for fold in order:
+            folder, sets = out / f"fold-{fold}", split_of_fold(fold_of, fold, val_fraction, seed)
+            _write_sets(folder.with_suffix(".json"), sets)
+            if not (folder / METRICS).exists():
+                tasks.append((folder, names, source, recipe, model, fixed))
         _run(tasks, min(jobs, max(len(tasks), 1)))
         return _report(out, names, units, order, settings)
 
@@ -159,7 +152,14 @@ def _write_settings(path: Path, settings: dict[str, Any], resume: bool) -> None:
             raise DataError(f"{name} must be {before.get(name)}, as when the cross-validation began, not {value}")
 
 
-Task = tuple[Path, dict[str, list[str]], tuple[str, ...], DataSource, Recipe, CrystalformerConfig, dict[str, Any]]
+def _write_sets(path: Path, sets: dict[str, list[str]]) -> None:
+    """The crystals that train, validate and test a fold; those of a fold that is there already must be the same."""
+    if path.exists() and read_split(path) != sets:
+        raise DataError(f"the crystals of {path.stem} must be those of when the cross-validation began")
+    write_split(path, sets)
+
+
+Task = tuple[Path, tuple[str, ...], DataSource, Recipe, CrystalformerConfig, dict[str, Any]]
 
 
 def _run(tasks: Sequence[Task], jobs: int) -> None:
@@ -182,7 +182,7 @@ def _run(tasks: Sequence[Task], jobs: int) -> None:
                 process, folder = running.pop(int(str(sentinel)))
                 process.join()
                 if process.exitcode:
-                    last = Path(f"{folder}.log").read_text().splitlines()[-1:]
+                    last = folder.with_suffix(".log").read_text().splitlines()[-1:]
                     raise DataError(f"{folder.name} has failed: {' '.join(last)}")
                 print(f"{folder.name} is done", flush=True)
     finally:
@@ -194,7 +194,7 @@ def _run(tasks: Sequence[Task], jobs: int) -> None:
 
 def _train_in_process(threads: int, folder: Path, *task: Any) -> None:
     torch.set_num_threads(threads)
-    with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             _train(folder, *task)
         except BaseException:
@@ -204,7 +204,6 @@ def _train_in_process(threads: int, folder: Path, *task: Any) -> None:
 
 def _train(
     folder: Path,
-    sets: dict[str, list[str]],
     names: tuple[str, ...],
     source: DataSource,
     recipe: Recipe,
@@ -212,9 +211,7 @@ def _train(
     fixed: dict[str, Any],
 ) -> None:
     """The training of a fold, from its beginning or its last checkpoint."""
-    split = folder.with_name(f"{folder.name}.json")
-    write_split(split, sets)
-    source = dataclasses.replace(source, split=split)
+    source = dataclasses.replace(source, split=folder.with_suffix(".json"))
     train(folder, names, source, recipe, model, resume=has_checkpoint(folder), **fixed)
 
 
@@ -223,8 +220,8 @@ def _report(
 ) -> dict[str, Any]:
     tested: dict[str, list[dict[str, str]]] = {}
     for fold in folds:
-        text = (out / f"fold-{fold}" / PREDICTIONS).read_text(encoding="utf-8")
-        tested[fold] = [row for row in csv.DictReader(text.splitlines()) if row["set"] == "test"]
+        with (out / f"fold-{fold}" / PREDICTIONS).open(encoding="utf-8", newline="") as file:
+            tested[fold] = [row for row in csv.DictReader(file) if row["set"] == "test"]
     table = [["id", "fold", *(column for name in names for column in (name, f"{name}_predicted"))]]
     table += [[row["id"], fold, *(row[x] for x in table[0][2:])] for fold, rows in tested.items() for row in rows]
     storage.write(out / PREDICTIONS, storage.csv_text(table))
@@ -286,7 +283,6 @@ def _card(metrics: Mapping[str, Any], labels: Sequence[str], names: Sequence[str
         )
     stems = file_stems(names)
     pictures = "\n".join(f"![Predictions of {name}](parity_{stems[name]}.png)" for name in names)
-    options = "\n".join(row_of_table(name, value) for name, value in settings.items() if value is not None)
     return f"""# Cross-validation of {", ".join(names)}
 
 Each crystal was predicted by the model that was trained without its fold. ± is the standard deviation over folds.
@@ -299,5 +295,5 @@ Each crystal was predicted by the model that was trained without its fold. ± is
 
 | setting | value |
 |---|---|
-{options}
+{rows_of_settings(settings)}
 """

@@ -24,7 +24,7 @@ from .predictor import Predictor, not_finite
 
 PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
 # Settings that are paths of the machine: the card, which goes to others, has their last part only, or nothing.
-PATHS, PRIVATE = ("data", "train", "val", "test", "split"), ("cache",)
+PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds"), ("cache",)
 LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
 
 
@@ -169,16 +169,13 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
         for name in names
         for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
     )
-    shareable = {name: value for name, value in settings.items() if name not in PRIVATE}
-    shareable |= {name: Path(settings[name]).resolve().name for name in PATHS if settings[name]}
+    shareable = shareable_settings(settings)
     files = [shareable[name] for name in ("train", "val", "test") if shareable[name]]
     source = shareable["data"] or ", ".join(files)
     crystals = ", ".join(f"{number:,} {part}" for part, number in metrics["crystals"].items())
     left_out = f"{count(metrics['left_out'], 'row')} could not be used"
     left_out += " (problems.csv)" if metrics["left_out"] else ""
-    flat = {name: value for name, value in shareable.items() if name != "model"}
-    flat |= {f"model.{name}": value for name, value in settings["model"].items()}
-    options = "\n".join(row_of_table(name, value) for name, value in flat.items() if value is not None)
+    options = rows_of_settings(settings)
     libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     elements = ", ".join(SYMBOLS[z - 1] for z in predictor.model.config.elements)
     return f"""---
@@ -225,6 +222,19 @@ The model has seen the training crystals' targets only; the plots are of the {sh
 The model is Crystalformer (T. Taniai et al., *Crystalformer: Infinitely Connected Attention for Periodic Structure
 Encoding*, ICLR 2024).
 """
+
+
+def shareable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without paths of this machine."""
+    shareable = {name: value for name, value in settings.items() if name not in PRIVATE}
+    return shareable | {name: Path(settings[name]).resolve().name for name in PATHS if settings.get(name)}
+
+
+def rows_of_settings(settings: Mapping[str, Any]) -> str:
+    """Of a table with the columns setting and value."""
+    flat = {name: value for name, value in shareable_settings(settings).items() if name != "model"}
+    flat |= {f"model.{name}": value for name, value in settings["model"].items()}
+    return "\n".join(row_of_table(name, value) for name, value in flat.items() if value is not None)
 
 
 def row_of_table(*cells: object) -> str:

@@ -47,8 +47,9 @@ def read_folds(path: str | Path, id_column: str | None = None) -> dict[str, str]
     without = next((row.id for row in table.rows if missing(row.values.get(FOLD))), None)
     if without is not None:
         raise DataError(f"{path}: {without!r} has no fold")
-    found = {row.id: str(row.values[FOLD]).strip() for row in table.rows}
-    if (odd := next((x for x in found.values() if not re.fullmatch(r"[\w.-]{1,60}", x)), None)) is not None:
+    # pandas writes whole numbers as 0.0 where some are missing.
+    found = {row.id: re.sub(r"^(\d+)\.0$", r"\1", str(row.values[FOLD]).strip()) for row in table.rows}
+    if (odd := next((x for x in found.values() if not re.fullmatch(r"[\w-]{1,60}", x)), None)) is not None:
         raise DataError(f"{path}: folds must be numbers or short names, which become names of folders, not {odd!r}")
     if not FEWEST <= len(set(found.values())) <= MOST:
         raise DataError(f"{path}: must have from {FEWEST} to {MOST} folds, not {len(set(found.values()))}")
