@@ -128,7 +128,7 @@ def test_max_images_is_an_int32(max_images: Any) -> None:
 def test_too_many_wave_vectors_are_refused(edge: float, decay_min: float) -> None:
     positions, lattice, ptr = pack([cube(3.0), cube(edge)])
     message = (
-        r"^wave vectors must number at most max_vectors=16777216 in all, .* but lattice\[\d\] has about .* Å\^-1: "
+        r"^wave vectors must number at most max_vectors=8388608 in each crystal, .* lattice\[\d\] has about .* Å\^-1: "
     )
     with pytest.raises(ValueError, match=message):
         cf.build_wave_vectors(lattice, ptr, decay_min)

@@ -13,9 +13,11 @@ from .truncation import BEYOND, tail_radius2
 # A list of so many images takes 2 GiB, what is packed of it for the CPU kernels 6 GiB: of some 200,000 atoms with the
 # default settings.
 MAX_IMAGES = 1 << 27
-# Wave vectors of a batch, all its crystals counted as the one with the most: of a cell of 5,800,000 Å^3 with the
-# default settings. No call of torch takes a second for so many, and Ctrl-C waits for no more than a call.
-MAX_VECTORS = 1 << 24
+# Wave vectors of a crystal: of a cell of 2,900,000 Å^3 with the default settings. No call of torch takes a second for
+# so many, and Ctrl-C waits for no more than a call.
+MAX_VECTORS = 1 << 23
+# A batch may have so many times those of its largest crystal, which are some 3 GiB.
+MOST_LARGEST = 8
 INT32 = 2**31
 NO_MPS = "lists are certified in fp64, which Apple's GPUs do not have"
 
@@ -108,14 +110,18 @@ class Extent:
         )
 
 
-def check_vectors(steps: Tensor, radius2: Tensor, max_vectors: int) -> None:
-    """Checks that wave vectors are not too many, from the steps (C,3) of the reciprocal lattices and the radii (C)."""
+def check_vectors(steps: Tensor, radius2: Tensor, max_vectors: int) -> Tensor:
+    """(C) about how many wave vectors crystals have, from the steps (C,3) of the reciprocal lattices and the radii (C).
+
+    Raises:
+        ValueError: for too many.
+    """
     number = expected_images(steps, torch.ones_like(radius2), radius2, all_pairs=True)
-    if not len(number) or bool(len(number) * number.max() <= max_vectors):
-        return
+    if not len(number) or bool((number.max() <= max_vectors) & (number.sum() <= MOST_LARGEST * max_vectors)):
+        return number
     c = int(number.argmax())
     raise ValueError(
-        f"wave vectors must number at most max_vectors={max_vectors} in all, in each of {len(number)} crystals as many "
-        f"as in the largest, but lattice[{c}] has about {float(number[c]):g} up to {float(radius2[c].sqrt()):g} Å^-1: "
-        "raise decay_min, tol or max_vectors"
+        f"wave vectors must number at most max_vectors={max_vectors} in each crystal, and {MOST_LARGEST} times as many "
+        f"in all, but there are about {float(number.sum()):g} in all, and lattice[{c}] has about {float(number[c]):g} "
+        f"up to {float(radius2[c].sqrt()):g} Å^-1: raise decay_min, tol or max_vectors, or take fewer crystals"
     )

@@ -1,5 +1,6 @@
 """The reciprocal lattice vectors that sums in reciprocal space run over, with a certificate of what they leave out."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,9 @@ from .lattice import check_lattice, points_in_spheres, reciprocal, triangular
 from .limits import INT32, MAX_VECTORS, check_vectors
 from .movement import strain
 from .truncation import BEYOND, tail_radius2
+
+# Wave vectors that are looked at at once, but for a crystal that has more: the sums that choose them take 32 MiB.
+VECTORS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +231,7 @@ class WaveVectors(TensorStruct):
 
 def _moved(now: Tensor, before: Tensor) -> bool:
     """Whether coordinates in fp64 differ by more than fp32 rounds them, with some room."""
-    return before.numel() > 0 and not bool(((now - before).abs() <= 2**-20 * before.abs().max()).all())
+    return not bool(((now - before).abs() <= 2**-20 * before.abs()).all())
 
 
 def build_wave_vectors(
@@ -250,9 +254,9 @@ def build_wave_vectors(
         decay_min: smallest c that will be used, Å². The default serves the paper's model, whose reciprocal decays are
             at least 0.5·2.2²/2.
         tol: largest part of the sum that may be left out, smaller than 1.
-        max_vectors: how many may be looked at, both G and -G and those that are left out again, in each crystal as many
-            as in the largest. More are refused, by an estimate, before time or memory goes into them. By default 2^24,
-            for which Ctrl-C waits no more than a second; at most 2^31 - 1.
+        max_vectors: how many may be looked at in each crystal, both G and -G and those that are left out again, and
+            eight times as many in all. More are refused, by an estimate, before time or memory goes into them. By
+            default 2^23, for which Ctrl-C waits no more than a second; at most 2^31 - 1.
         positions, orbit: (P,3), Å, and (P) int64, for features that are equal on equivalent atoms: all atoms of the
             primitive cells and the row of each. `lattice` is the primitive cells then, and ops take one row for each
             orbit in q, k, v and decay, and in positions the first atom of each. They have no gradients of positions
@@ -315,9 +319,24 @@ def choose_wave_vectors(
 ) -> WaveVectors:
     """`build_wave_vectors` of checked arguments, lattice in fp64, with a decay_min and a tol (C) for each crystal."""
     t, _ = triangular(reciprocal(lattice))
-    number, device = len(lattice), lattice.device
     outer2 = tail_radius2(t, decay_min, (tol * BEYOND).log())
-    check_vectors(torch.diagonal(t, dim1=-2, dim2=-1), outer2, max_vectors)
+    expected = check_vectors(torch.diagonal(t, dim1=-2, dim2=-1), outer2, max_vectors)
+    if not len(lattice) or bool(len(lattice) * expected.max() <= VECTORS_AT_ONCE):
+        return _choose(lattice, ptr, decay_min, tol, t, outer2)
+    first, parts = 0, []
+    for last, count in enumerate(itertools.pairwise([*expected.tolist(), math.inf]), 1):
+        # As many as the largest of these, in a table with a row for each.
+        if (last + 1 - first) * max(expected[first:last].max().item(), count[1]) > VECTORS_AT_ONCE:
+            here = slice(first, last)
+            arguments = (x[here] for x in (decay_min, tol, t, outer2))
+            parts.append(_choose(lattice[here], ptr[first : last + 1] - ptr[first], *arguments))
+            first = last
+    return WaveVectors.cat(parts)
+
+
+def _choose(lattice: Tensor, ptr: Tensor, decay_min: Tensor, tol: Tensor, t: Tensor, outer2: Tensor) -> WaveVectors:
+    """Of as many crystals as are looked at at once; t (C,3,3) and outer2 (C): triangular lattices, squared radii."""
+    number, device = len(lattice), lattice.device
     everyone = torch.arange(number, device=device)
     crystal, g, length2 = points_in_spheres(t, everyone, t.new_zeros(number, 3), outer2)
     # Sorted, the zero vector is in the middle of its crystal's and the rest is its mirror image.

@@ -69,7 +69,7 @@ def long_attention() -> None:
 
 
 def long_wave_vectors() -> None:
-    cf.build_wave_vectors(180 * torch.eye(3)[None].double(), torch.tensor([0, 1]))  # nearly 2^24, the most by default
+    cf.build_wave_vectors(143 * torch.eye(3)[None].double(), torch.tensor([0, 1]))  # nearly 2^23, the most by default
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
