@@ -52,7 +52,7 @@ def training_errors(out: Path, command: str = "train") -> Iterator[None]:
 
     try:
         yield
-    except (DataError, CheckpointError, MisconfigurationException, FileExistsError) as error:
+    except (DataError, CheckpointError, MisconfigurationException, FileExistsError, ModuleNotFoundError) as error:
         raise Stop(error) from error
     except FloatingPointError as error:
         raise Stop(error, 1) from error
