@@ -88,11 +88,19 @@ def test_errors_are_those_of_the_predictions(run):
     assert (run / "parity_energy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_folds_in_processes_are_those_one_after_another(run, folder):
-    out = folder / "processes"
-    assert cli.main(command(folder, out, folder / "folds.csv", "--jobs", 2)) == 0
-    assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
-    assert "validation MAE" in (out / "fold-0.log").read_text()
+def test_targets_of_any_name(folder):
+    """One is called as a column of the predictions, two are alike but for what predictions add."""
+    records = [json.loads(line) for line in (folder / "salts.jsonl").read_text().splitlines()]
+    for record in records:
+        record |= {"set": record["volume"], "energy_predicted": 2 * record["energy"]}
+    (folder / "names.jsonl").write_text("\n".join(map(json.dumps, records)))
+    out, names = folder / "names", ["set", "energy", "energy_predicted"]
+    data = ["--data", str(folder / "names.jsonl"), "--target", *names, "--folds", "2", "--out", str(out)]
+    assert cli.main(["crossval", *data, *SMALL, "--epochs=1"]) == 0
+    mae = json.loads((out / "metrics.json").read_text())["mae"]
+    folds = [json.loads((out / f"fold-{i}" / "metrics.json").read_text())["mae"]["test"] for i in range(2)]
+    for name in names:
+        assert mae[name] == pytest.approx(statistics.fmean(x[name] for x in folds))
 
 
 def test_stopped_and_resumed(run, folder, capsys, monkeypatch):
@@ -111,18 +119,22 @@ def test_stopped_and_resumed(run, folder, capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"crystalformer: stopped; go on with: crystalformer crossval --out {out} --resume"
     )
-    assert "lr must be 0.02, as when the cross-validation began, not 0.1" in refused(
-        capsys, "crossval", "--out", out, "--resume", "--lr", "0.1"
-    )
+    assert cli.main(["crossval", "--out", str(out), "--resume", "--lr", "0.1"]) == 2
+    assert "lr must be 0.02, as when the cross-validation began, not 0.1" in capsys.readouterr().err
     assert "must be a new or an empty folder" in refused(capsys, *command(folder, out, 3))
     sets = (out / "fold-0.json").read_bytes()
     (out / "fold-0.json").write_text('{"train": [], "val": [], "test": []}')
-    line = refused(capsys, "crossval", "--out", out, "--resume")
-    assert "the crystals of fold-0 must be those of when the cross-validation began" in line
+    assert cli.main(["crossval", "--out", str(out), "--resume"]) == 2
+    assert "the crystals of fold-0 must be those of when the cross-validation began" in capsys.readouterr().err
     (out / "fold-0.json").write_bytes(sets)
+    tested = (out / "fold-0" / "predictions.csv").read_bytes()
     assert cli.main(["crossval", "--out", str(out), "--resume"]) == 0
     assert trained == ["fold-0", "fold-1", "fold-1", "fold-2"]
     assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+    for damaged in (b"\n".join(tested.split(b"\n")[:-2]), b"\xff"):
+        (out / "fold-0" / "predictions.csv").write_bytes(damaged)
+        assert cli.main(["crossval", "--out", str(out), "--resume"]) == 2
+        assert "predictions.csv: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_cross_validated(folder, capsys, tmp_path):
@@ -131,8 +143,14 @@ def test_what_cannot_be_cross_validated(folder, capsys, tmp_path):
     for name, content, message in (
         ("unknown", text + "salt-99,0\n", "has crystals that the data do not have: salt-99 (1 crystal)"),
         ("few", text.replace("salt-5,2\n", ""), "has no fold of: salt-5 (1 crystal)"),
-        ("twice", text + "salt-5,0\n", "must name each crystal once, but 'salt-5' is there twice"),
-        ("empty", text.replace("salt-5,2", "salt-5,"), "'salt-5' has no fold"),
+        ("twice", text + "salt-5,0\n", "must have one fold for each crystal, but 'salt-5' is in 2 and 0"),
+        ("empty", text.replace("salt-5,2", "salt-5,"), "has no fold of: salt-5 (1 crystal)"),
+        ("case", text.replace(",2", ",a").replace(",1", ",A"), "folds must differ by more than case"),
+        (
+            "alone",
+            text.replace(",2", ",1").replace(",1", ",0").replace("salt-5,0", "salt-5,1"),
+            "to validate, but there are 1",
+        ),
         ("one", text.replace(",2", ",0").replace(",1", ",0"), "must have from 2 to 1000 folds, not 1"),
         ("paths", text.replace(",2", ",../2"), "folds must be numbers or short names, which become names of folders"),
         ("names", "id,part\nsalt-1,0\n", "has no column 'fold'"),
@@ -144,12 +162,14 @@ def test_what_cannot_be_cross_validated(folder, capsys, tmp_path):
         (("--folds", "18"), "folds must be from 2 to 17, not 18, of 17 crystals"),
         (("--folds", tmp_path / "no.csv"), "no.csv: no such file"),
         (("--val_fraction", "1"), "val_fraction must be"),
-        (("--jobs", "0"), "jobs must be an integer, at least 1"),
+        (("--val_fraction", "0.99"), "folds must leave crystals to train and, by val_fraction=0.99, to validate"),
+        (("--cache", out / "cache"), "cache must be a folder outside of out"),
+        (("--devices", "2"), "unrecognized arguments: --devices 2"),
         (("--split", "x"), "unrecognized arguments: --split x"),
     ):
         assert message in refused(capsys, *command(folder, out, 3, *more)), message
     assert not out.exists()
-    assert cli.main(command(folder, out, 2, "--jobs", 2, "--lr", "9e5", "--epochs", "3")) == 2
+    assert cli.main(command(folder, out, 2, "--lr", "9e5", "--epochs", "3")) == 1
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
 

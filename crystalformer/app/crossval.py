@@ -1,15 +1,11 @@
-"""Cross-validation: a training for each fold, whose crystals test it, and the errors of all together."""
+"""Cross-validation: a training for each fold, whose crystals test it, and the means of their errors."""
 
 import contextlib
 import csv
 import dataclasses
 import json
 import math
-import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import connection, get_context
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,6 @@ import yaml
 from torch import Tensor
 
 from ..common import checks, storage
-from ..common.process import cores, uninterrupted
 from ..common.words import count, short
 from ..data.folds import in_order, random_folds, read_folds, split_of_fold
 from ..data.samples import DataError
@@ -29,9 +24,8 @@ from . import plots
 from .metrics import METRICS, read_metrics
 from .report import CARD, PREDICTIONS, duration, file_stems, row_of_table, rows_of_settings
 from .run_folder import CONFIG, has_checkpoint, run_folder
-from .train import MACHINE, DataSource, settings_of, train
+from .train import MACHINE, DataSource, check_cache, check_types, settings_of, train
 
-MOST_JOBS = 64
 # Of a DataSource: crossval makes the sets itself.
 SETS_OF_SOURCE = ("train", "val", "test", "split", "fractions")
 
@@ -45,7 +39,6 @@ def crossval(
     model: CrystalformerConfig | None = None,
     *,
     val_fraction: float = 0.1,
-    jobs: int = 1,
     unit: str | Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,
@@ -60,9 +53,8 @@ def crossval(
         source: with `data`, not split.
         folds: how many, drawn at random; or a file with the columns id and `fold`, such as the data themselves.
         val_fraction: share of each training's crystals that validate it.
-        jobs: folds that are trained at once, each in a process of its own that logs to fold-0.log, ...
         resume: go on: folds that are done stay, begun ones are resumed.
-        machine: accelerator, devices, nodes and loaders, as for `train`.
+        machine: accelerator and loaders, as for `train`.
 
     Returns:
         What metrics.json says: "folds", for each its errors; "mae" and "rmse", their means over the folds; and
@@ -74,58 +66,66 @@ def crossval(
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
-    if not isinstance(source, DataSource):
-        raise TypeError(f"source must be a DataSource, not {type(source).__name__}")
+    check_types(source, recipe, model)
+    for name in ("devices", "nodes"):
+        if machine.get(name, 1) != 1:
+            raise DataError(f"{name} must be 1 in a cross-validation, not {machine[name]}")
+    check_cache(source, out, resume)
     if source.data is None or source.split is not None:
         raise DataError("source must have data without split: the folds say which crystals test")
     try:
         if not 0 < checks.check_number("val_fraction", val_fraction) < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {val_fraction}")
-        checks.check_integer("jobs", jobs, 1, MOST_JOBS)
     except ValueError as error:
         raise DataError(str(error)) from error
     recipe, model = recipe or Recipe(), model or CrystalformerConfig()
-    with run_folder(out, resume, _begun), _cleared_unless_begun(out):
-        fold_of = _folds(folds, names, source, seed)
+    with run_folder(out, resume, _begun), _cleared_unless(resume, out):
+        fold_of, left_out = _folds(folds, names, source, seed)
         order = in_order(list(fold_of.values()))
         about = {"folds": str(folds), "val_fraction": val_fraction}
         settings = about | settings_of(names, units, source, recipe, model, seed, machine)
         settings = {name: value for name, value in settings.items() if name not in SETS_OF_SOURCE}
         _write_settings(out / CONFIG, settings, resume)
         fixed = {"unit": units, "seed": seed, **machine}
-        tasks = []
         for fold in order:
-            folder, sets = out / f"fold-{fold}", split_of_fold(fold_of, fold, val_fraction, seed)
-            _write_sets(folder.with_suffix(".json"), sets)
+            folder = out / f"fold-{fold}"
+            _write_sets(folder.with_suffix(".json"), _sets(fold_of, fold, val_fraction, seed))
+        if left_out:
+            print(f"{count(left_out, 'row')} cannot be used; problems.csv of each fold says why", flush=True)
+        for fold in order:
+            folder = out / f"fold-{fold}"
             if not (folder / METRICS).exists():
-                tasks.append((folder, names, source, recipe, model, fixed))
-        _run(tasks, min(jobs, max(len(tasks), 1)))
+                print(folder.name, flush=True)
+                of_fold = dataclasses.replace(source, split=folder.with_suffix(".json"))
+                train(folder, names, of_fold, recipe, model, resume=has_checkpoint(folder), **fixed)
         return _report(out, names, units, order, settings)
 
 
 def _begun(out: Path) -> bool:
-    return any(has_checkpoint(folder) for folder in out.glob("fold-*"))
+    return any(has_checkpoint(folder) or (folder / METRICS).exists() for folder in out.glob("fold-*"))
 
 
 @contextlib.contextmanager
-def _cleared_unless_begun(out: Path) -> Iterator[None]:
+def _cleared_unless(resume: bool, out: Path) -> Iterator[None]:
     """As `run_folder`, of what stands beside the folders of the folds."""
     try:
         yield
     except BaseException:
-        if not _begun(out):
-            for path in (*out.glob("fold-*.json"), *out.glob("fold-*.log")):
+        if not resume and not _begun(out):
+            for path in out.glob("fold-*.json"):
                 path.unlink()
         raise
 
 
-def _folds(folds: int | str | Path, names: tuple[str, ...], source: DataSource, seed: int) -> dict[str, str]:
-    """The fold of each crystal that can be used."""
+def _folds(
+    folds: int | str | Path, names: tuple[str, ...], source: DataSource, seed: int
+) -> tuple[dict[str, str], int]:
+    """The fold of each crystal that can be used, and how many rows cannot."""
     assert source.data is not None
     try:
         samples, problems = source.read_file(source.data, names)
         if isinstance(folds, int) or str(folds).isdecimal():
-            return random_folds(samples.ids, int(str(folds)), seed)
+            return random_folds(samples.ids, int(str(folds)), seed), len(problems)
         found = read_folds(folds, source.id_column)
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -139,7 +139,21 @@ def _folds(folds: int | str | Path, names: tuple[str, ...], source: DataSource, 
             raise DataError(
                 f"{folds}: has {what}: {shown}{', ...' if len(ids) > 5 else ''} ({count(len(ids), 'crystal')})"
             )
-    return {id: found[id] for id in samples.ids}
+    return {id: found[id] for id in samples.ids}, len(problems)
+
+
+def _sets(fold_of: dict[str, str], fold: str, val_fraction: float, seed: int) -> dict[str, list[str]]:
+    try:
+        sets = split_of_fold(fold_of, fold, val_fraction, seed)
+    except ValueError:
+        sets = {"train": []}
+    if not sets["train"]:
+        number = sum(x != fold for x in fold_of.values())
+        raise DataError(
+            f"folds must leave crystals to train and, by val_fraction={val_fraction}, to validate, but there are "
+            f"{number} beside fold {fold}"
+        )
+    return sets
 
 
 def _write_settings(path: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -148,7 +162,7 @@ def _write_settings(path: Path, settings: dict[str, Any], resume: bool) -> None:
         return
     before = yaml.safe_load(path.read_text())
     for name, value in settings.items():
-        if name not in MACHINE and before.get(name) != value:
+        if name not in (*MACHINE, "workers", "cache", "strict") and before.get(name) != value:
             raise DataError(f"{name} must be {before.get(name)}, as when the cross-validation began, not {value}")
 
 
@@ -159,71 +173,14 @@ def _write_sets(path: Path, sets: dict[str, list[str]]) -> None:
     write_split(path, sets)
 
 
-Task = tuple[Path, tuple[str, ...], DataSource, Recipe, CrystalformerConfig, dict[str, Any]]
-
-
-def _run(tasks: Sequence[Task], jobs: int) -> None:
-    if jobs == 1:
-        for task in tasks:
-            print(f"{task[0].name}", flush=True)
-            _train(*task)
-        return
-    context, threads = get_context("spawn"), max(1, cores() // jobs)
-    waiting, running = list(tasks), dict[int, tuple[SpawnProcess, Path]]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                task = waiting.pop(0)
-                process = context.Process(target=_train_in_process, args=(threads, *task))
-                with uninterrupted():
-                    process.start()
-                running[process.sentinel] = (process, task[0])
-            for sentinel in connection.wait(list(running)):
-                process, folder = running.pop(int(str(sentinel)))
-                process.join()
-                if process.exitcode:
-                    last = folder.with_suffix(".log").read_text().splitlines()[-1:]
-                    raise DataError(f"{folder.name} has failed: {' '.join(last)}")
-                print(f"{folder.name} is done", flush=True)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.join()
-
-
-def _train_in_process(threads: int, folder: Path, *task: Any) -> None:
-    torch.set_num_threads(threads)
-    with folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            _train(folder, *task)
-        except BaseException:
-            traceback.print_exc()  # its last line is what crossval says
-            sys.exit(1)
-
-
-def _train(
-    folder: Path,
-    names: tuple[str, ...],
-    source: DataSource,
-    recipe: Recipe,
-    model: CrystalformerConfig,
-    fixed: dict[str, Any],
-) -> None:
-    """The training of a fold, from its beginning or its last checkpoint."""
-    source = dataclasses.replace(source, split=folder.with_suffix(".json"))
-    train(folder, names, source, recipe, model, resume=has_checkpoint(folder), **fixed)
-
-
 def _report(
     out: Path, names: tuple[str, ...], units: tuple[str, ...], folds: list[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    tested: dict[str, list[dict[str, str]]] = {}
+    tested: dict[str, list[list[str]]] = {}
     for fold in folds:
-        with (out / f"fold-{fold}" / PREDICTIONS).open(encoding="utf-8", newline="") as file:
-            tested[fold] = [row for row in csv.DictReader(file) if row["set"] == "test"]
+        tested[fold] = _tested(out / f"fold-{fold}")
     table = [["id", "fold", *(column for name in names for column in (name, f"{name}_predicted"))]]
-    table += [[row["id"], fold, *(row[x] for x in table[0][2:])] for fold, rows in tested.items() for row in rows]
+    table += [[id, fold, *values] for fold, rows in tested.items() for id, _, *values in rows]
     storage.write(out / PREDICTIONS, storage.csv_text(table))
     numbers = torch.tensor([[float(x) for x in row[2:]] for row in table[1:]], dtype=torch.float64)
     true, predicted = numbers[:, 0::2], numbers[:, 1::2]
@@ -231,7 +188,10 @@ def _report(
     found = {}
     for fold in folds:
         here = torch.tensor([x == fold for x in of_fold])
-        run = read_metrics(out / f"fold-{fold}")
+        try:
+            run = read_metrics(out / f"fold-{fold}")
+        except ValueError as error:
+            raise DataError(str(error)) from error
         found[fold] = _errors(names, (predicted - true)[here]) | {
             "baseline_mae": run["baseline_mae"]["test"],
             "crystals": int(here.sum()),
@@ -255,6 +215,20 @@ def _report(
         print(f"test MAE of {label}: {mean} ± {deviation} over {len(folds)} folds, of predicting the mean {baseline}")
     print(f"all of it: {out / CARD}")
     return metrics
+
+
+def _tested(folder: Path) -> list[list[str]]:
+    """The rows of the crystals that a fold tested: id, "test", then the value and the prediction of each target."""
+    path = folder / PREDICTIONS
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file) if row[1:2] == ["test"]]
+        whole = [row[0] for row in rows] == read_split(folder.with_suffix(".json"))["test"]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if not whole or len({len(row) for row in rows}) != 1:
+        raise DataError(f"{path}: must hold the crystals that the fold tests, each once: remove {folder} and resume")
+    return rows
 
 
 def _errors(names: Sequence[str], errors: Tensor) -> dict[str, dict[str, float]]:

@@ -182,22 +182,26 @@ def train(
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
-    _check_types(source, recipe, model)
+    check_types(source, recipe, model)
     if not names:
         raise DataError("target must name at least one column")
     if units and len(units) != len(names):
         raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
-    cache = None if resume or source.cache is None else Path(realpath(source.cache))
-    if cache is not None and cache.is_relative_to(realpath(out)):
-        raise DataError(f"cache must be a folder outside of out, which is this training's alone, not {source.cache}")
+    check_cache(source, out, resume)
     with run_folder(out, resume) if _rank() == 0 else nullcontext():
         recipe = Recipe() if recipe is None else recipe
         model = CrystalformerConfig() if model is None else model
         return _train(out, names, units, source, recipe, model, seed, resume, machine)
 
 
-def _check_types(source: Any, recipe: Any, model: Any) -> None:
+def check_cache(source: DataSource, out: Path, resume: bool) -> None:
+    cache = None if resume or source.cache is None else Path(realpath(source.cache))
+    if cache is not None and cache.is_relative_to(realpath(out)):
+        raise DataError(f"cache must be a folder outside of out, which is this training's alone, not {source.cache}")
+
+
+def check_types(source: Any, recipe: Any, model: Any) -> None:
     kinds = {"source": DataSource, "recipe": Recipe, "model": CrystalformerConfig}
     for (name, kind), value in zip(kinds.items(), (source, recipe, model), strict=True):
         if not isinstance(value, kind) and (value is not None or name == "source"):

@@ -34,8 +34,7 @@ def crossval(arguments: list[str]) -> int:
     with training_errors(options.out, "crossval"):
         from .crossval import crossval as run
 
-        several = {name: options[name] for name in ("val_fraction", "jobs")}
-        run(options.out, options.target, folds=options.folds, **inputs, **several)
+        run(options.out, options.target, folds=options.folds, val_fraction=options.val_fraction, **inputs)
     return 0
 
 
@@ -59,17 +58,22 @@ def _read(
     add("--unit", nargs="+", type=str, default=None, help="of each target, for plots, tables and card")
     add_fields(parser, DataSource, leave_out=left_out)
     if left_out:
-        add("--folds", type=str, required=True, help="number of random folds, or a file with the columns id and fold")
+        add(
+            "--folds",
+            type=int | str,
+            required=True,
+            help="number of random folds, or a file with the columns id and fold",
+        )
         add("--val_fraction", type=float, default=0.1, help="share of each training's crystals that validate it")
-        add("--jobs", type=int, default=1, help="folds that are trained at once, each in a process of its own")
     add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
     add_fields(parser, Recipe)
     add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
     add("--seed", type=int, default=0, help="of split, first weights, order and dropout")
     add("--resume", action="store_true", help="go on with what is in --out; needs no other option")
     add("--accelerator", type=str, default="auto", help="what computes: auto, cpu or gpu")
-    add("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
-    add("--nodes", type=int, default=1, help="machines; under torchrun as it says")
+    if not left_out:
+        add("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
+        add("--nodes", type=int, default=1, help="machines; under torchrun as it says")
     add("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
 
     # Where defaults come from, before the options are read.
@@ -93,5 +97,5 @@ def _read(
         inputs: dict[str, Any] = {"source": DataSource(**{name: options[name] for name in fields})}
         inputs["recipe"] = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
         inputs["model"] = CrystalformerConfig(**options.model.as_dict())
-    inputs |= {"unit": options.unit or (), **{x: options[x] for x in ("seed", "resume", *MACHINE)}}
+    inputs |= {"unit": options.unit or (), **{x: options[x] for x in ("seed", "resume", *MACHINE) if x in options}}
     return options, inputs

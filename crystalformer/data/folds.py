@@ -1,4 +1,4 @@
-"""Which fold each crystal is in: of a file, as Matbench's, or at random."""
+"""Which fold each crystal is in: of a column of a file, or at random."""
 
 import hashlib
 import math
@@ -36,21 +36,26 @@ def read_folds(path: str | Path, id_column: str | None = None) -> dict[str, str]
     """The fold of each id, of a table with a column `fold`: any that `read_samples` reads, as the data themselves.
 
     Raises:
-        DataError: for a file without such a column, an id that is there twice or has no fold, or a single fold.
+        DataError: for a file without such a column, an id in two folds, names that make no folders, or a single fold.
     """
     table = read_table(path, (FOLD,), id_column)
     if FOLD not in table.columns:
         raise DataError(f"{path}: has no column {FOLD!r}")
-    ids = [row.id for row in table.rows]
-    if (repeated := first_repeated(ids)) is not None:
-        raise DataError(f"{path}: must name each crystal once, but {repeated!r} is there twice")
-    without = next((row.id for row in table.rows if missing(row.values.get(FOLD))), None)
-    if without is not None:
-        raise DataError(f"{path}: {without!r} has no fold")
-    # pandas writes whole numbers as 0.0 where some are missing.
-    found = {row.id: re.sub(r"^(\d+)\.0$", r"\1", str(row.values[FOLD]).strip()) for row in table.rows}
+    found: dict[str, str] = {}
+    for row in table.rows:
+        if missing(row.values.get(FOLD)):
+            continue
+        # pandas writes whole numbers as 0.0 where some are missing.
+        fold = re.sub(r"^(\d+)\.0$", r"\1", str(row.values[FOLD]).strip())
+        if found.setdefault(row.id, fold) != fold:
+            raise DataError(
+                f"{path}: must have one fold for each crystal, but {row.id!r} is in {found[row.id]} and {fold}"
+            )
     if (odd := next((x for x in found.values() if not re.fullmatch(r"[\w-]{1,60}", x)), None)) is not None:
         raise DataError(f"{path}: folds must be numbers or short names, which become names of folders, not {odd!r}")
+    names = {x.casefold(): x for x in found.values()}
+    if (two := next((x for x in found.values() if names[x.casefold()] != x), None)) is not None:
+        raise DataError(f"{path}: folds must differ by more than case, but there are {two} and {names[two.casefold()]}")
     if not FEWEST <= len(set(found.values())) <= MOST:
         raise DataError(f"{path}: must have from {FEWEST} to {MOST} folds, not {len(set(found.values()))}")
     return found
