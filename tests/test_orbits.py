@@ -246,6 +246,10 @@ def test_the_command_line_reduces_by_default(tmp_path, capsys):
     assert "symmetry_tol must be" in capsys.readouterr().err
 
 
+def check_op(backend, name, *arguments):
+    torch.library.opcheck(operator(backend, name), arguments)
+
+
 @pytest.mark.skipif(cf.available_backends()["cpu"] is not True, reason="the compiled CPU kernels are not here")
 def test_opcheck():
     x = batch(4, 6).orbit_atoms
@@ -263,7 +267,7 @@ def test_opcheck():
     for backend in ("reference", "cpu"):
         layout = make_layout(backend, images, *geometry, 4, told, by_pair=False, merge=True)
         lists, more = (images.packed(), layout), (waves.packed(), waves.largest)
-        run = lambda name, *arguments: torch.library.opcheck(operator(backend, name), arguments)  # noqa: B023
+        run = functools.partial(check_op, backend)
         halves = [t.detach().requires_grad_() for t in (a[:, :1], a[:, 1:], weight[:1])]
         run("attention", q, k, v, a, weight, *geometry, *lists, told)
         run("reciprocal", q, k, v, a, *geometry, *more)
