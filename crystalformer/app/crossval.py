@@ -176,9 +176,7 @@ def _write_sets(path: Path, sets: dict[str, list[str]]) -> None:
 def _report(
     out: Path, names: tuple[str, ...], units: tuple[str, ...], folds: list[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    tested: dict[str, list[list[str]]] = {}
-    for fold in folds:
-        tested[fold] = _tested(out / f"fold-{fold}")
+    tested = {fold: _tested(out / f"fold-{fold}") for fold in folds}
     table = [["id", "fold", *(column for name in names for column in (name, f"{name}_predicted"))]]
     table += [[id, fold, *values] for fold, rows in tested.items() for id, _, *values in rows]
     storage.write(out / PREDICTIONS, storage.csv_text(table))
@@ -205,9 +203,7 @@ def _report(
     labels = [f"{name}, {unit}" if unit else name for name, unit in zip(names, units or [""] * len(names), strict=True)]
     stems = file_stems(names)
     for column, (name, label) in enumerate(zip(names, labels, strict=True)):
-        plots.parity(
-            out / f"parity_{stems[name]}.png", true[:, column], predicted[:, column], label.replace("$", r"\$")
-        )
+        plots.parity(out / f"parity_{stems[name]}.png", true[:, column], predicted[:, column], label)
     storage.write(out / CARD, _card(metrics, labels, names, settings))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     for name, label in zip(names, labels, strict=True):

@@ -23,6 +23,7 @@ def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None
     ends += np.array([-0.04, 0.04]) * (np.ptp(ends) or 1.0)
     axes.plot(ends, ends, color=GREY, linewidth=1, zorder=1)
     axes.scatter(x, y, s=22, color=BLUE, alpha=0.7, linewidths=0, zorder=2)
+    label = _plain(label)
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel=f"true {label}", ylabel=f"predicted {label}")
     note = f"{count(len(x), 'crystal')}\nmean absolute error {short(abs(y - x).mean())}"
     axes.text(0.04, 0.96, note, transform=axes.transAxes, verticalalignment="top")
@@ -36,7 +37,7 @@ def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> N
     figure, axes = _axes((5.6, 3.8))
     axes.axhline(0, color=GREY, linewidth=1, zorder=1)
     axes.scatter(x, errors, s=22, color=BLUE, alpha=0.7, linewidths=0, zorder=2)
-    axes.set(xlabel=f"true {label}", ylabel=f"error of {label}")
+    axes.set(xlabel=f"true {_plain(label)}", ylabel=f"error of {_plain(label)}")
     note = f"mean {short(errors.mean())}, standard deviation {short(errors.std())}"
     axes.set_title(note, fontsize="medium")
     _save(figure, path)
@@ -60,7 +61,7 @@ def learning_curve(
         axes.plot(epochs, errors, "o-", markersize=4, color=color, label=text)
     if baseline is not None:
         axes.axhline(baseline, color=ORANGE, linestyle="--", linewidth=1.2, label="predicting the mean")
-    axes.set(yscale="log", xlabel="epoch", ylabel=label)
+    axes.set(yscale="log", xlabel="epoch", ylabel=_plain(label))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda x, _: short(x))
@@ -69,6 +70,11 @@ def learning_curve(
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     _save(figure, path)
+
+
+def _plain(label: str) -> str:
+    """With plain dollar signs, which begin no formula of matplotlib."""
+    return label.replace("$", r"\$")
 
 
 def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:

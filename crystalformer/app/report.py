@@ -86,11 +86,11 @@ def write(
     shown = "test" if "test" in predictions else "val"
     stems = file_stems(names)
     for column, (name, label) in enumerate(zip(names, predictor.labels, strict=True)):
-        stem, quantity = stems[name], label.replace("$", r"\$")  # a plain dollar sign, no formula of matplotlib
+        stem = stems[name]
         targets, predicted = parts[shown].targets[:, column], predictions[shown][:, column]
-        plots.parity(out / f"parity_{stem}.png", targets, predicted, quantity)
-        plots.residuals(out / f"residuals_{stem}.png", targets, predicted, quantity)
-        error = f"mean absolute error of {quantity}"
+        plots.parity(out / f"parity_{stem}.png", targets, predicted, label)
+        plots.residuals(out / f"residuals_{stem}.png", targets, predicted, label)
+        error = f"mean absolute error of {label}"
         plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, error, baseline["val"][name])
     storage.write(out / CARD, _card(metrics, settings, shown, predictor))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
