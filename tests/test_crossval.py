@@ -2,13 +2,18 @@
 
 import csv
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from command_line import SIZES, refused
 
-from crystalformer.app import cli, crossval
+from crystalformer.app import cli, trainings
 from crystalformer.data.folds import in_order, random_folds, read_folds
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.samples import DataError
@@ -80,7 +85,7 @@ def test_errors_are_those_of_the_predictions(run):
     assert metrics["mae_deviation"]["energy"] == pytest.approx(statistics.stdev(maes))
     card = (run / "README.md").read_text()
     assert (
-        f"| energy, eV | **mean** | {NUMBER - 1} | {statistics.fmean(maes):.4g} ± {statistics.stdev(maes):.4g} |"
+        f"| energy (eV) | **mean** | {NUMBER - 1} | {statistics.fmean(maes):.4g} ± {statistics.stdev(maes):.4g} |"
         in card
     )
     assert "| folds | salts.jsonl |" in card
@@ -106,7 +111,7 @@ def test_targets_of_any_name(folder):
 def test_stopped_and_resumed(run, folder, capsys, monkeypatch):
     """Folds that are done are not trained again; the result is the same."""
     out, trained = folder / "stopped", []
-    train = crossval.train
+    train = trainings.train
 
     def stop(folder, *args, **options):
         trained.append(folder.name)
@@ -114,13 +119,13 @@ def test_stopped_and_resumed(run, folder, capsys, monkeypatch):
             raise KeyboardInterrupt
         return train(folder, *args, **options)
 
-    monkeypatch.setattr(crossval, "train", stop)
+    monkeypatch.setattr(trainings, "train", stop)
     assert cli.main(command(folder, out, folder / "salts.jsonl", "--unit", "eV")) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"crystalformer: stopped; go on with: crystalformer crossval --out {out} --resume"
     )
     assert cli.main(["crossval", "--out", str(out), "--resume", "--lr", "0.1"]) == 2
-    assert "lr must be 0.02, as when the cross-validation began, not 0.1" in capsys.readouterr().err
+    assert f"lr must be 0.02, as when {out} was begun, not 0.1" in capsys.readouterr().err
     assert "must be a new or an empty folder" in refused(capsys, *command(folder, out, 3))
     sets = (out / "fold-0.json").read_bytes()
     (out / "fold-0.json").write_text('{"train": [], "val": [], "test": []}')
@@ -164,6 +169,7 @@ def test_what_cannot_be_cross_validated(folder, capsys, tmp_path):
         (("--val_fraction", "1"), "val_fraction must be"),
         (("--val_fraction", "0.99"), "folds must leave crystals to train and, by val_fraction=0.99, to validate"),
         (("--cache", out / "cache"), "cache must be a folder outside of out"),
+        (("--jobs", "0"), "jobs must be an integer, at least 1 and at most 1024, not 0"),
         (("--devices", "2"), "unrecognized arguments: --devices 2"),
         (("--split", "x"), "unrecognized arguments: --split x"),
     ):
@@ -191,3 +197,39 @@ def test_a_table_of_folds_may_have_structures(folder):
     assert found == read_folds(folder / "floats.csv")
     with pytest.raises(DataError, match="no such file"):
         read_folds(folder / "none.csv")
+
+
+def test_folds_side_by_side(run, folder):
+    out = folder / "side-by-side"
+    assert cli.main(command(folder, out, folder / "salts.jsonl", "--unit", "eV", "--jobs", "2")) == 0
+    assert (out / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+    assert "epoch   2 of 2" in (out / "fold-1.log").read_text()
+
+
+def test_one_fold_of_several_at_once_that_fails(folder, capsys):
+    out = folder / "failed"
+    options = ("--jobs", "2", "--lr", "9e5", "--epochs", "3")
+    assert cli.main(command(folder, out, folder / "salts.jsonl", *options)) == 1
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_several_at_once_end_on_a_signal_and_go_on(run, folder, number):
+    """All processes end, with what their last epoch has written."""
+    out = folder / f"stopped-{number}"
+    arguments = command(folder, out, folder / "salts.jsonl", "--unit", "eV", "--jobs", "3", "--epochs", "100")
+    program = [sys.executable, "-m", "crystalformer"]
+    process = subprocess.Popen(program + arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not all((out / f"fold-{i}" / "checkpoints" / "last.ckpt").exists() for i in range(3)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert error.splitlines()[-1] == f"crystalformer: stopped; go on with: crystalformer crossval --out {out} --resume"
+    with pytest.raises(ProcessLookupError):  # of the session, no process is left
+        os.killpg(process.pid, 0)
+    for fold in range(3):
+        lines = (out / f"fold-{fold}.log").read_text().splitlines()
+        assert lines[-1].startswith("crystalformer: stopped; go on with: crystalformer train")

@@ -1,16 +1,13 @@
 """Cross-validation: a training for each fold, whose crystals test it, and the means of their errors."""
 
-import contextlib
-import csv
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from ..common import checks, storage
@@ -21,13 +18,16 @@ from ..data.splits import read_split, write_split
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
 from . import plots
+from .ensemble import check_members, combine, labels_of, members_of
 from .metrics import METRICS, read_metrics
-from .report import CARD, PREDICTIONS, duration, file_stems, row_of_table, rows_of_settings
-from .run_folder import CONFIG, has_checkpoint, run_folder
-from .train import MACHINE, DataSource, check_cache, check_types, settings_of, train
+from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
+from .report import CARD, duration, file_stems, row_of_table, rows_of_settings
+from .run_folder import CONFIG
+from .train import DataSource, check_cache, check_types, settings_of
+from .trainings import Training, check_jobs, folder_of_trainings, train_all, write_settings
 
 # Of a DataSource: crossval makes the sets itself.
-SETS_OF_SOURCE = ("train", "val", "test", "split", "fractions")
+SETS_OF_SOURCE = ("train", "val", "test", "split", "split_seed", "fractions")
 
 
 def crossval(
@@ -42,6 +42,8 @@ def crossval(
     unit: str | Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,
+    ensemble: int = 1,
+    jobs: int = 1,
     **machine: Any,
 ) -> dict[str, Any]:
     """Trains once for each fold, on the crystals of the others, and tests on those of the fold.
@@ -54,6 +56,8 @@ def crossval(
         folds: how many, drawn at random; or a file with the columns id and `fold`, such as the data themselves.
         val_fraction: share of each training's crystals that validate it.
         resume: go on: folds that are done stay, begun ones are resumed.
+        ensemble: how many models are trained for each fold, with seeds of their own; their mean is tested.
+        jobs: trainings at once, in processes of their own that share torch's threads; 1 for one after another.
         machine: accelerator and loaders, as for `train`.
 
     Returns:
@@ -70,6 +74,8 @@ def crossval(
     for name in ("devices", "nodes"):
         if machine.get(name, 1) != 1:
             raise DataError(f"{name} must be 1 in a cross-validation, not {machine[name]}")
+    check_members(ensemble, 1)
+    check_jobs(jobs)
     check_cache(source, out, resume)
     if source.data is None or source.split is not None:
         raise DataError("source must have data without split: the folds say which crystals test")
@@ -79,42 +85,27 @@ def crossval(
     except ValueError as error:
         raise DataError(str(error)) from error
     recipe, model = recipe or Recipe(), model or CrystalformerConfig()
-    with run_folder(out, resume, _begun), _cleared_unless(resume, out):
+    with folder_of_trainings(out, resume):
         fold_of, left_out = _folds(folds, names, source, seed)
         order = in_order(list(fold_of.values()))
-        about = {"folds": str(folds), "val_fraction": val_fraction}
+        about = {"folds": str(folds), "val_fraction": val_fraction, "ensemble": ensemble, "jobs": jobs}
         settings = about | settings_of(names, units, source, recipe, model, seed, machine)
         settings = {name: value for name, value in settings.items() if name not in SETS_OF_SOURCE}
-        _write_settings(out / CONFIG, settings, resume)
-        fixed = {"unit": units, "seed": seed, **machine}
+        write_settings(out / CONFIG, settings, resume)
+        trainings = []
         for fold in order:
             folder = out / f"fold-{fold}"
             _write_sets(folder.with_suffix(".json"), _sets(fold_of, fold, val_fraction, seed))
+            of_fold = dataclasses.replace(source, split=folder.with_suffix(".json"))
+            one = [Training(folder, of_fold, seed)]
+            trainings += one if ensemble == 1 else members_of(folder, of_fold, ensemble, seed)
         if left_out:
             print(f"{count(left_out, 'row')} cannot be used; problems.csv of each fold says why", flush=True)
-        for fold in order:
-            folder = out / f"fold-{fold}"
-            if not (folder / METRICS).exists():
-                print(folder.name, flush=True)
-                of_fold = dataclasses.replace(source, split=folder.with_suffix(".json"))
-                train(folder, names, of_fold, recipe, model, resume=has_checkpoint(folder), **fixed)
+        train_all(trainings, jobs, names, units, recipe, model, machine)
+        if ensemble > 1:
+            for fold in order:
+                combine(out / f"fold-{fold}", names, units, settings)
         return _report(out, names, units, order, settings)
-
-
-def _begun(out: Path) -> bool:
-    return any(has_checkpoint(folder) or (folder / METRICS).exists() for folder in out.glob("fold-*"))
-
-
-@contextlib.contextmanager
-def _cleared_unless(resume: bool, out: Path) -> Iterator[None]:
-    """As `run_folder`, of what stands beside the folders of the folds."""
-    try:
-        yield
-    except BaseException:
-        if not resume and not _begun(out):
-            for path in out.glob("fold-*.json"):
-                path.unlink()
-        raise
 
 
 def _folds(
@@ -156,16 +147,6 @@ def _sets(fold_of: dict[str, str], fold: str, val_fraction: float, seed: int) ->
     return sets
 
 
-def _write_settings(path: Path, settings: dict[str, Any], resume: bool) -> None:
-    if not resume:
-        storage.write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        return
-    before = yaml.safe_load(path.read_text())
-    for name, value in settings.items():
-        if name not in (*MACHINE, "workers", "cache", "strict") and before.get(name) != value:
-            raise DataError(f"{name} must be {before.get(name)}, as when the cross-validation began, not {value}")
-
-
 def _write_sets(path: Path, sets: dict[str, list[str]]) -> None:
     """The crystals that train, validate and test a fold; those of a fold that is there already must be the same."""
     if path.exists() and read_split(path) != sets:
@@ -176,32 +157,28 @@ def _write_sets(path: Path, sets: dict[str, list[str]]) -> None:
 def _report(
     out: Path, names: tuple[str, ...], units: tuple[str, ...], folds: list[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    tested = {fold: _tested(out / f"fold-{fold}") for fold in folds}
-    table = [["id", "fold", *(column for name in names for column in (name, f"{name}_predicted"))]]
-    table += [[id, fold, *values] for fold, rows in tested.items() for id, _, *values in rows]
-    storage.write(out / PREDICTIONS, storage.csv_text(table))
-    numbers = torch.tensor([[float(x) for x in row[2:]] for row in table[1:]], dtype=torch.float64)
-    true, predicted = numbers[:, 0::2], numbers[:, 1::2]
-    of_fold = [row[1] for row in table[1:]]
+    tested = {fold: _tested(out / f"fold-{fold}", names) for fold in folds}
+    write_predictions(out / PREDICTIONS, names, tested, "fold")
     found = {}
-    for fold in folds:
-        here = torch.tensor([x == fold for x in of_fold])
+    for fold, x in tested.items():
         try:
             run = read_metrics(out / f"fold-{fold}")
         except ValueError as error:
             raise DataError(str(error)) from error
-        found[fold] = _errors(names, (predicted - true)[here]) | {
+        found[fold] = _errors(names, x.predicted - x.true) | {
+            **({"members_mae": run["members_mae"]["test"]} if "members_mae" in run else {}),
             "baseline_mae": run["baseline_mae"]["test"],
-            "crystals": int(here.sum()),
+            "crystals": len(x.ids),
             "seconds": run["seconds"],
         }
     metrics: dict[str, Any] = {"folds": found}
-    for key in ("mae", "rmse", "baseline_mae"):
+    for key in _columns(found):
         values = {name: torch.tensor([x[key][name] for x in found.values()], dtype=torch.float64) for name in names}
         metrics[key] = {name: float(x.mean()) for name, x in values.items()}
         metrics[f"{key}_deviation"] = {name: float(x.std()) for name, x in values.items()}
-    labels = [f"{name}, {unit}" if unit else name for name, unit in zip(names, units or [""] * len(names), strict=True)]
+    labels = labels_of(names, units)
     stems = file_stems(names)
+    true, predicted = (torch.cat([getattr(x, kind) for x in tested.values()]) for kind in ("true", "predicted"))
     for column, (name, label) in enumerate(zip(names, labels, strict=True)):
         plots.parity(out / f"parity_{stems[name]}.png", true[:, column], predicted[:, column], label)
     storage.write(out / CARD, _card(metrics, labels, names, settings))
@@ -213,18 +190,13 @@ def _report(
     return metrics
 
 
-def _tested(folder: Path) -> list[list[str]]:
-    """The rows of the crystals that a fold tested: id, "test", then the value and the prediction of each target."""
+def _tested(folder: Path, names: tuple[str, ...]) -> Predictions:
+    """Of the crystals of a fold."""
     path = folder / PREDICTIONS
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if row[1:2] == ["test"]]
-        whole = [row[0] for row in rows] == read_split(folder.with_suffix(".json"))["test"]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if not whole or len({len(row) for row in rows}) != 1:
+    found = read_predictions(path, names).get("test")
+    if found is None or list(found.ids) != read_split(folder.with_suffix(".json"))["test"]:
         raise DataError(f"{path}: must hold the crystals that the fold tests, each once: remove {folder} and resume")
-    return rows
+    return found
 
 
 def _errors(names: Sequence[str], errors: Tensor) -> dict[str, dict[str, float]]:
@@ -232,33 +204,35 @@ def _errors(names: Sequence[str], errors: Tensor) -> dict[str, dict[str, float]]
     return {key: dict(zip(names, x.tolist(), strict=True)) for key, x in (("mae", mae), ("rmse", rmse))}
 
 
+def _columns(folds: Mapping[str, Any]) -> dict[str, str]:
+    """The errors that the table of the folds has, and what it calls them."""
+    known = {
+        "mae": "mean absolute error",
+        "members_mae": "of one member",
+        "rmse": "root mean square error",
+        "baseline_mae": "predicting the mean",
+    }
+    return {key: title for key, title in known.items() if all(key in x for x in folds.values())}
+
+
 def _card(metrics: Mapping[str, Any], labels: Sequence[str], names: Sequence[str], settings: Mapping[str, Any]) -> str:
+    folds, columns = metrics["folds"], _columns(metrics["folds"])
     rows = []
     for name, label in zip(names, labels, strict=True):
-        for fold, x in metrics["folds"].items():
-            errors = (short(x[key][name]) for key in ("mae", "rmse", "baseline_mae"))
+        for fold, x in folds.items():
+            errors = (short(x[key][name]) for key in columns)
             rows.append(row_of_table(label, fold, x["crystals"], *errors, duration(x["seconds"])))
-        means = (
-            f"{short(metrics[x][name])} ± {short(metrics[f'{x}_deviation'][name])}"
-            for x in ("mae", "rmse", "baseline_mae")
-        )
-        rows.append(
-            row_of_table(
-                label,
-                "**mean**",
-                sum(x["crystals"] for x in metrics["folds"].values()),
-                *means,
-                duration(math.fsum(x["seconds"] for x in metrics["folds"].values())),
-            )
-        )
+        means = (f"{short(metrics[x][name])} ± {short(metrics[f'{x}_deviation'][name])}" for x in columns)
+        crystals, seconds = (math.fsum(x[key] for x in folds.values()) for key in ("crystals", "seconds"))
+        rows.append(row_of_table(label, "**mean**", int(crystals), *means, duration(seconds)))
     stems = file_stems(names)
     pictures = "\n".join(f"![Predictions of {name}](parity_{stems[name]}.png)" for name in names)
     return f"""# Cross-validation of {", ".join(names)}
 
 Each crystal was predicted by the model that was trained without its fold. ± is the standard deviation over folds.
 
-| target | fold | crystals | mean absolute error | root mean square error | predicting the mean | time |
-|---|---|---|---|---|---|---|
+| target | fold | crystals | {" | ".join(columns.values())} | time |
+|---|---|---|{"---|" * len(columns)}---|
 {chr(10).join(rows)}
 
 {pictures}

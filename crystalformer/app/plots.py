@@ -72,6 +72,18 @@ def learning_curve(
     _save(figure, path)
 
 
+def calibration(path: str | Path, expected: Any, observed: Mapping[str, Any]) -> None:
+    """The shares of errors within the deviations of an ensemble, by a text for each curve, over those expected (P,)."""
+    figure, axes = _axes((4.6, 4.6))
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, zorder=1)
+    for (text, shares), color in zip(observed.items(), (ORANGE, BLUE), strict=False):
+        axes.plot(np.asarray(expected), np.asarray(shares), color=color, label=f"deviations {text}", zorder=2)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set(xlabel="expected share of errors within", ylabel="observed share")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def _plain(label: str) -> str:
     """With plain dollar signs, which begin no formula of matplotlib."""
     return label.replace("$", r"\$")

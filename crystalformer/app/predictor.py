@@ -18,6 +18,7 @@ from ..common.words import one_line
 from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import BoundedBatches, sizes
+from ..common import storage
 from ..geometry.limits import NO_MPS
 from ..geometry.orbits import SYMMETRY_TOL
 from ..model.layers import mean_pool
@@ -25,6 +26,7 @@ from ..model.model import WEIGHTS_FILE, Crystalformer
 from ..model.structures import read_structure
 
 MODEL_FOLDER = "model"
+ENSEMBLE = "ensemble.json"
 BATCH_SIZE, MAX_IMAGES = 256, 1 << 22
 # Structures whose images are in memory at once, some 15,000 for each.
 STRUCTURES_AT_ONCE = 1024
@@ -34,21 +36,33 @@ class Predictor:
     """Predictions and features of any number of crystals, in batches of bounded memory.
 
     Attributes:
-        model: in eval mode, predicting in the units of the targets.
+        model: in eval mode, predicting in the units of the targets; of an ensemble its first.
+        members: all models of an ensemble, whose mean predicts; else that one.
         names, units: of its T targets; a unit is "" where it is not known.
         labels: the names with their units, as "energy (eV)", where these are known.
         symmetry_tol: Å, within which atoms are equivalent: those have one row; 0 gives every atom its own.
+        deviation_scale: (T), what the deviation of the members is multiplied by, see `app/calibration.py`.
+
+    Raises:
+        ValueError: for members of different targets, or that need different lists of images or wave vectors.
     """
 
-    def __init__(self, model: Crystalformer, symmetry_tol: float = SYMMETRY_TOL) -> None:
-        self.model, self.symmetry_tol = model.eval(), symmetry_tol
-        config = model.config
+    def __init__(
+        self,
+        model: Crystalformer | Sequence[Crystalformer],
+        symmetry_tol: float = SYMMETRY_TOL,
+        deviation_scale: Tensor | None = None,
+    ) -> None:
+        self.members = (model.eval(),) if isinstance(model, Crystalformer) else tuple(x.eval() for x in model)
+        self.model, self.symmetry_tol = self.members[0], symmetry_tol
+        _check_alike(self.members)
+        self.deviation_scale = torch.ones(self.model.config.num_targets) if deviation_scale is None else deviation_scale
+        config = self.model.config
         self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
         self.units = config.target_units or ("",) * config.num_targets
         pairs = zip(self.names, self.units, strict=True)
         self.labels = tuple(f"{name} ({unit})" if unit else name for name, unit in pairs)
 
-    @torch.no_grad()
     def predict(self, structures: Sequence[Any], progress: Callable[[int], object] | None = None) -> Tensor:
         """(C,T) fp64, the predictions, in the units of the targets, on the CPU; NaN where the model has none.
 
@@ -59,22 +73,45 @@ class Predictor:
         Raises:
             TypeError, ValueError: as `CrystalBatch.from_structures`, naming the structure.
         """
+        return self._of_members(structures, progress).mean(0)
+
+    def predict_deviation(
+        self, structures: Sequence[Any], progress: Callable[[int], object] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(C,T) fp64, the predictions of an ensemble, and (C,T), the deviations of its members, times their scale.
+
+        Args:
+            structures, progress: as for `predict`.
+
+        Raises:
+            ValueError: if there is one model only.
+            TypeError, ValueError: as `predict`.
+        """
+        if len(self.members) == 1:
+            raise ValueError("model must be an ensemble to say deviations, not a single model")
+        found = self._of_members(structures, progress)
+        return found.mean(0), found.std(0) * self.deviation_scale
+
+    @torch.no_grad()
+    def _of_members(self, structures: Sequence[Any], progress: Callable[[int], object] | None) -> Tensor:
+        """(M,C,T) fp64."""
         results = []
         for crystals in self._batches(structures):
             results.append(self._outputs(crystals))
             if progress is not None:
                 progress(len(crystals))
-        return torch.cat(results)
+        return torch.cat(results, 1)
 
     def _outputs(self, crystals: Sequence[CrystalBatch]) -> Tensor:
-        """(C,T) fp64. A crystal whose features are not finite gets NaN; the others are predicted all the same."""
+        """(M,C,T) fp64. A crystal whose features are not finite gets NaN; the others are predicted all the same."""
         try:
-            return self.model(self._joined(crystals)).cpu().double()
+            batch = self._joined(crystals)
+            return torch.stack([model(batch).cpu().double() for model in self.members])
         except NotFinite:
             pass
         if len(crystals) == 1:
-            return torch.full((1, len(self.names)), torch.nan, dtype=torch.float64)
-        return torch.cat([self._outputs([crystal]) for crystal in crystals])
+            return torch.full((len(self.members), 1, len(self.names)), torch.nan, dtype=torch.float64)
+        return torch.cat([self._outputs([crystal]) for crystal in crystals], 1)
 
     def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
         """For each structure its elements, as atomic numbers, that no crystal of the training had.
@@ -129,12 +166,15 @@ def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:
 
 
 def load(
-    path: str | Path, device: str | torch.device = "auto", backend: str = "auto", symmetry_tol: float = SYMMETRY_TOL
+    path: str | Path | Sequence[str | Path],
+    device: str | torch.device = "auto",
+    backend: str = "auto",
+    symmetry_tol: float = SYMMETRY_TOL,
 ) -> Predictor:
     """A trained model: of the folder of a training (`crystalformer train --out`), or one with config.json and weights.
 
     Args:
-        path: the folder.
+        path: the folder, also of an ensemble (`--ensemble`); or several, for an ensemble of them.
         device: "auto" is the GPU if there is one, else the CPU; any other as torch names it.
         backend: of the attention, see `periodic_attention`.
         symmetry_tol: Å, within which atoms are equivalent, see `CrystalBatch.from_structures`; 0 for no reduction.
@@ -143,8 +183,20 @@ def load(
         FileNotFoundError: if there is no model.
         ValueError: for a model of another version, or a damaged one, and a device that is not there.
     """
-    path, device = Path(path), _device(device)
-    symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
+    device, symmetry_tol = _device(device), checks.check_number("symmetry_tol", symmetry_tol, closed=True)
+    scale = None
+    folders = [Path(path)] if isinstance(path, (str, Path)) else [Path(x) for x in path]
+    if not folders:
+        raise ValueError("path must be the folder of a model, or several, not none")
+    if len(folders) == 1 and (about := read_ensemble(folders[0])) is not None:
+        folders = [folders[0] / member for member in about["members"]]
+        scale = torch.tensor([*about["deviation_scale"].values()], dtype=torch.float64)
+    models = [Crystalformer.from_pretrained(_model_folder(x), backend).to(device) for x in folders]
+    return Predictor(models, symmetry_tol, scale)
+
+
+def _model_folder(path: Path) -> Path:
+    """With the weights of the model that a path stands for."""
     if not (path / WEIGHTS_FILE).is_file() and (path / MODEL_FOLDER / WEIGHTS_FILE).is_file():
         path = path / MODEL_FOLDER
     elif not (path / WEIGHTS_FILE).is_file() and (path / "checkpoints").is_dir():
@@ -152,7 +204,38 @@ def load(
             f"path must be the folder of a complete training, but that in {path} was stopped; go on with: "
             f"crystalformer train --out {path} --resume"
         )
-    return Predictor(Crystalformer.from_pretrained(path, backend).to(device), symmetry_tol)
+    return path
+
+
+def _check_alike(members: Sequence[Crystalformer]) -> None:
+    """One list of images and wave vectors serves all members, and one name is one target."""
+    first = members[0].config
+    for name in (
+        *("num_targets", "target_names", "target_units"),
+        *("needs_images", "needs_wave_vectors", "decay_min", "decay_reciprocal_min", "tol", "logit_range"),
+    ):
+        for x in members:
+            if getattr(x.config, name) != getattr(first, name):
+                raise ValueError(
+                    f"the members of an ensemble must have the same {name}, not {getattr(first, name)} and "
+                    f"{getattr(x.config, name)}"
+                )
+
+
+def read_ensemble(path: Path) -> dict[str, Any] | None:
+    """The members of the ensemble in a folder and the scale of their deviations; None where there is no ensemble.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    file = path / ENSEMBLE
+    if not file.is_file():
+        return None
+    about = storage.read_json(file)
+    shape = isinstance(about, dict) and {"members": list, "deviation_scale": dict}
+    if not shape or any(not isinstance(about.get(name), kind) or not about[name] for name, kind in shape.items()):
+        raise ValueError(f"{file} must say the members and the deviation_scale of an ensemble, as a training writes it")
+    return about
 
 
 def _device(device: str | torch.device) -> torch.device:

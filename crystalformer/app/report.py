@@ -20,9 +20,10 @@ from ..data.samples import Problem, Samples
 from ..training import predict
 from . import plots
 from .metrics import METRICS, maes, not_learnt
+from .predictions import PREDICTIONS, Predictions, write_predictions
 from .predictor import Predictor, not_finite
 
-PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
+HISTORY, CARD = "history.csv", "README.md"
 # Settings that are paths of the machine: the card, which goes to others, has their last part only, or nothing.
 PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds"), ("cache",)
 LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
@@ -80,7 +81,8 @@ def write(
         "device": device_name(device),
         "versions": versions(),
     }
-    _write_predictions(out / PREDICTIONS, names, parts, predictions)
+    tested = {part: Predictions(parts[part].ids, parts[part].targets, x) for part, x in predictions.items()}
+    write_predictions(out / PREDICTIONS, names, tested)
     columns = list(history[0])
     storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
     shown = "test" if "test" in predictions else "val"
@@ -141,17 +143,6 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def _write_predictions(
-    path: Path, names: Sequence[str], parts: Mapping[str, Samples], predictions: Mapping[str, Tensor]
-) -> None:
-    table: list[list[object]] = [["id", "set", *(column for name in names for column in (name, f"{name}_predicted"))]]
-    for part, predicted in predictions.items():
-        samples = parts[part]
-        for id, true, row in zip(samples.ids, samples.targets.tolist(), predicted.tolist(), strict=True):
-            table.append([id, part, *(x for pair in zip(true, row, strict=True) for x in pair)])
-    storage.write(path, storage.csv_text(table))
 
 
 def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, predictor: Predictor) -> str:

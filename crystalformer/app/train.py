@@ -53,6 +53,7 @@ class DataSource:
         test: those to test the trained model on; with `train`, may be missing.
         split: JSON file with the ids of "train", "val" and "test".
         fractions: shares of train, val and test.
+        split_seed: of the random split; that of the training if None.
         id_column: name of the column with the ids; found by itself where it has a usual name.
         primitive: learn from primitive cells. The model's predictions do not depend on the cell; small ones are faster.
         strict: stop at the first crystal that cannot be read; else they are listed in problems.csv and left out.
@@ -69,6 +70,7 @@ class DataSource:
     test: Path | None = None
     split: Path | None = None
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_seed: int | None = None
     id_column: str | None = None
     primitive: bool = False
     symmetry_tol: float = SYMMETRY_TOL
@@ -86,6 +88,8 @@ class DataSource:
             raise DataError("val must be given with train: a training validates behind each epoch")
         if self.data is None and self.split is not None:
             raise DataError("split must be given with data: train and val are split already")
+        if self.split_seed is not None:
+            checks.check_integer("split_seed", self.split_seed, 0, MOST_SEED)
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DataError(f"cache must be a folder, not the file {self.cache}")
 
@@ -128,6 +132,7 @@ class DataSource:
                 given = {"train": self.train, "val": self.val, "test": self.test}
                 return {name: samples(path) for name, path in given.items() if path is not None}, problems
             everything = samples(self.data)
+            seed = seed if self.split_seed is None else self.split_seed
             chosen = split(everything.ids, self.fractions, seed) if self.split is None else read_split(self.split)
             bad = {problem.id for problem in problems}
             good = {name: [id for id in ids if id not in bad] for name, ids in chosen.items()}

@@ -17,9 +17,14 @@ def train(arguments: list[str]) -> int:
     """Trains a model and writes it, its errors, predictions and plots into a folder."""
     options, inputs = _read("train", train, arguments)
     with training_errors(options.out):
-        from .train import train as run
+        if options.ensemble == 1:
+            from .train import train as run
 
-        run(options.out, options.target, **inputs)
+            run(options.out, options.target, **inputs)
+        else:
+            from .ensemble import train_ensemble
+
+            train_ensemble(options.out, options.target, **inputs, **{x: options[x] for x in ("ensemble", "jobs")})
     return 0
 
 
@@ -34,7 +39,8 @@ def crossval(arguments: list[str]) -> int:
     with training_errors(options.out, "crossval"):
         from .crossval import crossval as run
 
-        run(options.out, options.target, folds=options.folds, val_fraction=options.val_fraction, **inputs)
+        folds = {name: options[name] for name in ("folds", "val_fraction", "ensemble", "jobs")}
+        run(options.out, options.target, **folds, **inputs)
     return 0
 
 
@@ -65,6 +71,8 @@ def _read(
             help="number of random folds, or a file with the columns id and fold",
         )
         add("--val_fraction", type=float, default=0.1, help="share of each training's crystals that validate it")
+    add("--ensemble", type=int, default=1, help="models that differ in their seed; their mean predicts")
+    add("--jobs", type=int, default=1, help="trainings at once, in processes that share the threads")
     add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
     add_fields(parser, Recipe)
     add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
