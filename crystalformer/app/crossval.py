@@ -5,13 +5,13 @@ import csv
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from ..common import checks, storage
 from ..common.words import count, short
@@ -21,7 +21,7 @@ from ..data.splits import read_split, write_split
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
 from . import plots
-from .metrics import METRICS, read_metrics
+from .metrics import METRICS, SCORES, cell, known_values, read_metrics, scores
 from .report import CARD, PREDICTIONS, duration, file_stems, row_of_table, rows_of_settings
 from .run_folder import CONFIG, has_checkpoint, run_folder
 from .train import MACHINE, DataSource, check_cache, check_types, settings_of, train
@@ -57,8 +57,9 @@ def crossval(
         machine: accelerator and loaders, as for `train`.
 
     Returns:
-        What metrics.json says: "folds", for each its errors; "mae" and "rmse", their means over the folds; and
-        "mae_deviation" and "rmse_deviation", their standard deviations, of each target.
+        What metrics.json says: "folds", for each its scores; "mae", "rmse" and those of predicting the mean,
+        "baseline_mae", "baseline_rmse", their means over the folds; and with "_deviation" behind these names their
+        standard deviations; of each target.
 
     Raises:
         DataError: for data or folds that cannot be used, or a fold that failed.
@@ -180,37 +181,49 @@ def _report(
     table = [["id", "fold", *(column for name in names for column in (name, f"{name}_predicted"))]]
     table += [[id, fold, *values] for fold, rows in tested.items() for id, _, *values in rows]
     storage.write(out / PREDICTIONS, storage.csv_text(table))
-    numbers = torch.tensor([[float(x) for x in row[2:]] for row in table[1:]], dtype=torch.float64)
+    numbers = torch.tensor([[float(x or "nan") for x in row[2:]] for row in table[1:]], dtype=torch.float64)
     true, predicted = numbers[:, 0::2], numbers[:, 1::2]
     of_fold = [row[1] for row in table[1:]]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for fold in folds:
         here = torch.tensor([x == fold for x in of_fold])
         try:
             run = read_metrics(out / f"fold-{fold}")
         except ValueError as error:
             raise DataError(str(error)) from error
-        found[fold] = _errors(names, (predicted - true)[here]) | {
-            "baseline_mae": run["baseline_mae"]["test"],
+        found[fold] = {
+            **scores(names, predicted[here], true[here]),
+            **{f"baseline_{score.key}": run[f"baseline_{score.key}"]["test"] for score in SCORES},
+            "values": known_values(names, true[here]),
             "crystals": int(here.sum()),
             "seconds": run["seconds"],
         }
-    metrics: dict[str, Any] = {"folds": found}
-    for key in ("mae", "rmse", "baseline_mae"):
-        values = {name: torch.tensor([x[key][name] for x in found.values()], dtype=torch.float64) for name in names}
-        metrics[key] = {name: float(x.mean()) for name, x in values.items()}
-        metrics[f"{key}_deviation"] = {name: float(x.std()) for name, x in values.items()}
+    metrics: dict[str, Any] = {"folds": found, "values": known_values(names, true)}
+    for key in (f"{prefix}{score.key}" for score in SCORES for prefix in ("", "baseline_")):
+        values = {name: [x[key][name] for x in found.values() if name in x[key]] for name in names}
+        metrics[key] = {name: statistics.fmean(x) for name, x in values.items() if x}
+        metrics[f"{key}_deviation"] = {name: statistics.stdev(x) for name, x in values.items() if len(x) > 1}
     labels = [f"{name}, {unit}" if unit else name for name, unit in zip(names, units or [""] * len(names), strict=True)]
-    stems = file_stems(names)
+    pictures = {}
     for column, (name, label) in enumerate(zip(names, labels, strict=True)):
-        plots.parity(out / f"parity_{stems[name]}.png", true[:, column], predicted[:, column], label)
-    storage.write(out / CARD, _card(metrics, labels, names, settings))
+        file, known = f"parity_{file_stems(names)[name]}.png", ~true[:, column].isnan()
+        pictures[file] = f"Predictions of {name}"
+        plots.parity(out / file, true[known, column], predicted[known, column], label)
+    storage.write(out / CARD, _card(metrics, labels, names, settings, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
+    first = SCORES[0]
     for name, label in zip(names, labels, strict=True):
-        mean, deviation, baseline = (short(metrics[x][name]) for x in ("mae", "mae_deviation", "baseline_mae"))
-        print(f"test MAE of {label}: {mean} ± {deviation} over {len(folds)} folds, of predicting the mean {baseline}")
+        baseline = short(metrics[f"baseline_{first.key}"][name])
+        mean = _mean(metrics, first.key, name)
+        print(f"test {first.word} of {label}: {mean} over {len(folds)} folds, of predicting the mean {baseline}")
     print(f"all of it: {out / CARD}")
     return metrics
+
+
+def _mean(metrics: Mapping[str, Any], key: str, name: str) -> str:
+    """The mean of a score over the folds, and its standard deviation, as far as there are any."""
+    deviation = cell(metrics[f"{key}_deviation"], name)
+    return f"{cell(metrics[key], name)} ± {deviation}" if name in metrics[key] else deviation
 
 
 def _tested(folder: Path) -> list[list[str]]:
@@ -227,41 +240,33 @@ def _tested(folder: Path) -> list[list[str]]:
     return rows
 
 
-def _errors(names: Sequence[str], errors: Tensor) -> dict[str, dict[str, float]]:
-    mae, rmse = errors.abs().mean(0), errors.square().mean(0).sqrt()
-    return {key: dict(zip(names, x.tolist(), strict=True)) for key, x in (("mae", mae), ("rmse", rmse))}
-
-
-def _card(metrics: Mapping[str, Any], labels: Sequence[str], names: Sequence[str], settings: Mapping[str, Any]) -> str:
-    rows = []
+def _card(
+    metrics: Mapping[str, Any],
+    labels: Sequence[str],
+    names: Sequence[str],
+    settings: Mapping[str, Any],
+    pictures: Mapping[str, str],
+) -> str:
+    keys = [f"{prefix}{score.key}" for score in SCORES for prefix in ("", "baseline_")]
+    folds, rows = metrics["folds"], []
     for name, label in zip(names, labels, strict=True):
-        for fold, x in metrics["folds"].items():
-            errors = (short(x[key][name]) for key in ("mae", "rmse", "baseline_mae"))
-            rows.append(row_of_table(label, fold, x["crystals"], *errors, duration(x["seconds"])))
-        means = (
-            f"{short(metrics[x][name])} ± {short(metrics[f'{x}_deviation'][name])}"
-            for x in ("mae", "rmse", "baseline_mae")
-        )
-        rows.append(
-            row_of_table(
-                label,
-                "**mean**",
-                sum(x["crystals"] for x in metrics["folds"].values()),
-                *means,
-                duration(math.fsum(x["seconds"] for x in metrics["folds"].values())),
-            )
-        )
-    stems = file_stems(names)
-    pictures = "\n".join(f"![Predictions of {name}](parity_{stems[name]}.png)" for name in names)
+        for fold, x in folds.items():
+            cells = (cell(x[key], name) for key in keys)
+            rows.append(row_of_table(label, fold, x["values"][name], *cells, duration(x["seconds"])))
+        seconds = math.fsum(x["seconds"] for x in folds.values())
+        means = (_mean(metrics, key, name) for key in keys)
+        rows.append(row_of_table(label, "**mean**", metrics["values"][name], *means, duration(seconds)))
+    columns = " | ".join(f"{score.title} | predicting the mean" for score in SCORES)
+    images = "\n".join(f"![{title}]({file})" for file, title in pictures.items())
     return f"""# Cross-validation of {", ".join(names)}
 
 Each crystal was predicted by the model that was trained without its fold. ± is the standard deviation over folds.
 
-| target | fold | crystals | mean absolute error | root mean square error | predicting the mean | time |
-|---|---|---|---|---|---|---|
+| target | fold | known values | {columns} | time |
+{"|---" * (4 + len(keys))}|
 {chr(10).join(rows)}
 
-{pictures}
+{images}
 
 | setting | value |
 |---|---|

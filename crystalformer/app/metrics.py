@@ -1,29 +1,68 @@
-"""metrics.json in the folder of a training: the errors of its model."""
+"""metrics.json in the folder of a training: the scores of its model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..common import storage
+from ..common.words import short
 
 METRICS = "metrics.json"
-# What is read again of it; {...} are dictionaries from names to such values.
+
+
+class Score(NamedTuple):
+    """What predictions are worth.
+
+    Attributes:
+        key: its name in metrics.json; that of predicting the mean has `baseline_` before it.
+        word, title: its names in tables and on plots.
+        of: the score of predictions (C) with these true values (C).
+    """
+
+    key: str
+    word: str
+    title: str
+    of: Callable[[Tensor, Tensor], Tensor]
+
+
+MAE = Score("mae", "MAE", "mean absolute error", lambda predicted, true: (predicted - true).abs().mean())
+RMSE = Score("rmse", "RMSE", "root mean square error", lambda predicted, true: (predicted - true).square().mean().sqrt())
+# The first of them counts.
+SCORES = (MAE, RMSE)
+# What is read again of metrics.json; {...} are dictionaries from names to such values.
 NUMBER = (int, float)
 SHAPES = {
-    "mae": {"set": {"target": NUMBER}},
-    "baseline_mae": {"set": {"target": NUMBER}},
+    **{f"{prefix}{score.key}": {"set": {"target": NUMBER}} for score in SCORES for prefix in ("", "baseline_")},
     "baseline": {"target": NUMBER},
+    "values": {"set": {"target": int}},
     "crystals": {"set": int},
     "epochs": int,
     "versions": {"library": str},
 }
 
 
-def maes(names: Sequence[str], predictions: Tensor, targets: Tensor) -> dict[str, float]:
-    """The mean absolute error of each target, of predictions (C,T) or one for all (T)."""
-    return dict(zip(names, (predictions - targets).abs().mean(0).tolist(), strict=True))
+def known_values(names: Sequence[str], targets: Tensor) -> dict[str, int]:
+    """How many values of each target are known, of targets (C,T)."""
+    return dict(zip(names, (~targets.isnan()).sum(0).tolist(), strict=True))
+
+
+def scores(names: Sequence[str], predictions: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
+    """Each score, by its key, of each target that is known of a crystal, of predictions (C,T) or one for all (T)."""
+    found: dict[str, dict[str, float]] = {score.key: {} for score in SCORES}
+    for name, predicted, true in zip(names, predictions.expand_as(targets).T, targets.T, strict=True):
+        known = ~true.isnan()
+        for score in SCORES:
+            if known.any() and not isnan(value := float(score.of(predicted[known], true[known]))):
+                found[score.key][name] = value
+    return found
+
+
+def cell(values: Mapping[str, float], name: str) -> str:
+    """A target's score, as a table shows it."""
+    return short(values[name]) if name in values else "-"
 
 
 def not_learnt(metrics: Mapping[str, Any]) -> list[str]:
@@ -48,9 +87,11 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     for name, shape in SHAPES.items():
         if name in found and not _has_shape(found[name], shape):
             raise ValueError(f"{path}: {name} must be {_described(shape)}, not {str(found[name])[:60]}")
-    for part, errors in found.get("mae", {}).items():
-        if errors.keys() - found.get("baseline_mae", {}).get(part, {}).keys():
-            raise ValueError(f"{path}: baseline_mae must have the targets of mae, {', '.join(errors)}, for {part}")
+    for key in (score.key for score in SCORES):
+        for part, values in found.get(key, {}).items():
+            if values.keys() - found.get(f"baseline_{key}", {}).get(part, {}).keys():
+                named = ", ".join(values)
+                raise ValueError(f"{path}: baseline_{key} must have the targets of {key}, {named}, for {part}")
     return found
 
 

@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..data.dataset import CrystalDataset
 from ..data.samples import Problem, Samples
 from ..training import predict
 from . import plots
-from .metrics import METRICS, maes, not_learnt
+from .metrics import METRICS, SCORES, cell, known_values, not_learnt, scores
 from .predictor import Predictor, not_finite
 
 PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
@@ -64,12 +65,13 @@ def write(
             predictions[name] = predict(predictor.model, loader)
             if bad := not_finite(parts[name].ids, predictions[name]):
                 raise FloatingPointError(f"the predictions of {name} are not finite for {some(bad)}")
-    mae = {name: maes(names, x, parts[name].targets) for name, x in predictions.items()}
-    baseline = {name: maes(names, mean, parts[name].targets) for name in predictions}
+    found = {name: scores(names, x, parts[name].targets) for name, x in predictions.items()}
+    baseline = {name: scores(names, mean, parts[name].targets) for name in predictions}
     metrics = {
-        "mae": mae,
-        "baseline_mae": baseline,
+        **{score.key: {name: x[score.key] for name, x in found.items()} for score in SCORES},
+        **{f"baseline_{score.key}": {name: x[score.key] for name, x in baseline.items()} for score in SCORES},
         "baseline": dict(zip(names, mean.tolist(), strict=True)),
+        "values": {name: known_values(names, samples.targets) for name, samples in parts.items()},
         "crystals": {name: len(samples) for name, samples in parts.items()},
         "atoms": sum(data.num_atoms for data in datasets.values()),
         "rows": sum(x.num_atoms for data in datasets.values() for x in data.crystals),
@@ -84,17 +86,35 @@ def write(
     columns = list(history[0])
     storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
     shown = "test" if "test" in predictions else "val"
-    stems = file_stems(names)
-    for column, (name, label) in enumerate(zip(names, predictor.labels, strict=True)):
-        stem = stems[name]
-        targets, predicted = parts[shown].targets[:, column], predictions[shown][:, column]
-        plots.parity(out / f"parity_{stem}.png", targets, predicted, label)
-        plots.residuals(out / f"residuals_{stem}.png", targets, predicted, label)
-        error = f"mean absolute error of {label}"
-        plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, error, baseline["val"][name])
-    storage.write(out / CARD, _card(metrics, settings, shown, predictor))
+    pictures = _plot(out, predictor, parts[shown].targets, predictions[shown], history, metrics)
+    storage.write(out / CARD, _card(metrics, settings, shown, predictor, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     return metrics
+
+
+def _plot(
+    out: Path,
+    predictor: Predictor,
+    targets: Tensor,
+    predictions: Tensor,
+    history: Sequence[Mapping[str, float]],
+    metrics: Mapping[str, Any],
+) -> dict[str, str]:
+    """Draws what is known of each target (C,T); the titles of the pictures by their files."""
+    pictures = {}
+    for column, (name, label) in enumerate(zip(predictor.names, predictor.labels, strict=True)):
+        stem = file_stems(predictor.names)[name]
+        known = ~targets[:, column].isnan()
+        true, predicted = targets[known, column], predictions[known, column]
+        if known.any():
+            pictures[f"parity_{stem}.png"] = f"Predictions of {name}"
+            plots.parity(out / f"parity_{stem}.png", true, predicted, label)
+            pictures[f"residuals_{stem}.png"] = f"Errors of {name}"
+            plots.residuals(out / f"residuals_{stem}.png", true, predicted, label)
+        pictures[f"learning_curve_{stem}.png"] = f"Learning curve of {name}"
+        error, baseline = f"mean absolute error of {label}", metrics["baseline_mae"]["val"].get(name)
+        plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, error, baseline)
+    return pictures
 
 
 def nothing_learnt(metrics: Mapping[str, Any], name: str) -> str:
@@ -150,25 +170,29 @@ def _write_predictions(
     for part, predicted in predictions.items():
         samples = parts[part]
         for id, true, row in zip(samples.ids, samples.targets.tolist(), predicted.tolist(), strict=True):
-            table.append([id, part, *(x for pair in zip(true, row, strict=True) for x in pair)])
+            pairs = (("" if isnan(x) else x, y) for x, y in zip(true, row, strict=True))
+            table.append([id, part, *(x for pair in pairs for x in pair)])
     storage.write(path, storage.csv_text(table))
 
 
-def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, predictor: Predictor) -> str:
-    names, labels, baseline = predictor.names, predictor.labels, metrics["baseline_mae"]
-    stems = file_stems(names)
+def _card(
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    shown: str,
+    predictor: Predictor,
+    pictures: Mapping[str, str],
+) -> str:
+    names, labels = predictor.names, predictor.labels
+    keys = [key for score in SCORES for key in (score.key, f"baseline_{score.key}")]
     rows = "\n".join(
-        row_of_table(label, part, metrics["crystals"][part], short(mae[name]), short(baseline[part][name]))
+        row_of_table(label, part, metrics["values"][part][name], *(cell(metrics[key][part], name) for key in keys))
         for name, label in zip(names, labels, strict=True)
-        for part, mae in metrics["mae"].items()
+        for part in metrics["mae"]
     )
+    columns = " | ".join(f"{score.title} | predicting the mean" for score in SCORES)
     nothing = "\n".join(f"\n**{nothing_learnt(metrics, name)}**\n" for name in not_learnt(metrics))
     units = "" if any(predictor.units) else ", in the units of the data it was trained on"
-    pictures = "\n".join(
-        f"![{title} of {name}]({kind}_{stems[name]}.png)"
-        for name in names
-        for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
-    )
+    images = "\n".join(f"![{title}]({file})" for file, title in pictures.items())
     shareable = shareable_settings(settings)
     files = [shareable[name] for name in ("train", "val", "test") if shareable[name]]
     source = shareable["data"] or ", ".join(files)
@@ -176,6 +200,12 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
     left_out = f"{count(metrics['left_out'], 'row')} could not be used"
     left_out += " (problems.csv)" if metrics["left_out"] else ""
     options = rows_of_settings(settings)
+    values = [(name, {part: x[name] for part, x in metrics["values"].items()}) for name in names]
+    incomplete = "".join(
+        f"\n{name} is known of " + ", ".join(f"{number:,} {part}" for part, number in known.items()) + " crystals."
+        for name, known in values
+        if known != metrics["crystals"]
+    )
     libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     elements = ", ".join(SYMBOLS[z - 1] for z in predictor.model.config.elements)
     return f"""---
@@ -187,8 +217,8 @@ tags: [crystals, materials, regression]
 
 Predicts {", ".join(labels)} of a crystal from its structure{units}.
 
-| target | set | crystals | mean absolute error | predicting the mean |
-|---|---|---|---|---|
+| target | set | known values | {columns} |
+{"|---" * (3 + len(keys))}|
 {rows}
 {nothing}
 ```python
@@ -204,10 +234,10 @@ crystalformer predict this-folder crystals.cif
 ## Data
 
 {source}: {crystals} crystals; {left_out}. Elements: {elements}.
-{metrics["atoms"]:,} atoms, of which symmetry makes {metrics["rows"]:,} rows.
+{metrics["atoms"]:,} atoms, of which symmetry makes {metrics["rows"]:,} rows.{incomplete}
 The model has seen the training crystals' targets only; the plots are of the {shown} crystals.
 
-{pictures}
+{images}
 
 ## Training
 

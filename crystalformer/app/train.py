@@ -30,7 +30,7 @@ from ..model.model import Crystalformer
 from ..training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
 from ..training.machine import check_machine
 from . import report
-from .metrics import not_learnt
+from .metrics import known_values, not_learnt
 from .predictor import MODEL_FOLDER, Predictor
 from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 
@@ -268,6 +268,8 @@ def _train(
         network.calibrate(first_batch.crystals)
     except ValueError as error:
         raise DataError(f"the first batch of train: {error}") from error
+    if unknown := [name for name, number in known_values(names, parts["train"].targets).items() if not number]:
+        raise DataError(f"train must hold a known value of each target, but none of {', '.join(unknown)}")
     try:
         mean, deviation = standardisation(datasets["train"].targets)
     except ValueError as error:
@@ -304,9 +306,10 @@ def _train(
         network.save_pretrained(out / MODEL_FOLDER)
         metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)
         part = "test" if "test" in parts else "val"
-        for name, unit in zip(names, predictor.units, strict=True):
-            mae, baseline = (short(metrics[key][part][name]) for key in ("mae", "baseline_mae"))
-            print(f"  {part} MAE of {name} {f'{mae} {unit}'.rstrip()}, of predicting the mean {baseline}")
+        units_of = dict(zip(names, predictor.units, strict=True))
+        for name, mae in metrics["mae"][part].items():
+            error, baseline = f"{short(mae)} {units_of[name]}".rstrip(), short(metrics["baseline_mae"][part][name])
+            print(f"  {part} MAE of {name} {error}, of predicting the mean {baseline}")
         for name in not_learnt(metrics):
             print(report.nothing_learnt(metrics, name), file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")

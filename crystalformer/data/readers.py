@@ -1,6 +1,7 @@
 """Crystals and their targets, from whatever file or folder they are in."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from numbers import Real
@@ -49,10 +50,12 @@ def read_samples(
     - For structures without targets also a CIF, POSCAR (POSCAR*, CONTCAR*, .vasp) or pymatgen JSON, and a folder of
       them. A CIF of several crystals gives them all.
 
+    A target without a value, an empty cell or None, is NaN where another one of its row has a value.
+
     A row that cannot be used is not an error but a Problem, in the order of the rows: no id or one that was there
-    before, a target that is missing or not a finite number, a file that is missing, a structure that cannot be parsed,
-    is not periodic, has no volume, an element beyond californium, or two atoms within 0.01 Å. Deuterium counts as
-    hydrogen.
+    before, no target with a value, one that is no finite number, a file that is missing, a structure that cannot be
+    parsed, is not periodic, has no volume, an element beyond californium, or two atoms within 0.01 Å. Deuterium
+    counts as hydrogen.
     Each line of a CSV is a row, whatever is in it. A CIF whose atoms are not those of its formula (often hydrogen is
     left out) is kept, and a warning of the logger "crystalformer.data" counts these.
 
@@ -147,19 +150,22 @@ def _fault(id: str, values: list[float] | str) -> str:
 
 
 def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | str:
-    """The targets of a row, or what is wrong with them."""
+    """The targets of a row, NaN where it has no value, or what is wrong with them."""
     values = []
     for name in names:
         value = record.get(name)
-        if missing(value):
-            return f"{name} is missing"
+        if missing(value) and str(value).strip().lower() != "nan":  # which a program may have computed
+            values.append(math.nan)
+            continue
         try:
             if isinstance(value, bool) or not isinstance(value, str | Real):
                 raise ValueError
             number = float(value)
         except (ValueError, OverflowError):
             return f"{name} must be a number, not {str(value)[:60]!r}"
-        if number in (float("inf"), -float("inf")):
+        if not math.isfinite(number):
             return f"{name} must be finite, not {value}"
         values.append(number)
+    if names and all(map(math.isnan, values)):
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
     return values

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from ..common import checks
 from ..data import CrystalBatch
-from ..data.dataset import Example
+from ..data.dataset import Example, check_targets
 from ..model.model import Crystalformer, in_units
 from .recipe import Recipe
 
@@ -22,17 +22,23 @@ MEANS = torch.float64  # over an epoch
 def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (T) of targets (C,T), in fp64; the deviation is 1 where the targets are all equal.
 
+    Values that are not known, NaN, do not count.
+
     Raises:
-        ValueError: if there are no targets, or if they or their deviation are not finite.
+        ValueError: if a target has no value, or if the targets or their deviation are not finite.
     """
     if targets.dim() != 2 or not len(targets):
         raise ValueError(f"targets must be (C,T) of at least one crystal, not {tuple(targets.shape)}")
-    checks.check_finite("targets", targets)
-    targets = targets.double()
-    # Equal targets may differ from their mean by a rounding.
-    equal = (targets == targets[0]).all(0)
-    mean = torch.where(equal, targets[0], targets.mean(0))
-    deviation = torch.where(equal, 1.0, targets.std(0, correction=0))
+    check_targets(targets)
+    means, deviations = [], []
+    for number, column in enumerate(targets.double().T):
+        known = column[~column.isnan()]
+        if not len(known):
+            raise ValueError(f"targets must hold a known value of each target, but targets[:, {number}] are all NaN")
+        equal = bool((known == known[0]).all())  # they may differ from their mean by a rounding
+        means.append(known[0] if equal else known.mean())
+        deviations.append(torch.ones_like(known[0]) if equal else known.std(correction=0))
+    mean, deviation = torch.stack(means), torch.stack(deviations)
     checks.check_finite("the deviation of targets", deviation)
     return mean, deviation
 
@@ -49,8 +55,8 @@ class Mean(Metric):
             self.add_state(name, torch.zeros((), dtype=MEANS), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, counted: Tensor) -> None:
-        """Takes values (C) where counted (C) is 1, not where it is 0."""
-        self.total += values.to(MEANS) @ counted
+        """Takes values where counted, of the same shape, is 1, not where it is 0."""
+        self.total += (values.to(MEANS) * counted).sum()
         self.count += counted.sum()
 
     def compute(self) -> Tensor:
@@ -61,7 +67,7 @@ class Regression(lightning.LightningModule):
     """A Crystalformer learning standardised targets by the paper's recipe (`Recipe`).
 
     Logs train_loss and val_loss, in standard deviations, and train_mae/NAME and val_mae/NAME of each target, in its own
-    units: means over all crystals of an epoch, whatever the batches and the number of processes.
+    units: means over all known values of an epoch, whatever the batches and the number of processes; NaN over none.
 
     Targets are standardised in fp64 before a batch goes to its device (`on_before_batch_transfer`); the steps take them
     standardised, in the dtype of the network.
@@ -120,19 +126,21 @@ class Regression(lightning.LightningModule):
     def _step(self, stage: str, means: nn.ModuleList, example: Example) -> Tensor:
         crystals, targets, weight = example
         try:
-            errors = (self.model(crystals) - targets).abs()
+            outputs = self.model(crystals)
         except checks.NotFinite as error:  # of the attention, which checks what it gets
             raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
-        losses = errors.mean(1)
-        exact = errors.detach().to(MEANS).T
-        columns = [losses.detach(), *(x * scale for x, scale in zip(exact, self.scales, strict=True))]
+        known = ~targets.isnan()
+        losses = (outputs - targets.masked_fill(~known, 0)).abs() * known
+        counted = (known & (weight > 0)[:, None]).to(MEANS)
+        exact = losses.detach().to(MEANS)
+        columns = [(exact, counted)]
+        columns += [(x * scale, y) for x, y, scale in zip(exact.T, counted.T, self.scales, strict=True)]
         names = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in self.names)]
-        counted = (weight > 0).to(MEANS)
         for name, mean, column in zip(names, means, columns, strict=True):
             assert isinstance(mean, Mean)
-            mean.update(column, counted)
+            mean.update(*column)
             self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(crystals))
-        return losses @ weight.to(losses.dtype)  # a trained model that learns anew has outputs in fp64
+        return losses.sum(1) @ weight.to(losses.dtype)  # a trained model that learns anew has outputs in fp64
 
     def configure_optimizers(self) -> Any:
         biases = [x for name, x in self.named_parameters() if name.endswith("bias")]
