@@ -20,9 +20,8 @@ from ..data.samples import DataError
 from ..data.splits import read_split, write_split
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
-from . import plots
-from .metrics import METRICS, SCORES, cell, known_values, read_metrics, scores
-from .report import CARD, PREDICTIONS, duration, file_stems, row_of_table, rows_of_settings
+from .metrics import METRICS, Score, cell, keys, kind_of, known_values, read_metrics, scores
+from .report import CARD, PREDICTIONS, draw, duration, row_of_table, rows_of_settings
 from .run_folder import CONFIG, has_checkpoint, run_folder
 from .train import MACHINE, DataSource, check_cache, check_types, settings_of, train
 
@@ -57,8 +56,8 @@ def crossval(
         machine: accelerator and loaders, as for `train`.
 
     Returns:
-        What metrics.json says: "folds", for each its scores; "mae", "rmse" and those of predicting the mean,
-        "baseline_mae", "baseline_rmse", their means over the folds; and with "_deviation" behind these names their
+        What metrics.json says: "folds", for each its scores; "mae", "rmse" (of classes "auc", "accuracy") and those of
+        predicting the mean, "baseline_mae", ..., their means over the folds; and with "_deviation" behind these names their
         standard deviations; of each target.
 
     Raises:
@@ -81,7 +80,7 @@ def crossval(
         raise DataError(str(error)) from error
     recipe, model = recipe or Recipe(), model or CrystalformerConfig()
     with run_folder(out, resume, _begun), _cleared_unless(resume, out):
-        fold_of, left_out = _folds(folds, names, source, seed)
+        fold_of, left_out = _folds(folds, names, source, seed, recipe.loss == "bce")
         order = in_order(list(fold_of.values()))
         about = {"folds": str(folds), "val_fraction": val_fraction}
         settings = about | settings_of(names, units, source, recipe, model, seed, machine)
@@ -119,12 +118,12 @@ def _cleared_unless(resume: bool, out: Path) -> Iterator[None]:
 
 
 def _folds(
-    folds: int | str | Path, names: tuple[str, ...], source: DataSource, seed: int
+    folds: int | str | Path, names: tuple[str, ...], source: DataSource, seed: int, classes: bool
 ) -> tuple[dict[str, str], int]:
     """The fold of each crystal that can be used, and how many rows cannot."""
     assert source.data is not None
     try:
-        samples, problems = source.read_file(source.data, names)
+        samples, problems = source.read_file(source.data, names, classes)
         if isinstance(folds, int) or str(folds).isdecimal():
             return random_folds(samples.ids, int(str(folds)), seed), len(problems)
         found = read_folds(folds, source.id_column)
@@ -183,6 +182,7 @@ def _report(
     storage.write(out / PREDICTIONS, storage.csv_text(table))
     numbers = torch.tensor([[float(x or "nan") for x in row[2:]] for row in table[1:]], dtype=torch.float64)
     true, predicted = numbers[:, 0::2], numbers[:, 1::2]
+    kind = kind_of(settings["loss"] == "bce")
     of_fold = [row[1] for row in table[1:]]
     found: dict[str, dict[str, Any]] = {}
     for fold in folds:
@@ -192,30 +192,24 @@ def _report(
         except ValueError as error:
             raise DataError(str(error)) from error
         found[fold] = {
-            **scores(names, predicted[here], true[here]),
-            **{f"baseline_{score.key}": run[f"baseline_{score.key}"]["test"] for score in SCORES},
+            **scores(kind, names, predicted[here], true[here]),
+            **{f"baseline_{score.key}": run[f"baseline_{score.key}"]["test"] for score in kind},
             "values": known_values(names, true[here]),
             "crystals": int(here.sum()),
             "seconds": run["seconds"],
         }
     metrics: dict[str, Any] = {"folds": found, "values": known_values(names, true)}
-    for key in (f"{prefix}{score.key}" for score in SCORES for prefix in ("", "baseline_")):
+    for key in keys(kind):
         values = {name: [x[key][name] for x in found.values() if name in x[key]] for name in names}
         metrics[key] = {name: statistics.fmean(x) for name, x in values.items() if x}
         metrics[f"{key}_deviation"] = {name: statistics.stdev(x) for name, x in values.items() if len(x) > 1}
     labels = [f"{name}, {unit}" if unit else name for name, unit in zip(names, units or [""] * len(names), strict=True)]
-    pictures = {}
-    for column, (name, label) in enumerate(zip(names, labels, strict=True)):
-        file, known = f"parity_{file_stems(names)[name]}.png", ~true[:, column].isnan()
-        pictures[file] = f"Predictions of {name}"
-        plots.parity(out / file, true[known, column], predicted[known, column], label)
-    storage.write(out / CARD, _card(metrics, labels, names, settings, pictures))
+    pictures = draw(out, kind, names, labels, true, predicted)
+    storage.write(out / CARD, _card(kind, metrics, labels, names, settings, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
-    first = SCORES[0]
     for name, label in zip(names, labels, strict=True):
-        baseline = short(metrics[f"baseline_{first.key}"][name])
-        mean = _mean(metrics, first.key, name)
-        print(f"test {first.word} of {label}: {mean} over {len(folds)} folds, of predicting the mean {baseline}")
+        mean, baseline = _mean(metrics, kind[0].key, name), cell(metrics[f"baseline_{kind[0].key}"], name)
+        print(f"test {kind[0].word} of {label}: {mean} over {len(folds)} folds, of predicting the mean {baseline}")
     print(f"all of it: {out / CARD}")
     return metrics
 
@@ -241,29 +235,29 @@ def _tested(folder: Path) -> list[list[str]]:
 
 
 def _card(
+    kind: Sequence[Score],
     metrics: Mapping[str, Any],
     labels: Sequence[str],
     names: Sequence[str],
     settings: Mapping[str, Any],
     pictures: Mapping[str, str],
 ) -> str:
-    keys = [f"{prefix}{score.key}" for score in SCORES for prefix in ("", "baseline_")]
     folds, rows = metrics["folds"], []
     for name, label in zip(names, labels, strict=True):
         for fold, x in folds.items():
-            cells = (cell(x[key], name) for key in keys)
+            cells = (cell(x[key], name) for key in keys(kind))
             rows.append(row_of_table(label, fold, x["values"][name], *cells, duration(x["seconds"])))
         seconds = math.fsum(x["seconds"] for x in folds.values())
-        means = (_mean(metrics, key, name) for key in keys)
+        means = (_mean(metrics, key, name) for key in keys(kind))
         rows.append(row_of_table(label, "**mean**", metrics["values"][name], *means, duration(seconds)))
-    columns = " | ".join(f"{score.title} | predicting the mean" for score in SCORES)
+    columns = " | ".join(f"{score.title} | predicting the mean" for score in kind)
     images = "\n".join(f"![{title}]({file})" for file, title in pictures.items())
     return f"""# Cross-validation of {", ".join(names)}
 
 Each crystal was predicted by the model that was trained without its fold. ± is the standard deviation over folds.
 
 | target | fold | known values | {columns} | time |
-{"|---" * (4 + len(keys))}|
+{"|---" * (4 + 2 * len(kind))}|
 {chr(10).join(rows)}
 
 {images}

@@ -20,7 +20,7 @@ from ..data.dataset import CrystalDataset
 from ..data.samples import Problem, Samples
 from ..training import predict
 from . import plots
-from .metrics import METRICS, SCORES, cell, known_values, not_learnt, scores
+from .metrics import AUC, METRICS, Score, cell, keys, kind_in, kind_of, known_values, notes, scores
 from .predictor import Predictor, not_finite
 
 PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
@@ -57,7 +57,7 @@ def write(
     Raises:
         FloatingPointError: if a prediction is not finite.
     """
-    names = predictor.names
+    names, kind = predictor.names, kind_of(predictor.model.config.probabilities)
     predictions = {}
     for name in ("val", "test"):
         if name in datasets:
@@ -65,11 +65,11 @@ def write(
             predictions[name] = predict(predictor.model, loader)
             if bad := not_finite(parts[name].ids, predictions[name]):
                 raise FloatingPointError(f"the predictions of {name} are not finite for {some(bad)}")
-    found = {name: scores(names, x, parts[name].targets) for name, x in predictions.items()}
-    baseline = {name: scores(names, mean, parts[name].targets) for name in predictions}
+    found = {name: scores(kind, names, x, parts[name].targets) for name, x in predictions.items()}
+    baseline = {name: scores(kind, names, mean, parts[name].targets) for name in predictions}
     metrics = {
-        **{score.key: {name: x[score.key] for name, x in found.items()} for score in SCORES},
-        **{f"baseline_{score.key}": {name: x[score.key] for name, x in baseline.items()} for score in SCORES},
+        **{score.key: {name: x[score.key] for name, x in found.items()} for score in kind},
+        **{f"baseline_{score.key}": {name: x[score.key] for name, x in baseline.items()} for score in kind},
         "baseline": dict(zip(names, mean.tolist(), strict=True)),
         "values": {name: known_values(names, samples.targets) for name, samples in parts.items()},
         "crystals": {name: len(samples) for name, samples in parts.items()},
@@ -86,41 +86,44 @@ def write(
     columns = list(history[0])
     storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
     shown = "test" if "test" in predictions else "val"
-    pictures = _plot(out, predictor, parts[shown].targets, predictions[shown], history, metrics)
+    pictures = draw(out, kind, names, predictor.labels, parts[shown].targets, predictions[shown])
+    pictures |= _draw_learning(out, predictor, history, metrics)
     storage.write(out / CARD, _card(metrics, settings, shown, predictor, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     return metrics
 
 
-def _plot(
-    out: Path,
-    predictor: Predictor,
-    targets: Tensor,
-    predictions: Tensor,
-    history: Sequence[Mapping[str, float]],
-    metrics: Mapping[str, Any],
+def draw(
+    out: Path, kind: Sequence[Score], names: Sequence[str], labels: Sequence[str], targets: Tensor, predictions: Tensor
 ) -> dict[str, str]:
-    """Draws what is known of each target (C,T); the titles of the pictures by their files."""
+    """Draws predictions (C,T) over the targets (C,T) that are known; the titles of the pictures by their files."""
     pictures = {}
-    for column, (name, label) in enumerate(zip(predictor.names, predictor.labels, strict=True)):
-        stem = file_stems(predictor.names)[name]
-        known = ~targets[:, column].isnan()
-        true, predicted = targets[known, column], predictions[known, column]
-        if known.any():
+    for name, label, true, predicted in zip(names, labels, targets.T, predictions.T, strict=True):
+        stem, known = file_stems(names)[name], ~true.isnan()
+        true, predicted = true[known], predicted[known]
+        if kind[0] is AUC:
+            if len(true.unique()) == 2:
+                pictures[f"roc_{stem}.png"] = f"ROC curve of {name}"
+                plots.roc(out / f"roc_{stem}.png", true, predicted, label)
+        elif len(true):
             pictures[f"parity_{stem}.png"] = f"Predictions of {name}"
             plots.parity(out / f"parity_{stem}.png", true, predicted, label)
             pictures[f"residuals_{stem}.png"] = f"Errors of {name}"
             plots.residuals(out / f"residuals_{stem}.png", true, predicted, label)
-        pictures[f"learning_curve_{stem}.png"] = f"Learning curve of {name}"
-        error, baseline = f"mean absolute error of {label}", metrics["baseline_mae"]["val"].get(name)
-        plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, error, baseline)
     return pictures
 
 
-def nothing_learnt(metrics: Mapping[str, Any], name: str) -> str:
-    """What is to be said of a target that `not_learnt` names."""
-    mae, mean = (short(metrics[key]["val"][name]) for key in ("mae", "baseline_mae"))
-    return f"Nothing was learnt of {name}: its validation error, {mae}, is no smaller than that of the mean, {mean}."
+def _draw_learning(
+    out: Path, predictor: Predictor, history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]
+) -> dict[str, str]:
+    """Draws the score of each target over the epochs; the titles of the pictures by their files."""
+    pictures, first = {}, kind_in(metrics)[0]
+    for name, label in zip(predictor.names, predictor.labels, strict=True):
+        file = f"learning_curve_{file_stems(predictor.names)[name]}.png"
+        pictures[file] = f"Learning curve of {name}"
+        title, baseline = f"{first.title} of {label}", metrics[f"baseline_{first.key}"]["val"].get(name)
+        plots.learning_curve(out / file, history, f"{first.key}/{name}", title, baseline)
+    return pictures
 
 
 def versions() -> dict[str, str]:
@@ -182,16 +185,17 @@ def _card(
     predictor: Predictor,
     pictures: Mapping[str, str],
 ) -> str:
-    names, labels = predictor.names, predictor.labels
-    keys = [key for score in SCORES for key in (score.key, f"baseline_{score.key}")]
+    names, labels, kind = predictor.names, predictor.labels, kind_in(metrics)
     rows = "\n".join(
-        row_of_table(label, part, metrics["values"][part][name], *(cell(metrics[key][part], name) for key in keys))
+        row_of_table(label, part, metrics["values"][part][name], *(cell(metrics[key][part], name) for key in keys(kind)))
         for name, label in zip(names, labels, strict=True)
-        for part in metrics["mae"]
+        for part in metrics[kind[0].key]
     )
-    columns = " | ".join(f"{score.title} | predicting the mean" for score in SCORES)
-    nothing = "\n".join(f"\n**{nothing_learnt(metrics, name)}**\n" for name in not_learnt(metrics))
-    units = "" if any(predictor.units) else ", in the units of the data it was trained on"
+    columns = " | ".join(f"{score.title} | predicting the mean" for score in kind)
+    said = "".join(f"\n**{note}**\n" for note in notes(metrics))
+    learnt = "classification" if kind[0] is AUC else "regression"
+    predicted = ", ".join(f"the probability of {x}" if kind[0] is AUC else x for x in labels)
+    units = "" if any(predictor.units) or kind[0] is AUC else ", in the units of the data it was trained on"
     images = "\n".join(f"![{title}]({file})" for file, title in pictures.items())
     shareable = shareable_settings(settings)
     files = [shareable[name] for name in ("train", "val", "test") if shareable[name]]
@@ -210,17 +214,17 @@ def _card(
     elements = ", ".join(SYMBOLS[z - 1] for z in predictor.model.config.elements)
     return f"""---
 library_name: crystalformer
-tags: [crystals, materials, regression]
+tags: [crystals, materials, {learnt}]
 ---
 
 # Crystalformer for {", ".join(names)}
 
-Predicts {", ".join(labels)} of a crystal from its structure{units}.
+Predicts {predicted} of a crystal from its structure{units}.
 
 | target | set | known values | {columns} |
-{"|---" * (3 + len(keys))}|
+{"|---" * (3 + 2 * len(kind))}|
 {rows}
-{nothing}
+{said}
 ```python
 import crystalformer
 

@@ -30,7 +30,7 @@ from ..model.model import Crystalformer
 from ..training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
 from ..training.machine import check_machine
 from . import report
-from .metrics import known_values, not_learnt
+from .metrics import kind_of, known_values, notes
 from .predictor import MODEL_FOLDER, Predictor
 from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 
@@ -89,8 +89,10 @@ class DataSource:
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DataError(f"cache must be a folder, not the file {self.cache}")
 
-    def read_file(self, path: Path, targets: Sequence[str]) -> tuple[Samples, list[Problem]]:
-        """The crystals of a file, and the rows that cannot be used.
+    def read_file(
+        self, path: Path, targets: Sequence[str], classes: bool = False
+    ) -> tuple[Samples, list[Problem]]:
+        """The crystals of a file, and the rows that cannot be used; see `read_samples`.
 
         Raises:
             DataError: if there are no crystals.
@@ -105,12 +107,15 @@ class DataSource:
                 workers=self.workers,
                 cache=self.cache,
                 progress=advance,
+                classes=classes,
             )
         if not len(read):
             raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
         return read, bad
 
-    def read(self, targets: Sequence[str], seed: int) -> tuple[dict[str, Samples], list[Problem]]:
+    def read(
+        self, targets: Sequence[str], seed: int, classes: bool = False
+    ) -> tuple[dict[str, Samples], list[Problem]]:
         """The crystals of train, val and test, and the rows that cannot be used.
 
         Raises:
@@ -119,7 +124,7 @@ class DataSource:
         problems: list[Problem] = []
 
         def samples(path: Path) -> Samples:
-            read, bad = self.read_file(path, targets)
+            read, bad = self.read_file(path, targets, classes)
             problems.extend(bad)
             return read
 
@@ -229,13 +234,14 @@ def _train(
             target_mean=(),
             target_deviation=(),
             elements=(),
+            probabilities=recipe.loss == "bce",
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
         device = check_machine(machine["accelerator"], machine["devices"], machine["nodes"])
     except ValueError as error:
         raise DataError(str(error)) from error
-    parts, problems = source.read(names, seed)
+    parts, problems = source.read(names, seed, config.probabilities)
     settings = settings_of(names, units, source, recipe, config, seed, machine)
     if first:
         print(f"  {describe_backend(device)}", flush=True)
@@ -274,8 +280,10 @@ def _train(
         mean, deviation = standardisation(datasets["train"].targets)
     except ValueError as error:
         raise DataError(f"train: {error}") from error
-    chosen = {name: getattr(recipe, name) for name in ("lr", "betas", "weight_decay", "bias_decay", "decay_steps")}
-    task = Regression(network, mean, deviation, names, **chosen)
+    options = ("lr", "betas", "weight_decay", "bias_decay", "decay_steps", "loss")
+    chosen = {name: getattr(recipe, name) for name in options}
+    scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
+    task = Regression(network, *scale, names, **chosen)
     if first:
         if not resume:
             storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -306,12 +314,12 @@ def _train(
         network.save_pretrained(out / MODEL_FOLDER)
         metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)
         part = "test" if "test" in parts else "val"
-        units_of = dict(zip(names, predictor.units, strict=True))
-        for name, mae in metrics["mae"][part].items():
-            error, baseline = f"{short(mae)} {units_of[name]}".rstrip(), short(metrics["baseline_mae"][part][name])
-            print(f"  {part} MAE of {name} {error}, of predicting the mean {baseline}")
-        for name in not_learnt(metrics):
-            print(report.nothing_learnt(metrics, name), file=sys.stderr)
+        first, units_of = kind_of(config.probabilities)[0], dict(zip(names, predictor.units, strict=True))
+        for name, value in metrics[first.key][part].items():
+            found, mean_value = f"{short(value)} {units_of[name]}".rstrip(), metrics[f"baseline_{first.key}"][part][name]
+            print(f"  {part} {first.word} of {name} {found}, of predicting the mean {short(mean_value)}")
+        for note in notes(metrics):
+            print(note, file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")
     return predictor
 

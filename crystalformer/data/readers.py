@@ -17,6 +17,9 @@ from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
 
 log = logging.getLogger("crystalformer.data")
+# As tables of programs have them, pandas' floats beside values that are missing included.
+CLASSES = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
+CLASSES |= {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # no classes, but problems of their rows alone
 
 
 def read_samples(
@@ -29,6 +32,7 @@ def read_samples(
     workers: int = 0,
     cache: str | Path | None = None,
     progress: Callable[[int, int], object] | None = None,
+    classes: bool = False,
 ) -> tuple[Samples, list[Problem]]:
     """Reads crystals with their ids and targets. Needs the extra [data].
 
@@ -73,12 +77,14 @@ def read_samples(
         cache: a folder that keeps parsed structures, found again by the text they were parsed from; that of
             `build_crystals` can serve both. Needs safetensors.
         progress: called with the number of rows done and of all, now and then.
+        classes: the targets are classes, 0 or 1, true or false, yes or no; they become 0 and 1.
 
     Returns:
         The samples that can be used, in the order of the file, and a Problem for each row that cannot.
 
     Raises:
-        DataError: for a missing file, an unknown format, a folder or table without structures, a missing column.
+        DataError: for a missing file, an unknown format, a folder or table without structures, a missing column, a value
+            that is no class.
     """
     if isinstance(targets, str):
         raise TypeError(f"targets must be a sequence of names, not the string {targets!r}")
@@ -97,7 +103,7 @@ def read_samples(
             raise DataError(str(problem))
         problems.append(problem)
 
-    values = [_values(row.values, names) for row in table.rows]
+    values = [_values(row, names, classes) for row in table.rows]
     reasons = [row.reason or _fault(row.id, x) for row, x in zip(table.rows, values, strict=True)]
     good = [row.structure for row, reason in zip(table.rows, reasons, strict=True) if row.structure and not reason]
     first: dict[str, Row] = {}
@@ -149,23 +155,31 @@ def _fault(id: str, values: list[float] | str) -> str:
     return values if isinstance(values, str) else ""
 
 
-def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | str:
+def _values(row: Row, names: Sequence[str], classes: bool) -> list[float] | str:
     """The targets of a row, NaN where it has no value, or what is wrong with them."""
     values = []
     for name in names:
-        value = record.get(name)
+        value = row.values.get(name)
         if missing(value) and str(value).strip().lower() != "nan":  # which a program may have computed
             values.append(math.nan)
             continue
-        try:
-            if isinstance(value, bool) or not isinstance(value, str | Real):
-                raise ValueError
-            number = float(value)
-        except (ValueError, OverflowError):
-            return f"{name} must be a number, not {str(value)[:60]!r}"
+        number = CLASSES.get(str(value).strip().lower()) if classes else _number(value)
+        if number is None:
+            wanted = "0 or 1, true or false, yes or no" if classes else "a number"
+            reason = f"{name} must be {wanted}, not {str(value)[:60]!r}"
+            if classes:  # of another kind: no crystal of it may be left out
+                raise DataError(str(Problem(_writable(row.id), _writable(row.source), _writable(reason))))
+            return reason
         if not math.isfinite(number):
             return f"{name} must be finite, not {value}"
         values.append(number)
     if names and all(map(math.isnan, values)):
         return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
     return values
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) or not isinstance(value, str | Real) else float(value)
+    except (ValueError, OverflowError):
+        return None

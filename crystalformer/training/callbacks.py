@@ -90,10 +90,10 @@ class AverageLastEpochs(WeightAveraging):
 
 
 class Progress(Callback):
-    """One bar for the whole training, with the last validation error and the time left; without a terminal, lines.
+    """One bar for the whole training, with the last validation MAE or AUC and the time left; without a terminal, lines.
 
     Args:
-        name: of the target whose error is shown.
+        name: of the target whose score is shown.
         unit: of it.
     """
 
@@ -115,12 +115,14 @@ class Progress(Callback):
         self.bar.update(1 / len(sampler.batches))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        mae = float(trainer.callback_metrics[f"val_mae/{self.name}"])
-        error = f"validation MAE of {self.name} {short(mae)} {self.unit}".rstrip()
-        self.bar.set_postfix_str(error)
+        assert isinstance(pl_module, Regression)
+        word, unit = ("AUC", "") if pl_module.loss == "bce" else ("MAE", self.unit)
+        value = float(trainer.callback_metrics[f"val_{word.lower()}/{self.name}"])
+        score = f"validation {word} of {self.name} {short(value)} {unit}".rstrip()
+        self.bar.set_postfix_str(score)
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if self.bar.disable and trainer.global_rank == 0 and (epoch % max(1, epochs // 10) == 0 or epoch == epochs):
-            print(f"  epoch {epoch:3d} of {epochs}   {error}", flush=True)
+            print(f"  epoch {epoch:3d} of {epochs}   {score}", flush=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.bar.close()

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ..common import checks
+from .losses import LOSSES
 
 MOST_COUNT = 2**31 - 1  # the most epochs, crystals, images or steps
 MOST = 1e6  # the largest learning rate and decay: fp32 holds their products with any weight
@@ -11,7 +12,8 @@ MOST = 1e6  # the largest learning rate and decay: fp32 holds their products wit
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. L1 loss on standardised targets, AdamW, learning rate lr·sqrt(T / (T + t)) in step t.
+    """How a model is trained. As the paper by default: L1 loss on standardised targets, AdamW, learning rate
+    lr·sqrt(T / (T + t)) in step t.
 
     Attributes:
         epochs: passes over the training crystals.
@@ -27,6 +29,8 @@ class Recipe:
         gradient_norm: longer gradients are shortened to this.
         average_epochs: the model is the mean of the weights over the steps of this many last epochs, in which the
             learning rate is constant; at most a third of all epochs.
+        loss: "l1", "mse" or "huber" (quadratic up to one standard deviation) of the standardised targets; or "bce" for
+            classes, which are 0 or 1, true or false, yes or no, and of which the probability is learnt.
     """
 
     epochs: int = 500
@@ -39,11 +43,13 @@ class Recipe:
     decay_steps: int = 4000
     gradient_norm: float = 1.0
     average_epochs: int = 50
+    loss: str = "l1"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_images_per_batch", "decay_steps"):
             checks.check_integer(name, getattr(self, name), 1, MOST_COUNT)
         checks.check_integer("average_epochs", self.average_epochs, 0, MOST_COUNT)
+        checks.check_choice("loss", self.loss, LOSSES)
         checks.check_number("gradient_norm", self.gradient_norm)
         checks.check_number("lr", self.lr, high=MOST)
         for name in ("weight_decay", "bias_decay"):

@@ -1,7 +1,7 @@
-"""What is learnt: standardised targets, by an L1 loss."""
+"""What is learnt: standardised targets, or classes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,8 @@ from ..common import checks
 from ..data import CrystalBatch
 from ..data.dataset import Example, check_targets
 from ..model.model import Crystalformer, in_units
+from .losses import LOSSES, MEANS, Auc, Mean
 from .recipe import Recipe
-
-MEANS = torch.float64  # over an epoch
 
 
 def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,43 +42,24 @@ def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
     return mean, deviation
 
 
-class Mean(Metric):
-    """Mean over all processes of the values that are counted. torchmetrics' own mean looks for NaN in every batch."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=MEANS), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor, counted: Tensor) -> None:
-        """Takes values where counted, of the same shape, is 1, not where it is 0."""
-        self.total += (values.to(MEANS) * counted).sum()
-        self.count += counted.sum()
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
-
-
 class Regression(lightning.LightningModule):
-    """A Crystalformer learning standardised targets by the paper's recipe (`Recipe`).
+    """A Crystalformer learning standardised targets, or classes by logistic regression, by a `Recipe`.
 
     Logs train_loss and val_loss, in standard deviations, and train_mae/NAME and val_mae/NAME of each target, in its own
-    units: means over all known values of an epoch, whatever the batches and the number of processes; NaN over none.
+    units; of classes the area under the ROC curve and the accuracy, train_auc/NAME, train_accuracy/NAME, ... All are of
+    all known values of an epoch, whatever the batches and the number of processes, and NaN without any.
 
     Targets are standardised in fp64 before a batch goes to its device (`on_before_batch_transfer`); the steps take them
     standardised, in the dtype of the network.
 
     Args:
         model: predicts the standardised targets while it is trained; `finish` makes it predict in units.
-        mean, deviation: (T) fp64, of the training targets.
+        mean, deviation: (T) fp64, of the training targets; of classes, which are 0 or 1, they are 0 and 1.
         names: of the targets, for the log.
-        lr, betas, weight_decay, decay_steps, bias_decay: see `Recipe`.
+        lr, betas, weight_decay, decay_steps, bias_decay, loss: see `Recipe`.
 
     Raises:
-        ValueError: if names, mean and deviation are not as many as the model's targets.
+        ValueError: if names, mean and deviation are not as many as the model's targets, or the loss does not fit it.
     """
 
     def __init__(
@@ -93,6 +73,7 @@ class Regression(lightning.LightningModule):
         weight_decay: float = Recipe.weight_decay,
         decay_steps: int = Recipe.decay_steps,
         bias_decay: float = Recipe.bias_decay,
+        loss: str = Recipe.loss,
     ) -> None:
         super().__init__()
         number = model.config.num_targets
@@ -101,15 +82,21 @@ class Regression(lightning.LightningModule):
         self.model, self.names = model, tuple(names)
         self.lr, self.betas, self.weight_decay, self.decay_steps = lr, betas, weight_decay, decay_steps
         self.bias_decay = bias_decay
+        self.loss = checks.check_choice("loss", loss, LOSSES)
+        if (loss == "bce") != model.config.probabilities:
+            raise ValueError(f"loss must be bce where the model's config has probabilities, and only there, not {loss}")
         self.rate_held = False
         # No buffers: on the CPU, where they are needed, and in fp64, whatever the network is cast to.
         self.mean, self.deviation = mean.double().cpu(), deviation.double().cpu()
         self.scales = tuple(self.deviation.tolist())
-        # Of the loss, then of the targets' errors.
-        self.train_means, self.val_means = (nn.ModuleList(Mean() for _ in range(number + 1)) for _ in range(2))
+        # Of the loss, then of each target.
+        of_target = (Auc, Mean) if loss == "bce" else (Mean,)
+        self.train_metrics, self.val_metrics = (
+            nn.ModuleList([Mean(), *(kind() for _ in names for kind in of_target)]) for _ in range(2)
+        )
 
     def forward(self, batch: CrystalBatch) -> Tensor:
-        """(C,T) fp64, in the units of the targets."""
+        """(C,T) fp64, in the units of the targets, or probabilities."""
         return in_units(self.model(batch), self.mean.tolist(), self.scales)
 
     def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> Example:
@@ -118,29 +105,39 @@ class Regression(lightning.LightningModule):
         return batch._replace(targets=targets.to(batch.weight.dtype))
 
     def training_step(self, example: Example, index: int) -> Tensor:
-        return self._step("train", self.train_means, example)
+        return self._step("train", self.train_metrics, example)
 
     def validation_step(self, example: Example, index: int) -> None:
-        self._step("val", self.val_means, example)
+        self._step("val", self.val_metrics, example)
 
-    def _step(self, stage: str, means: nn.ModuleList, example: Example) -> Tensor:
+    def _step(self, stage: str, metrics: nn.ModuleList, example: Example) -> Tensor:
         crystals, targets, weight = example
         try:
-            outputs = self.model(crystals)
+            outputs = self.model.outputs(crystals)
         except checks.NotFinite as error:  # of the attention, which checks what it gets
             raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
         known = ~targets.isnan()
-        losses = (outputs - targets.masked_fill(~known, 0)).abs() * known
-        counted = (known & (weight > 0)[:, None]).to(MEANS)
-        exact = losses.detach().to(MEANS)
-        columns = [(exact, counted)]
-        columns += [(x * scale, y) for x, y, scale in zip(exact.T, counted.T, self.scales, strict=True)]
-        names = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in self.names)]
-        for name, mean, column in zip(names, means, columns, strict=True):
-            assert isinstance(mean, Mean)
-            mean.update(*column)
-            self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(crystals))
-        return losses.sum(1) @ weight.to(losses.dtype)  # a trained model that learns anew has outputs in fp64
+        targets = targets.masked_fill(~known, 0).to(outputs.dtype)  # a trained model that learns anew has fp64
+        losses = LOSSES[self.loss](outputs, targets, reduction="none") * known
+        counted = known & (weight > 0)[:, None]
+        found = [("loss", (losses.detach(), counted)), *self._measured(outputs.detach(), targets, counted)]
+        for metric, (name, values) in zip(metrics, found, strict=True):
+            assert isinstance(metric, Metric)
+            metric.update(*values)
+            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, batch_size=len(crystals))
+        return losses.sum(1) @ weight.to(losses.dtype)
+
+    def _measured(
+        self, outputs: Tensor, targets: Tensor, counted: Tensor
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """The names of the metrics of each target, and what they take."""
+        columns = zip(self.names, outputs.to(MEANS).T, targets.to(MEANS).T, counted.T, self.scales, strict=True)
+        for name, x, y, here, scale in columns:
+            if self.loss == "bce":
+                yield f"auc/{name}", (x.sigmoid(), y.masked_fill(~here, torch.nan))
+                yield f"accuracy/{name}", ((x > 0) == (y > 0), here)
+            else:
+                yield f"mae/{name}", ((x - y).abs() * scale, here)
 
     def configure_optimizers(self) -> Any:
         biases = [x for name, x in self.named_parameters() if name.endswith("bias")]
