@@ -280,7 +280,7 @@ def _train(
         mean, deviation = standardisation(datasets["train"].targets)
     except ValueError as error:
         raise DataError(f"train: {error}") from error
-    options = ("lr", "betas", "weight_decay", "bias_decay", "decay_steps", "loss")
+    options = ("lr", "betas", "weight_decay", "bias_decay", "decay_steps", "loss", "schedule")
     chosen = {name: getattr(recipe, name) for name in options}
     scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
     task = Regression(network, *scale, names, **chosen)

@@ -73,18 +73,28 @@ class BoundedBatches(Sampler[Shard]):
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the batches of an epoch; lightning calls this before each."""
+        self.batches = self._batches(epoch)
+
+    def steps(self, epochs: int) -> int:
+        """How many batches so many epochs have."""
+        if self.seed is None or self.max_images is None or self.batch_size * max(self.sizes) <= self.max_images:
+            return epochs * len(self.batches)  # each has as many
+        return sum(len(self._batches(epoch)) for epoch in range(epochs))
+
+    def _batches(self, epoch: int) -> list[list[int]]:
         order: Sequence[int] = range(len(self.sizes))
         if self.seed is not None:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes)).tolist()
-        self.batches: list[list[int]] = []
+        batches: list[list[int]] = []
         images = 0
         for index in order:
             images += self.sizes[index]
-            full = not self.batches or len(self.batches[-1]) == self.batch_size
+            full = not batches or len(batches[-1]) == self.batch_size
             if full or (self.max_images is not None and images > self.max_images):
-                self.batches.append([])
+                batches.append([])
                 images = self.sizes[index]
-            self.batches[-1].append(index)
+            batches[-1].append(index)
+        return batches
 
     def __iter__(self) -> Iterator[Shard]:
         rank, world = 0, 1

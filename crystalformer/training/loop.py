@@ -27,6 +27,7 @@ from .checkpoints import AtomicIO, CheckpointError, Checkpoints, latest
 from .machine import check_machine
 from .recipe import MOST_COUNT, Recipe
 from .regression import Regression
+from .schedules import WHOLE
 
 
 def fit(
@@ -130,6 +131,8 @@ def _fit(
                 return history.rows
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.
     assert isinstance(train.sampler, BoundedBatches)
+    if task.schedule in WHOLE:
+        task.steps = train.sampler.steps(epochs)
     train.sampler.set_epoch(len(history.rows))
     if TorchElasticEnvironment.detect():
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

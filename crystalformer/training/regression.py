@@ -1,6 +1,5 @@
 """What is learnt: standardised targets, or classes."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from ..data.dataset import Example, check_targets
 from ..model.model import Crystalformer, in_units
 from .losses import LOSSES, MEANS, Auc, Mean
 from .recipe import Recipe
+from .schedules import SCHEDULES, WHOLE
 
 
 def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ class Regression(lightning.LightningModule):
         model: predicts the standardised targets while it is trained; `finish` makes it predict in units.
         mean, deviation: (T) fp64, of the training targets; of classes, which are 0 or 1, they are 0 and 1.
         names: of the targets, for the log.
-        lr, betas, weight_decay, decay_steps, bias_decay, loss: see `Recipe`.
+        lr, betas, weight_decay, decay_steps, bias_decay, loss, schedule: see `Recipe`.
 
     Raises:
         ValueError: if names, mean and deviation are not as many as the model's targets, or the loss does not fit it.
@@ -74,6 +74,7 @@ class Regression(lightning.LightningModule):
         decay_steps: int = Recipe.decay_steps,
         bias_decay: float = Recipe.bias_decay,
         loss: str = Recipe.loss,
+        schedule: str = Recipe.schedule,
     ) -> None:
         super().__init__()
         number = model.config.num_targets
@@ -85,6 +86,8 @@ class Regression(lightning.LightningModule):
         self.loss = checks.check_choice("loss", loss, LOSSES)
         if (loss == "bce") != model.config.probabilities:
             raise ValueError(f"loss must be bce where the model's config has probabilities, and only there, not {loss}")
+        self.schedule = checks.check_choice("schedule", schedule, SCHEDULES)
+        self.steps = 1  # of the whole training, which `fit` counts
         self.rate_held = False
         # No buffers: on the CPU, where they are needed, and in fp64, whatever the network is cast to.
         self.mean, self.deviation = mean.double().cpu(), deviation.double().cpu()
@@ -145,12 +148,11 @@ class Regression(lightning.LightningModule):
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": self.bias_decay}]
         # Fused: one call for all weights, where one for each operation on each of them takes longer than small batches.
         optimizer = torch.optim.AdamW(groups, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
-        steps = self.decay_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: math.sqrt(steps / (steps + t)))
+        schedule = SCHEDULES[self.schedule](optimizer, self.decay_steps, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if not self.rate_held:
+        if not self.rate_held or self.schedule in WHOLE:
             scheduler.step()
 
     def finish(self, elements: Iterable[int] = ()) -> Crystalformer:
