@@ -82,6 +82,8 @@ def write(
         "device": device_name(device),
         "versions": versions(),
     }
+    if settings["best_epoch"]:
+        metrics["best_epoch"] = min(history, key=lambda row: row["val_loss"])["epoch"]
     _write_predictions(out / PREDICTIONS, names, parts, predictions)
     columns = list(history[0])
     storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
@@ -210,6 +212,7 @@ def _card(
         for name, known in values
         if known != metrics["crystals"]
     )
+    best = f" (the weights are those of epoch {metrics['best_epoch']})" if "best_epoch" in metrics else ""
     libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     elements = ", ".join(SYMBOLS[z - 1] for z in predictor.model.config.elements)
     return f"""---
@@ -245,7 +248,7 @@ The model has seen the training crystals' targets only; the plots are of the {sh
 
 ## Training
 
-{count(metrics["epochs"], "epoch")} in {duration(metrics["seconds"])} on {metrics["device"]};
+{count(metrics["epochs"], "epoch")}{best} in {duration(metrics["seconds"])} on {metrics["device"]};
 {metrics["parameters"]:,} parameters.
 {libraries}.
 

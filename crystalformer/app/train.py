@@ -27,7 +27,8 @@ from ..data.splits import SETS, read_split, split, write_split
 from ..geometry.orbits import SYMMETRY_TOL
 from ..model.config import FROM_TRAINING, CrystalformerConfig
 from ..model.model import Crystalformer
-from ..training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
+from ..training import Progress, Recipe, Regression, fit, standardisation
+from ..training.callbacks import weight_callbacks
 from ..training.machine import check_machine
 from . import report
 from .metrics import kind_of, known_values, notes
@@ -300,7 +301,7 @@ def _train(
         batches["train"],
         batches["val"],
         recipe.epochs,
-        [AverageLastEpochs(recipe.averaged), progress] if recipe.averaged else [progress],
+        [*weight_callbacks(recipe), progress],
         seed=seed,
         gradient_norm=recipe.gradient_norm,
         checkpoints=out / CHECKPOINTS,
@@ -311,6 +312,9 @@ def _train(
     )
     predictor = Predictor(network, source.symmetry_tol)
     if first:
+        if len(history) < recipe.epochs:
+            why = f"the validation loss has not fallen in {count(recipe.patience, 'epoch')}"
+            print(f"  stopped behind epoch {len(history)} of {recipe.epochs}: {why}")
         network.save_pretrained(out / MODEL_FOLDER)
         metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)
         part = "test" if "test" in parts else "val"

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training: the weight average, the record, the progress bar."""
+"""What happens beside the steps of a training: the weights it ends with, the record, the progress bar."""
 
 import sys
 import time
@@ -7,11 +7,13 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..common.words import short
 from ..data.dataset import BoundedBatches
+from .recipe import Recipe
 from .regression import Regression
 
 
@@ -87,6 +89,55 @@ class AverageLastEpochs(WeightAveraging):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.begun:
             super().on_train_end(trainer, pl_module)
+
+
+class BestEpoch(Callback):
+    """Ends with the weights of the epoch whose validation loss is smallest, the first of equal ones."""
+
+    def __init__(self) -> None:
+        self.loss, self.weights = float("inf"), {}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val_loss"])
+        if loss < self.loss:
+            self.loss = loss
+            self.weights = {name: x.detach().clone() for name, x in pl_module.state_dict().items()}
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.weights:  # else no epoch was done
+            pl_module.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss = state_dict["loss"]
+
+    # As lightning's averages: a checkpoint's state_dict is what the training would end with.
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["current_model_state"], checkpoint["state_dict"] = checkpoint["state_dict"], self.weights
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.weights = {name: x.to(pl_module.device) for name, x in checkpoint["state_dict"].items()}
+        pl_module.load_state_dict(checkpoint["current_model_state"])
+
+
+def weight_callbacks(recipe: Recipe) -> list[Callback]:
+    """What a recipe says of the weights that a training ends with, and of its end."""
+    found: list[Callback] = []
+    if recipe.averaged:
+        found.append(AverageLastEpochs(recipe.averaged))
+    if recipe.ema:
+        found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)))
+    if recipe.best_epoch:
+        found.append(BestEpoch())
+    if recipe.patience:
+        found.append(EarlyStopping("val_loss", patience=recipe.patience))
+    return found
 
 
 class Progress(Callback):

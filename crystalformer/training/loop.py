@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -126,7 +126,7 @@ def _fit(
                 task.load_state_dict(content["state_dict"])
             except RuntimeError as error:
                 raise CheckpointError(f"{path} must hold the weights of this model: {one_line(error)}") from error
-            if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
+            if len(history.rows) >= epochs or _out_of_patience(callbacks, content):  # nothing is left but the result
                 task.finish(elements)
                 return history.rows
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.
@@ -159,6 +159,12 @@ def _fit(
         trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
     task.finish(elements)
     return history.rows
+
+
+def _out_of_patience(callbacks: Sequence[Callback], content: Mapping[str, Any]) -> bool:
+    """Whether the training of a checkpoint was stopped early, by what lightning kept of it."""
+    kept = [content["callbacks"].get(x.state_key) for x in callbacks if isinstance(x, EarlyStopping)]
+    return any(x is not None and x["wait_count"] >= x["patience"] for x in kept)
 
 
 @torch.no_grad()

@@ -34,6 +34,10 @@ class Recipe:
         schedule: of the learning rate. "inverse_sqrt", lr·sqrt(T / (T + t)) in step t; "constant"; "cosine", down to 0 behind
             the last step; "one_cycle", from lr / 25 up to lr over 30 % of the steps, then down to lr / 250,000. The last
             two run over all steps, also those of the average, in which the first one holds its rate.
+        ema: the model is the exponential moving average of the weights over all steps, which keeps this part of itself in
+            each, instead of the mean; 0 for none.
+        best_epoch: the model has the weights of the epoch with the smallest validation loss, instead of the mean.
+        patience: stop behind this many epochs without a smaller validation loss; 0 for never.
     """
 
     epochs: int = 500
@@ -48,6 +52,9 @@ class Recipe:
     average_epochs: int = 50
     loss: str = "l1"
     schedule: str = "inverse_sqrt"
+    ema: float = 0.0
+    best_epoch: bool = False
+    patience: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_images_per_batch", "decay_steps"):
@@ -64,11 +71,20 @@ class Recipe:
         for beta in self.betas:
             checks.check_number("betas", beta, high=1.0, closed=True)
         object.__setattr__(self, "betas", tuple(self.betas))
+        checks.check_number("ema", self.ema, high=1.0, closed=True)
+        checks.check_integer("patience", self.patience, 0, MOST_COUNT)
+        if self.ema and self.best_epoch:
+            raise ValueError(f"ema must be 0 with best_epoch, not {self.ema}: a model has the weights of one of them")
+        if self.patience and self.averaged:
+            raise ValueError(
+                f"patience must be 0, not {self.patience}, where the model is the mean over the last epochs, before which "
+                "it would stop: give best_epoch, ema or average_epochs=0"
+            )
 
     @property
     def averaged(self) -> int:
-        """How many epochs the average is over: of a short training the last third."""
-        return min(self.average_epochs, math.ceil(self.epochs / 3))
+        """How many epochs the mean of the weights is over: of a short training the last third."""
+        return 0 if self.ema or self.best_epoch else min(self.average_epochs, math.ceil(self.epochs / 3))
 
 
 PRESETS = {
