@@ -39,7 +39,9 @@ def salts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(salts) -> Path:
     out = salts.parent / "run"
-    assert cli.main(["train", "--data", str(salts), "--target", "deep", "--out", str(out), *OPTIONS]) == 0
+    fractions = ["--fractions", "0.6", "0.2", "0.2"]
+    data = ["--data", str(salts), "--target", "deep"]
+    assert cli.main(["train", *data, *fractions, "--out", str(out), *OPTIONS]) == 0
     return out
 
 
@@ -115,12 +117,12 @@ def test_a_loss_that_does_not_fit(capsys, salts, tmp_path):
     with pytest.raises(ValueError, match="loss must be one of l1, mse, huber, bce, not 'l2'"):
         Recipe(loss="l2")
     for loss, probabilities in (("bce", False), ("l1", True)):
+        model = Crystalformer(replace(SMALL, probabilities=probabilities))
         with pytest.raises(ValueError, match=f"loss must be bce where .*, and only there, not {loss}"):
-            model = Crystalformer(replace(SMALL, probabilities=probabilities))
             Regression(model, torch.zeros(1), torch.ones(1), loss=loss)
     command = ("train", "--data", salts, "--target", "deep", "--out", tmp_path / "out")
     assert "loss must be one of" in refused(capsys, *command, "--loss", "l2")
-    assert "deep must be a number, not 'True'" in refused(capsys, *command)
+    assert "deep must be a number, not 'False'" in refused(capsys, *command)
     assert not (tmp_path / "out").exists()
 
 
@@ -142,7 +144,7 @@ def test_the_folder_of_a_training(run, salts):
     assert metrics["baseline_accuracy"]["test"]["deep"] == pytest.approx(larger)
     assert "mae" not in metrics
     card = (run / "README.md").read_text()
-    assert f"| deep | test | 4 | {metrics['auc']['test']['deep']:.4g} | 0.5 | " in card
+    assert f"| deep | test | 8 | {metrics['auc']['test']['deep']:.4g} | 0.5 | " in card
     assert "Predicts the probability of deep of a crystal from its structure.\n" in card
     assert "tags: [crystals, materials, classification]" in card
     assert {x.stem for x in run.glob("*.png")} == {"roc_deep", "learning_curve_deep"}

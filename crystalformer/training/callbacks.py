@@ -95,7 +95,8 @@ class BestEpoch(Callback):
     """Ends with the weights of the epoch whose validation loss is smallest, the first of equal ones."""
 
     def __init__(self) -> None:
-        self.loss, self.weights = float("inf"), {}
+        self.loss = float("inf")
+        self.weights: dict[str, torch.Tensor] = {}
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val_loss"])

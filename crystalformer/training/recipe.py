@@ -31,11 +31,11 @@ class Recipe:
             all epochs, in which the learning rate of inverse_sqrt is constant.
         loss: "l1", "mse" or "huber" (quadratic up to one standard deviation) of the standardised targets; or "bce" for
             classes, which are 0 or 1, true or false, yes or no, and of which the probability is learnt.
-        schedule: of the learning rate. "inverse_sqrt", lr·sqrt(T / (T + t)) in step t; "constant"; "cosine", down to 0 behind
-            the last step; "one_cycle", from lr / 25 up to lr over 30 % of the steps, then down to lr / 250,000. The last
-            two run over all steps, also those of the average, in which the first one holds its rate.
-        ema: the model is the exponential moving average of the weights over all steps, which keeps this part of itself in
-            each, instead of the mean; 0 for none.
+        schedule: of the learning rate. "inverse_sqrt", lr·sqrt(T / (T + t)) in step t; "constant"; "cosine", down to 0
+            behind the last step; "one_cycle", from lr / 25 up to lr over 30 % of the steps, then down to lr / 250,000.
+            The last two run over all steps, also those of the average, in which the first one holds its rate.
+        ema: the model is the exponential moving average of the weights over all steps, which keeps this part of itself
+            in each, instead of the mean; 0 for none.
         best_epoch: the model has the weights of the epoch with the smallest validation loss, instead of the mean.
         patience: stop behind this many epochs without a smaller validation loss; 0 for never.
     """
@@ -77,8 +77,8 @@ class Recipe:
             raise ValueError(f"ema must be 0 with best_epoch, not {self.ema}: a model has the weights of one of them")
         if self.patience and self.averaged:
             raise ValueError(
-                f"patience must be 0, not {self.patience}, where the model is the mean over the last epochs, before which "
-                "it would stop: give best_epoch, ema or average_epochs=0"
+                f"patience must be 0, not {self.patience}, where the model is the mean over the last epochs, before "
+                "which it would stop: give best_epoch, ema or average_epochs=0"
             )
 
     @property
