@@ -25,7 +25,7 @@ from .predictor import Predictor, not_finite
 
 PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
 # Settings that are paths of the machine: the card, which goes to others, has their last part only, or nothing.
-PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds"), ("cache",)
+PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds", "from"), ("cache",)
 LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
 
 
@@ -128,6 +128,17 @@ def _draw_learning(
     return pictures
 
 
+def last_lines(metrics: Mapping[str, Any], predictor: Predictor) -> list[str]:
+    """What a training ends with on the terminal: the first score of each target."""
+    score, units, lines = kind_in(metrics)[0], dict(zip(predictor.names, predictor.units, strict=True)), []
+    part = "test" if "test" in metrics[score.key] else "val"
+    for name, value in metrics[score.key][part].items():
+        mean = short(metrics[f"baseline_{score.key}"][part][name])
+        found = f"{short(value)} {units[name]}".rstrip()
+        lines.append(f"{part} {score.word} of {name} {found}, of predicting the mean {mean}")
+    return lines
+
+
 def versions() -> dict[str, str]:
     """Of what matters for the numbers, as far as it is installed."""
     found = {"python": platform.python_version()}
@@ -189,7 +200,9 @@ def _card(
 ) -> str:
     names, labels, kind = predictor.names, predictor.labels, kind_in(metrics)
     rows = "\n".join(
-        row_of_table(label, part, metrics["values"][part][name], *(cell(metrics[key][part], name) for key in keys(kind)))
+        row_of_table(
+            label, part, metrics["values"][part][name], *(cell(metrics[key][part], name) for key in keys(kind))
+        )
         for name, label in zip(names, labels, strict=True)
         for part in metrics[kind[0].key]
     )

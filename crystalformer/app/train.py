@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..common import checks, storage
 from ..common.backends import describe_backend
-from ..common.words import count, short
+from ..common.words import count
 from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import CrystalDataset
@@ -31,7 +31,8 @@ from ..training import Progress, Recipe, Regression, fit, standardisation
 from ..training.callbacks import weight_callbacks
 from ..training.machine import check_machine
 from . import report
-from .metrics import kind_of, known_values, notes
+from .fine_tuning import Start, take_weights
+from .metrics import known_values, notes
 from .predictor import MODEL_FOLDER, Predictor
 from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 
@@ -90,9 +91,7 @@ class DataSource:
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DataError(f"cache must be a folder, not the file {self.cache}")
 
-    def read_file(
-        self, path: Path, targets: Sequence[str], classes: bool = False
-    ) -> tuple[Samples, list[Problem]]:
+    def read_file(self, path: Path, targets: Sequence[str], classes: bool = False) -> tuple[Samples, list[Problem]]:
         """The crystals of a file, and the rows that cannot be used; see `read_samples`.
 
         Raises:
@@ -153,6 +152,7 @@ def train(
     recipe: Recipe | None = None,
     model: CrystalformerConfig | None = None,
     *,
+    start: Start | None = None,
     unit: str | Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,
@@ -168,7 +168,8 @@ def train(
         target: name of the column to learn, or several.
         source: of the crystals.
         recipe: the paper's for Materials Project data if None.
-        model: its sizes and physics, the paper's if None; the targets are filled in.
+        model: its sizes and physics, the paper's if None, or those of `start`; the targets are filled in.
+        start: a trained model to start from; a resumed training has no need of it any more.
         unit: of the target, as "eV/atom", or one for each; for plots, tables and the model card.
         seed: of the split, the first weights, the order of the crystals and dropout.
         resume: go on with the training in `out`, after its last whole epoch.
@@ -184,11 +185,13 @@ def train(
         FileExistsError: if `out` holds something already, and is not to be resumed, or while another training runs
             in it.
         CheckpointError: if the training cannot be resumed.
-        TypeError: for a source, recipe or model that is none.
+        TypeError: for a source, recipe, model or start that is none.
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
     check_types(source, recipe, model)
+    if not isinstance(start, Start | None):
+        raise TypeError(f"start must be a Start, not {type(start).__name__}")
     if not names:
         raise DataError("target must name at least one column")
     if units and len(units) != len(names):
@@ -197,8 +200,7 @@ def train(
     check_cache(source, out, resume)
     with run_folder(out, resume) if _rank() == 0 else nullcontext():
         recipe = Recipe() if recipe is None else recipe
-        model = CrystalformerConfig() if model is None else model
-        return _train(out, names, units, source, recipe, model, seed, resume, machine)
+        return _train(out, names, units, source, recipe, model, start, seed, resume, machine)
 
 
 def check_cache(source: DataSource, out: Path, resume: bool) -> None:
@@ -220,15 +222,20 @@ def _train(
     units: tuple[str, ...],
     source: DataSource,
     recipe: Recipe,
-    config: CrystalformerConfig,
+    model: CrystalformerConfig | None,
+    start: Start | None,
     seed: int,
     resume: bool,
     machine: dict[str, Any],
 ) -> Predictor:
     loaders, first = machine["loaders"], _rank() == 0
+    trained, began = None, {}
+    if start is not None:
+        model, trained, digest = start.begin(out, resume, model)
+        began = {"from": str(start.folder), "from_sha256": digest, "freeze": list(start.freeze)}
     try:
         config = dataclasses.replace(
-            config,
+            CrystalformerConfig() if model is None else model,
             num_targets=len(names),
             target_names=names,
             target_units=units,
@@ -243,7 +250,9 @@ def _train(
     except ValueError as error:
         raise DataError(str(error)) from error
     parts, problems = source.read(names, seed, config.probabilities)
-    settings = settings_of(names, units, source, recipe, config, seed, machine)
+    if unknown := [name for name, number in known_values(names, parts["train"].targets).items() if not number]:
+        raise DataError(f"train must hold a known value of each target, but none of {', '.join(unknown)}")
+    settings = settings_of(names, units, source, recipe, config, seed, machine) | began
     if first:
         print(f"  {describe_backend(device)}", flush=True)
     torch.manual_seed(seed)
@@ -270,13 +279,6 @@ def _train(
         name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch, loaders)
         for name, data in datasets.items()
     }
-    first_batch = datasets["train"][next(iter(batches["train"].sampler))]
-    try:
-        network.calibrate(first_batch.crystals)
-    except ValueError as error:
-        raise DataError(f"the first batch of train: {error}") from error
-    if unknown := [name for name, number in known_values(names, parts["train"].targets).items() if not number]:
-        raise DataError(f"train must hold a known value of each target, but none of {', '.join(unknown)}")
     try:
         mean, deviation = standardisation(datasets["train"].targets)
     except ValueError as error:
@@ -284,6 +286,16 @@ def _train(
     options = ("lr", "betas", "weight_decay", "bias_decay", "decay_steps", "loss", "schedule")
     chosen = {name: getattr(recipe, name) for name in options}
     scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
+    if trained is not None:
+        take_weights(network, trained, *scale)
+    elif start is None:
+        first_batch = datasets["train"][next(iter(batches["train"].sampler))]
+        try:
+            network.calibrate(first_batch.crystals)
+        except ValueError as error:
+            raise DataError(f"the first batch of train: {error}") from error
+    for part in start.freeze if start else ():
+        network.get_submodule(part).requires_grad_(False)
     task = Regression(network, *scale, names, **chosen)
     if first:
         if not resume:
@@ -294,7 +306,7 @@ def _train(
             print(f"{rows} cannot be used, what is wrong is in {out / PROBLEMS}", file=sys.stderr)
         if source.data is not None:
             write_split(out / SPLIT, {name: parts[name].ids if name in parts else () for name in SETS})
-    identity = _identity(seed, recipe, config, datasets)
+    identity = _identity(seed, recipe, config, datasets) | {x: began.get(x) for x in ("from_sha256", "freeze")}
     progress = Progress(names[0], units[0] if units else "")
     history = fit(
         task,
@@ -317,11 +329,8 @@ def _train(
             print(f"  stopped behind epoch {len(history)} of {recipe.epochs}: {why}")
         network.save_pretrained(out / MODEL_FOLDER)
         metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)
-        part = "test" if "test" in parts else "val"
-        first, units_of = kind_of(config.probabilities)[0], dict(zip(names, predictor.units, strict=True))
-        for name, value in metrics[first.key][part].items():
-            found, mean_value = f"{short(value)} {units_of[name]}".rstrip(), metrics[f"baseline_{first.key}"][part][name]
-            print(f"  {part} {first.word} of {name} {found}, of predicting the mean {short(mean_value)}")
+        for line in report.last_lines(metrics, predictor):
+            print(f"  {line}")
         for note in notes(metrics):
             print(note, file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")

@@ -143,9 +143,11 @@ class Regression(lightning.LightningModule):
                 yield f"mae/{name}", ((x - y).abs() * scale, here)
 
     def configure_optimizers(self) -> Any:
-        biases = [x for name, x in self.named_parameters() if name.endswith("bias")]
-        weights = [x for name, x in self.named_parameters() if not name.endswith("bias")]
+        learning = [(name, x) for name, x in self.named_parameters() if x.requires_grad]
+        biases = [x for name, x in learning if name.endswith("bias")]
+        weights = [x for name, x in learning if not name.endswith("bias")]
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": self.bias_decay}]
+        groups = [group for group in groups if group["params"]]
         # Fused: one call for all weights, where one for each operation on each of them takes longer than small batches.
         optimizer = torch.optim.AdamW(groups, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
         schedule = SCHEDULES[self.schedule](optimizer, self.decay_steps, self.steps)
