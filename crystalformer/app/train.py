@@ -29,6 +29,7 @@ from ..model.config import FROM_TRAINING, CrystalformerConfig
 from ..model.model import Crystalformer
 from ..training import Progress, Recipe, Regression, fit, standardisation
 from ..training.callbacks import weight_callbacks
+from ..training.checkpoints import latest
 from ..training.machine import check_machine
 from . import report
 from .fine_tuning import Start, take_weights
@@ -172,7 +173,7 @@ def train(
         start: a trained model to start from; a resumed training has no need of it any more.
         unit: of the target, as "eV/atom", or one for each; for plots, tables and the model card.
         seed: of the split, the first weights, the order of the crystals and dropout.
-        resume: go on with the training in `out`, after its last whole epoch.
+        resume: go on with the training in `out`, after its last whole epoch. It may have more epochs than before.
         accelerator: "auto", "cpu" or "gpu".
         devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
         loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
@@ -307,6 +308,8 @@ def _train(
         if source.data is not None:
             write_split(out / SPLIT, {name: parts[name].ids if name in parts else () for name in SETS})
     identity = _identity(seed, recipe, config, datasets) | {x: began.get(x) for x in ("from_sha256", "freeze")}
+    if first and resume:
+        _lengthen(out, recipe.epochs, identity)
     progress = Progress(names[0], units[0] if units else "")
     history = fit(
         task,
@@ -335,6 +338,15 @@ def _train(
             print(note, file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")
     return predictor
+
+
+def _lengthen(out: Path, epochs: int, identity: dict[str, Any]) -> None:
+    """Writes a larger number of epochs into config.yaml, if the training in a folder can have them."""
+    settings = yaml.safe_load((out / CONFIG).read_text())
+    if epochs > settings["epochs"]:
+        latest(out / CHECKPOINTS, identity)
+        settings["epochs"] = epochs
+        storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _rank() -> int:

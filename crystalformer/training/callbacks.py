@@ -59,7 +59,8 @@ class SeedEpochs(Callback):
 class AverageLastEpochs(WeightAveraging):
     """Validates and ends with the mean of the weights over the steps of the last epochs, once these have begun.
 
-    The learning rate is held in these epochs, as in the paper's code.
+    The learning rate is held in these epochs, as in the paper's code. A training that is made longer begins a new mean
+    in its own last epochs, or, where it is among these already, in the first one that it adds.
 
     Args:
         epochs: how many of them.
@@ -69,10 +70,23 @@ class AverageLastEpochs(WeightAveraging):
         super().__init__(use_buffers=False)
         self.epochs = epochs
         self.begun = False
+        self.first = -1  # epoch of the mean
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Regression)
-        self.begun = pl_module.rate_held = trainer.current_epoch >= (trainer.max_epochs or 0) - self.epochs
+        assert self._average_model is not None
+        start = (trainer.max_epochs or 0) - self.epochs
+        self.begun = pl_module.rate_held = trainer.current_epoch >= start
+        if self.begun and self.first < start:
+            self.first = trainer.current_epoch
+            self._average_model.n_averaged.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.first = state_dict["first"]
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return self.begun and step_idx is not None
