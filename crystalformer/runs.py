@@ -1,6 +1,7 @@
 """Trainings from files to a folder with the model and a report, as the command line runs them."""
 
 from .app.crossval import crossval
+from .app.fine_tuning import Start
 from .app.train import DataSource, train
 
-__all__ = ["DataSource", "crossval", "train"]
+__all__ = ["DataSource", "Start", "crossval", "train"]

@@ -51,7 +51,12 @@ class Stop(Callback):
 
 
 def train(
-    config: CrystalformerConfig = SMALL, epochs: int = EPOCHS, callbacks: Sequence[Callback] = (), **options
+    config: CrystalformerConfig = SMALL,
+    epochs: int = EPOCHS,
+    callbacks: Sequence[Callback] = (),
+    average: int = 2,
+    schedule: str = "inverse_sqrt",
+    **options,
 ) -> tuple[list[dict[str, float]], Crystalformer]:
     torch.manual_seed(0)
     model = Crystalformer(config)
@@ -59,8 +64,8 @@ def train(
     largest = max(x.images.num_images for x in crystals.crystals)
     loader = crystals.loader(8, seed=5, max_images=largest - 1)  # the large one is alone in its batch
     model.calibrate(next(iter(loader)).crystals)
-    task = Regression(model, *standardisation(crystals.targets), lr=2e-2)
-    callbacks = [AverageLastEpochs(2), *callbacks]
+    task = Regression(model, *standardisation(crystals.targets), lr=2e-2, schedule=schedule)
+    callbacks = [*([AverageLastEpochs(average)] if average else []), *callbacks]
     return fit(task, loader, crystals.loader(8), epochs, callbacks, seed=5, accelerator="cpu", **options), model
 
 

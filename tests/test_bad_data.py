@@ -57,7 +57,7 @@ def test_bad_structures_are_reported_in_order(tmp_path: Path) -> None:
 BAD_NUMBERS = {
     "": "gap is missing",
     "na": "gap is missing",
-    "NaN": "gap is missing",
+    "NaN": "gap must be finite, not NaN",
     "None": "gap is missing",
     "inf": "gap must be finite, not inf",
     "-1e999": "gap must be finite, not -1e999",
@@ -83,7 +83,7 @@ def test_bad_numbers_are_reported(tmp_path: Path) -> None:
         ("2", "gap must be a number"),
         ("3", "gap must be a number"),
         ("4", "gap must be a number"),
-        ("5", "gap is missing"),
+        ("5", "gap must be finite"),
     ]
     assert len(read_samples(path)[0]) == 6  # without targets nothing is wrong with them
 
@@ -145,7 +145,7 @@ def test_bad_frames(tmp_path: Path) -> None:
     samples, problems = read_samples(tmp_path / "a.xyz", ["gap"])
     assert samples.ids == ("a:0", "a:2")
     assert [x.id for x in problems] == ["a:1", "a:3", "a:4"]
-    assert problems[1].reason == "gap is missing"
+    assert problems[1].reason == "gap must be finite, not nan"
     assert problems[2].reason == "cannot be read from line 30 on: '6 atoms of 8' where a frame should be"
 
 

@@ -124,7 +124,8 @@ def test_standardisation():
     [
         (torch.zeros(0, 2), r"targets must be \(C,T\) of at least one crystal, not \(0, 2\)"),
         (torch.zeros(3), r"targets must be \(C,T\) of at least one crystal, not \(3,\)"),
-        (torch.tensor([[0.0], [math.nan]]), r"targets must be finite, but targets\[1, 0\] is nan"),
+        (torch.tensor([[0.0], [math.inf]]), r"targets must be finite, but targets\[1, 0\] is inf"),
+        (torch.tensor([[0.0], [math.nan]]), r"a known value in each row, but targets\[1\] is \[nan\]"),
         (torch.tensor([[0.0], [1e300]], dtype=torch.float64), "the deviation of targets must be finite"),
     ],
 )
@@ -252,8 +253,8 @@ def test_recipe_says_what_is_wrong(options, message):
 
 
 def test_wrong_arguments(data):
-    with pytest.raises(ValueError, match=r"targets must be finite, but targets\[3, 1\] is nan"):
-        CrystalDataset(data.crystals[:5], torch.tensor([[0.0, 0.0]] * 3 + [[0.0, math.nan]] * 2), Crystalformer(SMALL))
+    with pytest.raises(ValueError, match=r"targets must be finite, but targets\[3, 1\] is inf"):
+        CrystalDataset(data.crystals[:5], torch.tensor([[0.0, 0.0]] * 3 + [[0.0, math.inf]] * 2), Crystalformer(SMALL))
     model = Crystalformer(SMALL)
     with pytest.raises(ValueError, match=r"targets must be \(1, T\), as crystals, not \(2, 1\)"):
         CrystalDataset([ionic_crystals(1)[0].structure], torch.zeros(2, 1), model)

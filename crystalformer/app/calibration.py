@@ -1,8 +1,8 @@
 """Are the errors of an ensemble as large as its deviations say?
 
-The deviation s of the members' predictions is multiplied by one number for each target, sqrt(mean (e/s)²) over the errors
-e on the validation crystals (D. Levi et al., Sensors 22, 5540, 2022). If errors were normal, with these deviations, a
-share of erf(z/√2) of them would be smaller than z deviations.
+The deviation s of the members' predictions is multiplied by one number for each target, sqrt(mean (e/s)²) over the
+errors e on the validation crystals (D. Levi et al., Sensors 22, 5540, 2022). If errors were normal, with these
+deviations, a share of erf(z/√2) of them would be smaller than z deviations.
 """
 
 import math

@@ -31,7 +31,7 @@ from ..common.process import (
 from ..common.version import version
 from ..common.words import count, one_line, short, some
 from ..geometry.orbits import SYMMETRY_TOL
-from .metrics import not_learnt, read_metrics
+from .metrics import AUC, cell, keys, kind_in, kind_of, known_values, not_learnt, read_metrics, scores
 from .options import config_files, make_parser, parse
 from .training_commands import crossval, train
 from .user_errors import Stop, user_errors
@@ -170,10 +170,13 @@ def evaluate(arguments: list[str]) -> int:
         number = count(len(predictor.names), "column")
         raise Stop(f"target must name {number}, as the model has, not {', '.join(columns)}")
     with user_errors():
+        import torch
+
         from ..data.readers import read_samples
         from ..data.splits import read_split
 
-        samples, problems = read_samples(options.data, columns, id_column=options.id_column)
+        classes = predictor.model.config.probabilities
+        samples, problems = read_samples(options.data, columns, id_column=options.id_column, classes=classes)
         if options.split is not None:
             bad = {problem.id for problem in problems}
             samples = samples.select([x for x in read_split(options.split)[options.set or "test"] if x not in bad])
@@ -190,12 +193,18 @@ def evaluate(arguments: list[str]) -> int:
     left_out = len(problems) + int((~good).sum())
     print(f"{count(len(predictions), 'crystal')}, {count(left_out, 'row')} left out", file=sys.stderr)
     stream = sys.stderr if options.out == "-" else sys.stdout  # stdout is a table or a CSV, not both
-    print(f"{'target':24}{'MAE':>12}{'RMSE':>12}{'baseline':>12}    (MAE of the training set's mean)", file=stream)
-    for column, (name, label) in enumerate(zip(predictor.names, predictor.labels, strict=True)):
-        true, x = targets[:, column], predictions[:, column] - targets[:, column]
-        numbers = [short(float(x.abs().mean())), short(float(x.square().mean().sqrt()))]
-        numbers.append(short(float((true - baseline[name]).abs().mean())) if name in baseline else "-")
-        print(f"{label:24}" + "".join(f"{number:>12}" for number in numbers), file=stream)
+    kind, known = kind_of(classes), known_values(predictor.names, targets)
+    found = scores(kind, predictor.names, predictions, targets)
+    means = torch.tensor([baseline.get(name, torch.nan) for name in predictor.names], dtype=torch.float64)
+    of_means = scores(kind, predictor.names, means, targets)
+    words = [*(score.word for score in kind), *(f"mean's {score.word}" for score in kind), "values"]
+    print(f"{'target':24}" + "".join(f"{x:>12}" for x in words) + "    (the mean: of the training set)", file=stream)
+    for name, label in zip(predictor.names, predictor.labels, strict=True):
+        numbers = [*(cell(x[score.key], name) for x in (found, of_means) for score in kind), f"{known[name]:,}"]
+        print(f"{label:24}" + "".join(f"{x:>12}" for x in numbers), file=stream)
+    for name in predictor.names:
+        if classes and known[name] and name not in found[AUC.key]:
+            _say(f"there is one class only of {name}: it has no AUC")
     if problems:
         raise Stop(f"{count(len(problems), 'row')} could not be used, the first: {problems[0]}", 1)
     return 1 if left_out else 0
@@ -226,10 +235,12 @@ def info(arguments: list[str]) -> int:
     }
     with user_errors():
         metrics = read_metrics(options.model)
-    for part, maes in metrics.get("mae", {}).items():
-        for name, mae in maes.items():
-            baseline = metrics["baseline_mae"][part][name]
-            lines[f"{part} MAE, {name}"] = f"{short(mae)}, of predicting the mean {short(baseline)}"
+    for score in kind_in(metrics):
+        mine, of_mean = keys([score])
+        for part, values in metrics.get(mine, {}).items():
+            for name, value in values.items():
+                baseline = metrics[of_mean][part][name]
+                lines[f"{part} {score.word}, {name}"] = f"{short(value)}, of predicting the mean {short(baseline)}"
     if nothing := not_learnt(metrics):
         lines["nothing learnt of"] = ", ".join(nothing)
     for key in ("crystals", "epochs", "versions"):

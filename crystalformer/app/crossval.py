@@ -3,25 +3,24 @@
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..common import checks, storage
-from ..common.words import count, short
+from ..common.words import count
 from ..data.folds import in_order, random_folds, read_folds, split_of_fold
 from ..data.samples import DataError
 from ..data.splits import read_split, write_split
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
-from . import plots
 from .ensemble import check_members, combine, labels_of, members_of
-from .metrics import METRICS, read_metrics
+from .metrics import METRICS, Score, cell, kind_of, known_values, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
-from .report import CARD, duration, file_stems, row_of_table, rows_of_settings
+from .report import CARD, draw, duration, row_of_table, rows_of_settings
 from .run_folder import CONFIG
 from .train import DataSource, check_cache, check_types, settings_of
 from .trainings import Training, check_jobs, folder_of_trainings, train_all, write_settings
@@ -61,8 +60,9 @@ def crossval(
         machine: accelerator and loaders, as for `train`.
 
     Returns:
-        What metrics.json says: "folds", for each its errors; "mae" and "rmse", their means over the folds; and
-        "mae_deviation" and "rmse_deviation", their standard deviations, of each target.
+        What metrics.json says: "folds", for each its scores; "mae", "rmse" (of classes "auc", "accuracy") and those of
+        predicting the mean, "baseline_mae", ..., their means over the folds; and with "_deviation" behind these names
+        their standard deviations; of each target.
 
     Raises:
         DataError: for data or folds that cannot be used, or a fold that failed.
@@ -86,7 +86,7 @@ def crossval(
         raise DataError(str(error)) from error
     recipe, model = recipe or Recipe(), model or CrystalformerConfig()
     with folder_of_trainings(out, resume):
-        fold_of, left_out = _folds(folds, names, source, seed)
+        fold_of, left_out = _folds(folds, names, source, seed, recipe.loss == "bce")
         order = in_order(list(fold_of.values()))
         about = {"folds": str(folds), "val_fraction": val_fraction, "ensemble": ensemble, "jobs": jobs}
         settings = about | settings_of(names, units, source, recipe, model, seed, machine)
@@ -109,12 +109,12 @@ def crossval(
 
 
 def _folds(
-    folds: int | str | Path, names: tuple[str, ...], source: DataSource, seed: int
+    folds: int | str | Path, names: tuple[str, ...], source: DataSource, seed: int, classes: bool
 ) -> tuple[dict[str, str], int]:
     """The fold of each crystal that can be used, and how many rows cannot."""
     assert source.data is not None
     try:
-        samples, problems = source.read_file(source.data, names)
+        samples, problems = source.read_file(source.data, names, classes)
         if isinstance(folds, int) or str(folds).isdecimal():
             return random_folds(samples.ids, int(str(folds)), seed), len(problems)
         found = read_folds(folds, source.id_column)
@@ -159,35 +159,42 @@ def _report(
 ) -> dict[str, Any]:
     tested = {fold: _tested(out / f"fold-{fold}", names) for fold in folds}
     write_predictions(out / PREDICTIONS, names, tested, "fold")
-    found = {}
+    kind = kind_of(settings["loss"] == "bce")
+    of_training = [f"{prefix}{score.key}" for score in kind for prefix in ("members_", "baseline_")]
+    found: dict[str, dict[str, Any]] = {}
     for fold, x in tested.items():
         try:
             run = read_metrics(out / f"fold-{fold}")
         except ValueError as error:
             raise DataError(str(error)) from error
-        found[fold] = _errors(names, x.predicted - x.true) | {
-            **({"members_mae": run["members_mae"]["test"]} if "members_mae" in run else {}),
-            "baseline_mae": run["baseline_mae"]["test"],
+        found[fold] = {
+            **scores(kind, names, x.predicted, x.true),
+            **{key: run[key]["test"] for key in of_training if key in run},
+            "values": known_values(names, x.true),
             "crystals": len(x.ids),
             "seconds": run["seconds"],
         }
-    metrics: dict[str, Any] = {"folds": found}
-    for key in _columns(found):
-        values = {name: torch.tensor([x[key][name] for x in found.values()], dtype=torch.float64) for name in names}
-        metrics[key] = {name: float(x.mean()) for name, x in values.items()}
-        metrics[f"{key}_deviation"] = {name: float(x.std()) for name, x in values.items()}
+    true, predicted = (torch.cat([getattr(x, part) for x in tested.values()]) for part in ("true", "predicted"))
+    metrics: dict[str, Any] = {"folds": found, "values": known_values(names, true)}
+    for key in _columns(kind, found):
+        values = {name: [x[key][name] for x in found.values() if name in x[key]] for name in names}
+        metrics[key] = {name: statistics.fmean(x) for name, x in values.items() if x}
+        metrics[f"{key}_deviation"] = {name: statistics.stdev(x) for name, x in values.items() if len(x) > 1}
     labels = labels_of(names, units)
-    stems = file_stems(names)
-    true, predicted = (torch.cat([getattr(x, kind) for x in tested.values()]) for kind in ("true", "predicted"))
-    for column, (name, label) in enumerate(zip(names, labels, strict=True)):
-        plots.parity(out / f"parity_{stems[name]}.png", true[:, column], predicted[:, column], label)
-    storage.write(out / CARD, _card(metrics, labels, names, settings))
+    pictures = draw(out, kind, names, labels, true, predicted)
+    storage.write(out / CARD, _card(kind, metrics, labels, names, settings, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     for name, label in zip(names, labels, strict=True):
-        mean, deviation, baseline = (short(metrics[x][name]) for x in ("mae", "mae_deviation", "baseline_mae"))
-        print(f"test MAE of {label}: {mean} ± {deviation} over {len(folds)} folds, of predicting the mean {baseline}")
+        mean, baseline = _mean(metrics, kind[0].key, name), cell(metrics[f"baseline_{kind[0].key}"], name)
+        print(f"test {kind[0].word} of {label}: {mean} over {len(folds)} folds, of predicting the mean {baseline}")
     print(f"all of it: {out / CARD}")
     return metrics
+
+
+def _mean(metrics: Mapping[str, Any], key: str, name: str) -> str:
+    """The mean of a score over the folds, and its standard deviation, as far as there are any."""
+    deviation = cell(metrics[f"{key}_deviation"], name)
+    return f"{cell(metrics[key], name)} ± {deviation}" if name in metrics[key] else deviation
 
 
 def _tested(folder: Path, names: tuple[str, ...]) -> Predictions:
@@ -199,43 +206,42 @@ def _tested(folder: Path, names: tuple[str, ...]) -> Predictions:
     return found
 
 
-def _errors(names: Sequence[str], errors: Tensor) -> dict[str, dict[str, float]]:
-    mae, rmse = errors.abs().mean(0), errors.square().mean(0).sqrt()
-    return {key: dict(zip(names, x.tolist(), strict=True)) for key, x in (("mae", mae), ("rmse", rmse))}
+def _columns(kind: Sequence[Score], folds: Mapping[str, Any]) -> dict[str, str]:
+    """The scores that the table of the folds has, and what it calls them."""
+    titles = {}
+    for score in kind:
+        titles |= {score.key: score.title, f"members_{score.key}": "of one member"}
+        titles[f"baseline_{score.key}"] = "predicting the mean"
+    return {key: title for key, title in titles.items() if all(key in x for x in folds.values())}
 
 
-def _columns(folds: Mapping[str, Any]) -> dict[str, str]:
-    """The errors that the table of the folds has, and what it calls them."""
-    known = {
-        "mae": "mean absolute error",
-        "members_mae": "of one member",
-        "rmse": "root mean square error",
-        "baseline_mae": "predicting the mean",
-    }
-    return {key: title for key, title in known.items() if all(key in x for x in folds.values())}
-
-
-def _card(metrics: Mapping[str, Any], labels: Sequence[str], names: Sequence[str], settings: Mapping[str, Any]) -> str:
-    folds, columns = metrics["folds"], _columns(metrics["folds"])
+def _card(
+    kind: Sequence[Score],
+    metrics: Mapping[str, Any],
+    labels: Sequence[str],
+    names: Sequence[str],
+    settings: Mapping[str, Any],
+    pictures: Mapping[str, str],
+) -> str:
+    folds, columns = metrics["folds"], _columns(kind, metrics["folds"])
     rows = []
     for name, label in zip(names, labels, strict=True):
         for fold, x in folds.items():
-            errors = (short(x[key][name]) for key in columns)
-            rows.append(row_of_table(label, fold, x["crystals"], *errors, duration(x["seconds"])))
-        means = (f"{short(metrics[x][name])} ± {short(metrics[f'{x}_deviation'][name])}" for x in columns)
-        crystals, seconds = (math.fsum(x[key] for x in folds.values()) for key in ("crystals", "seconds"))
-        rows.append(row_of_table(label, "**mean**", int(crystals), *means, duration(seconds)))
-    stems = file_stems(names)
-    pictures = "\n".join(f"![Predictions of {name}](parity_{stems[name]}.png)" for name in names)
+            cells = (cell(x[key], name) for key in columns)
+            rows.append(row_of_table(label, fold, x["values"][name], *cells, duration(x["seconds"])))
+        seconds = math.fsum(x["seconds"] for x in folds.values())
+        means = (_mean(metrics, key, name) for key in columns)
+        rows.append(row_of_table(label, "**mean**", metrics["values"][name], *means, duration(seconds)))
+    images = "\n".join(f"![{title}]({file})" for file, title in pictures.items())
     return f"""# Cross-validation of {", ".join(names)}
 
 Each crystal was predicted by the model that was trained without its fold. ± is the standard deviation over folds.
 
-| target | fold | crystals | {" | ".join(columns.values())} | time |
-|---|---|---|{"---|" * len(columns)}---|
+| target | fold | known values | {" | ".join(columns.values())} | time |
+{"|---" * (4 + len(columns))}|
 {chr(10).join(rows)}
 
-{pictures}
+{images}
 
 | setting | value |
 |---|---|

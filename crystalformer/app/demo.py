@@ -202,7 +202,7 @@ def learn_energies(out: Path, epochs: int, seconds: float, seed: int) -> bool:
     write_predictions(out / "predictions.csv", crystals[-NUM_TEST:], predictions)
     label = "energy (eV/atom)"
     plots.parity(out / "parity.png", test.targets[:, 0], predictions[:, 0], label)
-    plots.learning_curve(out / "learning_curve.png", history, "energy", "mean absolute error (eV/atom)", baseline)
+    plots.learning_curve(out / "learning_curve.png", history, "mae/energy", "mean absolute error (eV/atom)", baseline)
     model.save_pretrained(out / "model")
     print(f"\nWritten to {out}/: predictions.csv, parity.png, learning_curve.png and the trained model, model/")
     return baseline >= TIMES_BETTER * error

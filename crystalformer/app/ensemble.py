@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ from ..data.samples import DataError
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
 from . import calibration, plots
-from .metrics import METRICS, maes, read_metrics
+from .metrics import METRICS, REGRESSION, Score, cell, kind_of, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
 from .predictor import ENSEMBLE
-from .report import CARD, duration, file_stems, row_of_table, rows_of_settings
+from .report import CARD, draw, duration, file_stems, row_of_table, rows_of_settings
 from .run_folder import CONFIG
 from .train import DataSource, check_cache, check_types, settings_of
 from .trainings import Training, check_jobs, folder_of_trainings, train_all, write_settings
@@ -53,8 +55,8 @@ def train_ensemble(
         machine: accelerator, devices, nodes and loaders, as for `train`.
 
     Returns:
-        What metrics.json says: as that of a training, of the members' mean; "members_mae", the mean of their own
-        errors; and "calibration", see `calibration.summary`.
+        What metrics.json says: as that of a training, of the members' mean; with "members_" before the name of a
+        score, the mean of their own; and "calibration", see `calibration.summary`.
 
     Raises:
         As `train`; DataError for a member that failed in a process of its own.
@@ -96,49 +98,66 @@ def combine(out: Path, names: tuple[str, ...], units: tuple[str, ...], settings:
         raise DataError(str(error)) from error
     of_members = [read_predictions(folder / PREDICTIONS, names) for folder in folders]
     parts = {part: _mean(part, of_members) for part in of_members[0]}
-    scales = {}
-    for column, name in enumerate(names):
-        errors, deviations = _errors(parts["val"], column)
-        try:
-            scales[name] = calibration.scale(errors, deviations)
-        except ValueError as error:
-            raise DataError(f"{out}: {error}") from error
-    factors = torch.tensor([scales[name] for name in names], dtype=torch.float64)
-    for part, x in parts.items():
-        assert x.deviation is not None
-        parts[part] = dataclasses.replace(x, deviation=x.deviation * factors)
+    kind, labels = kind_of(settings["loss"] == "bce"), labels_of(names, units)
+    shown = "test" if "test" in parts else "val"
+    scales = _calibrate(out, names, parts) if kind is REGRESSION else dict.fromkeys(names, 1.0)
     write_predictions(out / PREDICTIONS, names, parts)
-    metrics: dict[str, Any] = {
-        "mae": {part: maes(names, x.predicted, x.true) for part, x in parts.items()},
-        "members_mae": {
-            part: {name: sum(run["mae"][part][name] for run in runs) / len(runs) for name in names} for part in parts
-        },
-        "calibration": {
+    found = {part: scores(kind, names, x.predicted, x.true) for part, x in parts.items()}
+    metrics: dict[str, Any] = {"deviation_scale": scales, "members": len(runs)}
+    for key in (score.key for score in kind):
+        metrics[key] = {part: x[key] for part, x in found.items()}
+        metrics[f"members_{key}"] = {
+            part: {name: fmean(run[key][part][name] for run in runs) for name in x[key]} for part, x in found.items()
+        }
+        metrics[f"baseline_{key}"] = runs[0][f"baseline_{key}"]
+    metrics |= {key: runs[0][key] for key in ("baseline", "values", "crystals", "epochs", "versions")}
+    metrics["seconds"] = math.fsum(run["seconds"] for run in runs)
+    pictures = draw(out, kind, names, labels, parts[shown].true, parts[shown].predicted)
+    if kind is REGRESSION:
+        metrics["calibration"] = {
             part: {name: calibration.summary(*_errors(x, column)) for column, name in enumerate(names)}
             for part, x in parts.items()
-        },
-        "deviation_scale": scales,
-        "members": len(runs),
-        "seconds": sum(run["seconds"] for run in runs),
-    }
-    metrics |= {key: runs[0][key] for key in ("baseline_mae", "baseline", "crystals", "epochs", "versions")}
-    shown = "test" if "test" in parts else "val"
-    stems, labels = file_stems(names), labels_of(names, units)
-    for column, (name, label) in enumerate(zip(names, labels, strict=True)):
-        x = parts[shown]
-        errors, deviations = _errors(x, column)
-        plots.parity(out / f"parity_{stems[name]}.png", x.true[:, column], x.predicted[:, column], label)
-        curves = {"as they are": deviations / scales[name], "times " + short(scales[name]): deviations}
-        observed = {text: calibration.coverage(errors, s) for text, s in curves.items()}
-        plots.calibration(out / f"calibration_{stems[name]}.png", calibration.EXPECTED, observed)
-    storage.write(out / CARD, _card(metrics, names, labels, shown, settings))
+        }
+        pictures |= _draw_calibration(out, names, parts[shown], scales)
+    storage.write(out / CARD, _card(kind, metrics, names, labels, shown, settings, pictures))
     about = {"members": [folder.name for folder in folders], "deviation_scale": scales}
     storage.write(out / ENSEMBLE, json.dumps(storage.sealed(about), indent=2) + "\n")
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     for name, label in zip(names, labels, strict=True):
-        mae, single = (short(metrics[key][shown][name]) for key in ("mae", "members_mae"))
-        print(f"{shown} MAE of {label}: {mae} by {len(runs)} members, {single} by one; all of it: {out / CARD}")
+        mine, single = (cell(metrics[f"{prefix}{kind[0].key}"][shown], name) for prefix in ("", "members_"))
+        print(f"{shown} {kind[0].word} of {label}: {mine} by {len(runs)} members, {single} by one")
+    print(f"all of it: {out / CARD}")
     return metrics
+
+
+def _calibrate(out: Path, names: Sequence[str], parts: dict[str, Predictions]) -> dict[str, float]:
+    """Multiplies the deviations of all sets by what makes them fit the validation errors, and returns that."""
+    scales = {}
+    for column, name in enumerate(names):
+        try:
+            scales[name] = calibration.scale(*_errors(parts["val"], column))
+        except ValueError as error:
+            raise DataError(f"{out}: {name}: {error}") from error
+    factors = torch.tensor([scales[name] for name in names], dtype=torch.float64)
+    for part, x in parts.items():
+        assert x.deviation is not None
+        parts[part] = dataclasses.replace(x, deviation=x.deviation * factors)
+    return scales
+
+
+def _draw_calibration(
+    out: Path, names: Sequence[str], tested: Predictions, scales: Mapping[str, float]
+) -> dict[str, str]:
+    """Draws how well the deviations fit the errors of a set; the titles of the pictures by their files."""
+    pictures, stems = {}, file_stems(names)
+    for column, name in enumerate(names):
+        errors, deviations = _errors(tested, column)
+        curves = {"as they are": deviations / scales[name], f"times {short(scales[name])}": deviations}
+        observed = {text: calibration.coverage(errors, x) for text, x in curves.items()}
+        file = f"calibration_{stems[name]}.png"
+        pictures[file] = f"Calibration of {name}"
+        plots.calibration(out / file, calibration.EXPECTED, observed)
+    return pictures
 
 
 def labels_of(names: Sequence[str], units: Sequence[str]) -> list[str]:
@@ -158,54 +177,65 @@ def _mean(part: str, of_members: Sequence[Mapping[str, Predictions]]) -> Predict
 
 
 def _errors(x: Predictions, column: int) -> tuple[Tensor, Tensor]:
-    """Errors and deviations (C) of a target."""
+    """Errors and deviations of a target, of the crystals where it is known."""
     assert x.deviation is not None
-    return (x.predicted - x.true)[:, column], x.deviation[:, column]
+    known = ~x.true[:, column].isnan()
+    return (x.predicted - x.true)[known, column], x.deviation[known, column]
 
 
 def _card(
-    metrics: Mapping[str, Any], names: Sequence[str], labels: Sequence[str], shown: str, settings: Mapping[str, Any]
+    kind: Sequence[Score],
+    metrics: Mapping[str, Any],
+    names: Sequence[str],
+    labels: Sequence[str],
+    shown: str,
+    settings: Mapping[str, Any],
+    pictures: Mapping[str, str],
 ) -> str:
     rows = []
     for name, label in zip(names, labels, strict=True):
-        for part, mae in metrics["mae"].items():
-            found = (mae[name], metrics["members_mae"][part][name], metrics["baseline_mae"][part][name])
-            rows.append(row_of_table(label, part, metrics["crystals"][part], *map(short, found)))
-    calibrated = []
-    for name, label in zip(names, labels, strict=True):
-        for part, of_targets in metrics["calibration"].items():
-            x = of_targets[name]
-            shares = (f"{x['within_1']:.3f}", f"{x['within_2']:.3f}", f"{x['miscalibration']:.3f}")
-            ranks = f"{x['rank_correlation']:.2f}" if "rank_correlation" in x else ""
-            calibrated.append(row_of_table(label, part, short(metrics["deviation_scale"][name]), *shares, ranks))
-    stems = file_stems(names)
-    pictures = "\n".join(
-        f"![{title} of {name}]({kind}_{stems[name]}.png)"
-        for name in names
-        for kind, title in (("parity", "Predictions"), ("calibration", "Calibration"))
-    )
+        for part in metrics[kind[0].key]:
+            keys = (f"{prefix}{score.key}" for score in kind for prefix in ("", "members_", "baseline_"))
+            cells = (cell(metrics[key][part], name) for key in keys)
+            rows.append(row_of_table(label, part, metrics["values"][part][name], *cells))
+    columns = " | ".join(f"{score.title} | of one member | predicting the mean" for score in kind)
+    images = "\n".join(f"![{title}]({file})" for file, title in pictures.items())
     return f"""# Ensemble for {", ".join(names)}
 
-The mean of {metrics["members"]} models predicts, which differ in their seed; the deviation of their predictions says how
-surely. Trained in {duration(metrics["seconds"])}.
+The mean of {metrics["members"]} models predicts, which differ in their seed; the deviation of their predictions says
+how surely. Trained in {duration(metrics["seconds"])}.
 
-| target | set | crystals | mean absolute error | of one member | predicting the mean |
-|---|---|---|---|---|---|
+| target | set | known values | {columns} |
+{"|---" * (3 + 3 * len(kind))}|
 {chr(10).join(rows)}
-
-Deviations are multiplied by a number that makes them fit the errors on the validation crystals. Of normal errors 0.683 are
-within one deviation and 0.954 within two; the miscalibration is the mean difference from such shares; the rank correlation
-is that of errors and deviations.
-
-| target | set | multiplied by | within one | within two | miscalibration | rank correlation |
-|---|---|---|---|---|---|---|
-{chr(10).join(calibrated)}
-
+{_calibration_of(metrics, names, labels)}
 The plots are of the {shown} crystals.
 
-{pictures}
+{images}
 
 | setting | value |
 |---|---|
 {rows_of_settings(settings)}
+"""
+
+
+def _calibration_of(metrics: Mapping[str, Any], names: Sequence[str], labels: Sequence[str]) -> str:
+    """Of the card; of probabilities there is none."""
+    rows = []
+    for name, label in zip(names, labels, strict=True):
+        for part, of_targets in metrics.get("calibration", {}).items():
+            x = of_targets[name]
+            shares = (f"{x[key]:.3f}" for key in ("within_1", "within_2", "miscalibration"))
+            ranks = f"{x['rank_correlation']:.2f}" if "rank_correlation" in x else "-"
+            rows.append(row_of_table(label, part, short(metrics["deviation_scale"][name]), *shares, ranks))
+    if not rows:
+        return ""
+    return f"""
+Deviations are multiplied by a number that makes them fit the errors on the validation crystals. Of normal errors 0.683
+are within one deviation and 0.954 within two; the miscalibration is the mean difference from such shares; the rank
+correlation is that of errors and deviations.
+
+| target | set | multiplied by | within one | within two | miscalibration | rank correlation |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
 """

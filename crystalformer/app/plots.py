@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_roc
 
 from ..common import storage
 from ..common.words import count, short
@@ -43,29 +45,44 @@ def residuals(path: str | Path, targets: Any, predictions: Any, label: str) -> N
     _save(figure, path)
 
 
+def roc(path: str | Path, classes: Tensor, probabilities: Tensor, label: str) -> None:
+    """The ROC curve of probabilities (C,) of class 1, where both of the classes 0 and 1 (C,) are there."""
+    classes = classes.int()
+    false, true, _ = binary_roc(probabilities, classes)
+    figure, axes = _axes((4.6, 4.6))
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
+    axes.plot(false, true, color=BLUE, drawstyle="steps-post")
+    axes.set(aspect="equal", xlabel="false positive rate", ylabel=f"true positive rate of {_plain(label)}")
+    note = f"{count(len(classes), 'crystal')}, {int(classes.sum())} of class 1"
+    axes.set_title(f"{note}, AUC {short(float(binary_auroc(probabilities, classes)))}", fontsize="medium")
+    _save(figure, path)
+
+
 def learning_curve(
     path: str | Path, rows: Sequence[Mapping[str, float]], name: str, label: str, baseline: float | None = None
 ) -> None:
-    """Training and validation error over the epochs.
+    """A score of training and validation crystals over the epochs.
 
     Args:
         rows: one an epoch, as `training.fit` returns them.
-        name: of the target.
-        label: of the error's axis, with its unit.
-        baseline: an error to compare with, that of predicting the mean.
+        name: of the score in the rows, as "mae/energy"; an error has a logarithmic axis.
+        label: of the score's axis, with its unit.
+        baseline: a score to compare with, that of predicting the mean.
     """
     figure, axes = _axes((5.6, 3.8))
     epochs = [row["epoch"] for row in rows]
     for stage, text, color in (("train", "training", GREY), ("val", "validation", BLUE)):
-        errors = [row[f"{stage}_mae/{name}"] for row in rows]
-        axes.plot(epochs, errors, "o-", markersize=4, color=color, label=text)
+        values = [row[f"{stage}_{name}"] for row in rows]
+        axes.plot(epochs, values, "o-", markersize=4, color=color, label=text)
     if baseline is not None:
         axes.axhline(baseline, color=ORANGE, linestyle="--", linewidth=1.2, label="predicting the mean")
-    axes.set(yscale="log", xlabel="epoch", ylabel=_plain(label))
+    axes.set(xlabel="epoch", ylabel=_plain(label))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda x, _: short(x))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if name.startswith("mae/"):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda x, _: short(x))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="both", axis="y", color="#e6e8eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)

@@ -4,6 +4,7 @@ import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ class Predictions:
 
     Attributes:
         ids: (C).
-        true, predicted: (C,T) fp64.
+        true, predicted: (C,T) fp64, NaN where a value is not known.
         deviation: (C,T), of an ensemble.
     """
 
@@ -34,13 +35,17 @@ class Predictions:
 
 
 def write_predictions(path: Path, names: Sequence[str], parts: Mapping[str, Predictions], column: str = "set") -> None:
-    """CSV: id, the name of its part in `column`, then for each target its value, prediction and, if any, deviation."""
+    """CSV: id, the name of its part in `column`, then for each target its value, prediction and, if any, deviation.
+
+    The cell of a value that is not known is empty.
+    """
     table: list[list[object]] = []
     kinds = KINDS
     for part, x in parts.items():
         values = [x.true, x.predicted, *([] if x.deviation is None else [x.deviation])]
         kinds = KINDS[: len(values)]
-        table += [[id, part, *row] for id, row in zip(x.ids, torch.stack(values, 2).flatten(1).tolist(), strict=True)]
+        rows = torch.stack(values, 2).flatten(1).tolist()
+        table += [[id, part, *("" if isnan(y) else y for y in row)] for id, row in zip(x.ids, rows, strict=True)]
     storage.write(path, storage.csv_text([["id", column, *_columns(names, kinds)], *table]))
 
 
@@ -53,7 +58,7 @@ def read_predictions(path: Path, names: Sequence[str]) -> dict[str, Predictions]
     try:
         with path.open(encoding="utf-8", newline="") as file:
             header, *table = csv.reader(file)
-        numbers = torch.tensor([[float(x) for x in row[2:]] for row in table], dtype=torch.float64)
+        numbers = torch.tensor([[float(x or "nan") for x in row[2:]] for row in table], dtype=torch.float64)
         kinds = KINDS[: (len(header) - 2) // len(names)]
         whole = header[2:] == _columns(names, kinds) and tuple(numbers.shape) == (len(table), len(header) - 2)
     except (OSError, ValueError, csv.Error) as error:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import checks
+from ..common import checks, storage
 from ..common.checks import NotFinite
 from ..common.elements import NUM_ELEMENTS
 from ..common.words import one_line
 from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import BoundedBatches, sizes
-from ..common import storage
 from ..geometry.limits import NO_MPS
 from ..geometry.orbits import SYMMETRY_TOL
 from ..model.layers import mean_pool

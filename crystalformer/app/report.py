@@ -19,13 +19,13 @@ from ..data.dataset import CrystalDataset
 from ..data.samples import Problem, Samples
 from ..training import predict
 from . import plots
-from .metrics import METRICS, maes, not_learnt
+from .metrics import AUC, METRICS, Score, cell, keys, kind_in, kind_of, known_values, notes, scores
 from .predictions import PREDICTIONS, Predictions, write_predictions
 from .predictor import Predictor, not_finite
 
 HISTORY, CARD = "history.csv", "README.md"
 # Settings that are paths of the machine: the card, which goes to others, has their last part only, or nothing.
-PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds"), ("cache",)
+PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds", "from"), ("cache",)
 LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
 
 
@@ -57,7 +57,7 @@ def write(
     Raises:
         FloatingPointError: if a prediction is not finite.
     """
-    names = predictor.names
+    names, kind = predictor.names, kind_of(predictor.model.config.probabilities)
     predictions = {}
     for name in ("val", "test"):
         if name in datasets:
@@ -65,12 +65,13 @@ def write(
             predictions[name] = predict(predictor.model, loader)
             if bad := not_finite(parts[name].ids, predictions[name]):
                 raise FloatingPointError(f"the predictions of {name} are not finite for {some(bad)}")
-    mae = {name: maes(names, x, parts[name].targets) for name, x in predictions.items()}
-    baseline = {name: maes(names, mean, parts[name].targets) for name in predictions}
+    found = {name: scores(kind, names, x, parts[name].targets) for name, x in predictions.items()}
+    baseline = {name: scores(kind, names, mean, parts[name].targets) for name in predictions}
     metrics = {
-        "mae": mae,
-        "baseline_mae": baseline,
+        **{score.key: {name: x[score.key] for name, x in found.items()} for score in kind},
+        **{f"baseline_{score.key}": {name: x[score.key] for name, x in baseline.items()} for score in kind},
         "baseline": dict(zip(names, mean.tolist(), strict=True)),
+        "values": {name: known_values(names, samples.targets) for name, samples in parts.items()},
         "crystals": {name: len(samples) for name, samples in parts.items()},
         "atoms": sum(data.num_atoms for data in datasets.values()),
         "rows": sum(x.num_atoms for data in datasets.values() for x in data.crystals),
@@ -81,28 +82,62 @@ def write(
         "device": device_name(device),
         "versions": versions(),
     }
+    if settings["best_epoch"]:
+        metrics["best_epoch"] = min(history, key=lambda row: row["val_loss"])["epoch"]
     tested = {part: Predictions(parts[part].ids, parts[part].targets, x) for part, x in predictions.items()}
     write_predictions(out / PREDICTIONS, names, tested)
     columns = list(history[0])
     storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
     shown = "test" if "test" in predictions else "val"
-    stems = file_stems(names)
-    for column, (name, label) in enumerate(zip(names, predictor.labels, strict=True)):
-        stem = stems[name]
-        targets, predicted = parts[shown].targets[:, column], predictions[shown][:, column]
-        plots.parity(out / f"parity_{stem}.png", targets, predicted, label)
-        plots.residuals(out / f"residuals_{stem}.png", targets, predicted, label)
-        error = f"mean absolute error of {label}"
-        plots.learning_curve(out / f"learning_curve_{stem}.png", history, name, error, baseline["val"][name])
-    storage.write(out / CARD, _card(metrics, settings, shown, predictor))
+    pictures = draw(out, kind, names, predictor.labels, parts[shown].targets, predictions[shown])
+    pictures |= _draw_learning(out, predictor, history, metrics)
+    storage.write(out / CARD, _card(metrics, settings, shown, predictor, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     return metrics
 
 
-def nothing_learnt(metrics: Mapping[str, Any], name: str) -> str:
-    """What is to be said of a target that `not_learnt` names."""
-    mae, mean = (short(metrics[key]["val"][name]) for key in ("mae", "baseline_mae"))
-    return f"Nothing was learnt of {name}: its validation error, {mae}, is no smaller than that of the mean, {mean}."
+def draw(
+    out: Path, kind: Sequence[Score], names: Sequence[str], labels: Sequence[str], targets: Tensor, predictions: Tensor
+) -> dict[str, str]:
+    """Draws predictions (C,T) over the targets (C,T) that are known; the titles of the pictures by their files."""
+    pictures = {}
+    for name, label, true, predicted in zip(names, labels, targets.T, predictions.T, strict=True):
+        stem, known = file_stems(names)[name], ~true.isnan()
+        true, predicted = true[known], predicted[known]
+        if kind[0] is AUC:
+            if len(true.unique()) == 2:
+                pictures[f"roc_{stem}.png"] = f"ROC curve of {name}"
+                plots.roc(out / f"roc_{stem}.png", true, predicted, label)
+        elif len(true):
+            pictures[f"parity_{stem}.png"] = f"Predictions of {name}"
+            plots.parity(out / f"parity_{stem}.png", true, predicted, label)
+            pictures[f"residuals_{stem}.png"] = f"Errors of {name}"
+            plots.residuals(out / f"residuals_{stem}.png", true, predicted, label)
+    return pictures
+
+
+def _draw_learning(
+    out: Path, predictor: Predictor, history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]
+) -> dict[str, str]:
+    """Draws the score of each target over the epochs; the titles of the pictures by their files."""
+    pictures, first = {}, kind_in(metrics)[0]
+    for name, label in zip(predictor.names, predictor.labels, strict=True):
+        file = f"learning_curve_{file_stems(predictor.names)[name]}.png"
+        pictures[file] = f"Learning curve of {name}"
+        title, baseline = f"{first.title} of {label}", metrics[f"baseline_{first.key}"]["val"].get(name)
+        plots.learning_curve(out / file, history, f"{first.key}/{name}", title, baseline)
+    return pictures
+
+
+def last_lines(metrics: Mapping[str, Any], predictor: Predictor) -> list[str]:
+    """What a training ends with on the terminal: the first score of each target."""
+    score, units, lines = kind_in(metrics)[0], dict(zip(predictor.names, predictor.units, strict=True)), []
+    part = "test" if "test" in metrics[score.key] else "val"
+    for name, value in metrics[score.key][part].items():
+        mean = short(metrics[f"baseline_{score.key}"][part][name])
+        found = f"{short(value)} {units[name]}".rstrip()
+        lines.append(f"{part} {score.word} of {name} {found}, of predicting the mean {mean}")
+    return lines
 
 
 def versions() -> dict[str, str]:
@@ -145,21 +180,27 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, predictor: Predictor) -> str:
-    names, labels, baseline = predictor.names, predictor.labels, metrics["baseline_mae"]
-    stems = file_stems(names)
+def _card(
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    shown: str,
+    predictor: Predictor,
+    pictures: Mapping[str, str],
+) -> str:
+    names, labels, kind = predictor.names, predictor.labels, kind_in(metrics)
     rows = "\n".join(
-        row_of_table(label, part, metrics["crystals"][part], short(mae[name]), short(baseline[part][name]))
+        row_of_table(
+            label, part, metrics["values"][part][name], *(cell(metrics[key][part], name) for key in keys(kind))
+        )
         for name, label in zip(names, labels, strict=True)
-        for part, mae in metrics["mae"].items()
+        for part in metrics[kind[0].key]
     )
-    nothing = "\n".join(f"\n**{nothing_learnt(metrics, name)}**\n" for name in not_learnt(metrics))
-    units = "" if any(predictor.units) else ", in the units of the data it was trained on"
-    pictures = "\n".join(
-        f"![{title} of {name}]({kind}_{stems[name]}.png)"
-        for name in names
-        for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
-    )
+    columns = " | ".join(f"{score.title} | predicting the mean" for score in kind)
+    said = "".join(f"\n**{note}**\n" for note in notes(metrics))
+    learnt = "classification" if kind[0] is AUC else "regression"
+    predicted = ", ".join(f"the probability of {x}" if kind[0] is AUC else x for x in labels)
+    units = "" if any(predictor.units) or kind[0] is AUC else ", in the units of the data it was trained on"
+    images = "\n".join(f"![{title}]({file})" for file, title in pictures.items())
     shareable = shareable_settings(settings)
     files = [shareable[name] for name in ("train", "val", "test") if shareable[name]]
     source = shareable["data"] or ", ".join(files)
@@ -167,21 +208,28 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
     left_out = f"{count(metrics['left_out'], 'row')} could not be used"
     left_out += " (problems.csv)" if metrics["left_out"] else ""
     options = rows_of_settings(settings)
+    values = [(name, {part: x[name] for part, x in metrics["values"].items()}) for name in names]
+    incomplete = "".join(
+        f"\n{name} is known of " + ", ".join(f"{number:,} {part}" for part, number in known.items()) + " crystals."
+        for name, known in values
+        if known != metrics["crystals"]
+    )
+    best = f" (the weights are those of epoch {metrics['best_epoch']})" if "best_epoch" in metrics else ""
     libraries = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     elements = ", ".join(SYMBOLS[z - 1] for z in predictor.model.config.elements)
     return f"""---
 library_name: crystalformer
-tags: [crystals, materials, regression]
+tags: [crystals, materials, {learnt}]
 ---
 
 # Crystalformer for {", ".join(names)}
 
-Predicts {", ".join(labels)} of a crystal from its structure{units}.
+Predicts {predicted} of a crystal from its structure{units}.
 
-| target | set | crystals | mean absolute error | predicting the mean |
-|---|---|---|---|---|
+| target | set | known values | {columns} |
+{"|---" * (3 + 2 * len(kind))}|
 {rows}
-{nothing}
+{said}
 ```python
 import crystalformer
 
@@ -195,14 +243,14 @@ crystalformer predict this-folder crystals.cif
 ## Data
 
 {source}: {crystals} crystals; {left_out}. Elements: {elements}.
-{metrics["atoms"]:,} atoms, of which symmetry makes {metrics["rows"]:,} rows.
+{metrics["atoms"]:,} atoms, of which symmetry makes {metrics["rows"]:,} rows.{incomplete}
 The model has seen the training crystals' targets only; the plots are of the {shown} crystals.
 
-{pictures}
+{images}
 
 ## Training
 
-{count(metrics["epochs"], "epoch")} in {duration(metrics["seconds"])} on {metrics["device"]};
+{count(metrics["epochs"], "epoch")}{best} in {duration(metrics["seconds"])} on {metrics["device"]};
 {metrics["parameters"]:,} parameters.
 {libraries}.
 

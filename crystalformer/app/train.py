@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..common import checks, storage
 from ..common.backends import describe_backend
-from ..common.words import count, short
+from ..common.words import count
 from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import CrystalDataset
@@ -27,10 +27,13 @@ from ..data.splits import SETS, read_split, split, write_split
 from ..geometry.orbits import SYMMETRY_TOL
 from ..model.config import FROM_TRAINING, CrystalformerConfig
 from ..model.model import Crystalformer
-from ..training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
+from ..training import Progress, Recipe, Regression, fit, standardisation
+from ..training.callbacks import weight_callbacks
+from ..training.checkpoints import latest
 from ..training.machine import check_machine
 from . import report
-from .metrics import not_learnt
+from .fine_tuning import Start, take_weights
+from .metrics import known_values, notes
 from .predictor import MODEL_FOLDER, Predictor
 from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 
@@ -93,8 +96,8 @@ class DataSource:
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DataError(f"cache must be a folder, not the file {self.cache}")
 
-    def read_file(self, path: Path, targets: Sequence[str]) -> tuple[Samples, list[Problem]]:
-        """The crystals of a file, and the rows that cannot be used.
+    def read_file(self, path: Path, targets: Sequence[str], classes: bool = False) -> tuple[Samples, list[Problem]]:
+        """The crystals of a file, and the rows that cannot be used; see `read_samples`.
 
         Raises:
             DataError: if there are no crystals.
@@ -109,12 +112,15 @@ class DataSource:
                 workers=self.workers,
                 cache=self.cache,
                 progress=advance,
+                classes=classes,
             )
         if not len(read):
             raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
         return read, bad
 
-    def read(self, targets: Sequence[str], seed: int) -> tuple[dict[str, Samples], list[Problem]]:
+    def read(
+        self, targets: Sequence[str], seed: int, classes: bool = False
+    ) -> tuple[dict[str, Samples], list[Problem]]:
         """The crystals of train, val and test, and the rows that cannot be used.
 
         Raises:
@@ -123,7 +129,7 @@ class DataSource:
         problems: list[Problem] = []
 
         def samples(path: Path) -> Samples:
-            read, bad = self.read_file(path, targets)
+            read, bad = self.read_file(path, targets, classes)
             problems.extend(bad)
             return read
 
@@ -152,6 +158,7 @@ def train(
     recipe: Recipe | None = None,
     model: CrystalformerConfig | None = None,
     *,
+    start: Start | None = None,
     unit: str | Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,
@@ -167,10 +174,11 @@ def train(
         target: name of the column to learn, or several.
         source: of the crystals.
         recipe: the paper's for Materials Project data if None.
-        model: its sizes and physics, the paper's if None; the targets are filled in.
+        model: its sizes and physics, the paper's if None, or those of `start`; the targets are filled in.
+        start: a trained model to start from; a resumed training has no need of it any more.
         unit: of the target, as "eV/atom", or one for each; for plots, tables and the model card.
         seed: of the split, the first weights, the order of the crystals and dropout.
-        resume: go on with the training in `out`, after its last whole epoch.
+        resume: go on with the training in `out`, after its last whole epoch. It may have more epochs than before.
         accelerator: "auto", "cpu" or "gpu".
         devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
         loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
@@ -183,11 +191,13 @@ def train(
         FileExistsError: if `out` holds something already, and is not to be resumed, or while another training runs
             in it.
         CheckpointError: if the training cannot be resumed.
-        TypeError: for a source, recipe or model that is none.
+        TypeError: for a source, recipe, model or start that is none.
     """
     out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
     units = (unit,) if isinstance(unit, str) else tuple(unit)
     check_types(source, recipe, model)
+    if not isinstance(start, Start | None):
+        raise TypeError(f"start must be a Start, not {type(start).__name__}")
     if not names:
         raise DataError("target must name at least one column")
     if units and len(units) != len(names):
@@ -196,8 +206,7 @@ def train(
     check_cache(source, out, resume)
     with run_folder(out, resume) if _rank() == 0 else nullcontext():
         recipe = Recipe() if recipe is None else recipe
-        model = CrystalformerConfig() if model is None else model
-        return _train(out, names, units, source, recipe, model, seed, resume, machine)
+        return _train(out, names, units, source, recipe, model, start, seed, resume, machine)
 
 
 def check_cache(source: DataSource, out: Path, resume: bool) -> None:
@@ -219,29 +228,37 @@ def _train(
     units: tuple[str, ...],
     source: DataSource,
     recipe: Recipe,
-    config: CrystalformerConfig,
+    model: CrystalformerConfig | None,
+    start: Start | None,
     seed: int,
     resume: bool,
     machine: dict[str, Any],
 ) -> Predictor:
     loaders, first = machine["loaders"], _rank() == 0
+    trained, began = None, {}
+    if start is not None:
+        model, trained, digest = start.begin(out, resume, model)
+        began = {"from": str(start.folder), "from_sha256": digest, "freeze": list(start.freeze)}
     try:
         config = dataclasses.replace(
-            config,
+            CrystalformerConfig() if model is None else model,
             num_targets=len(names),
             target_names=names,
             target_units=units,
             target_mean=(),
             target_deviation=(),
             elements=(),
+            probabilities=recipe.loss == "bce",
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
         device = check_machine(machine["accelerator"], machine["devices"], machine["nodes"])
     except ValueError as error:
         raise DataError(str(error)) from error
-    parts, problems = source.read(names, seed)
-    settings = settings_of(names, units, source, recipe, config, seed, machine)
+    parts, problems = source.read(names, seed, config.probabilities)
+    if unknown := [name for name, number in known_values(names, parts["train"].targets).items() if not number]:
+        raise DataError(f"train must hold a known value of each target, but none of {', '.join(unknown)}")
+    settings = settings_of(names, units, source, recipe, config, seed, machine) | began
     if first:
         print(f"  {describe_backend(device)}", flush=True)
     torch.manual_seed(seed)
@@ -268,17 +285,24 @@ def _train(
         name: data.loader(recipe.batch_size, seed if name == "train" else None, recipe.max_images_per_batch, loaders)
         for name, data in datasets.items()
     }
-    first_batch = datasets["train"][next(iter(batches["train"].sampler))]
-    try:
-        network.calibrate(first_batch.crystals)
-    except ValueError as error:
-        raise DataError(f"the first batch of train: {error}") from error
     try:
         mean, deviation = standardisation(datasets["train"].targets)
     except ValueError as error:
         raise DataError(f"train: {error}") from error
-    chosen = {name: getattr(recipe, name) for name in ("lr", "betas", "weight_decay", "bias_decay", "decay_steps")}
-    task = Regression(network, mean, deviation, names, **chosen)
+    options = ("lr", "betas", "weight_decay", "bias_decay", "decay_steps", "loss", "schedule")
+    chosen = {name: getattr(recipe, name) for name in options}
+    scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
+    if trained is not None:
+        take_weights(network, trained, *scale)
+    elif start is None:
+        first_batch = datasets["train"][next(iter(batches["train"].sampler))]
+        try:
+            network.calibrate(first_batch.crystals)
+        except ValueError as error:
+            raise DataError(f"the first batch of train: {error}") from error
+    for part in start.freeze if start else ():
+        network.get_submodule(part).requires_grad_(False)
+    task = Regression(network, *scale, names, **chosen)
     if first:
         if not resume:
             storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -288,14 +312,16 @@ def _train(
             print(f"{rows} cannot be used, what is wrong is in {out / PROBLEMS}", file=sys.stderr)
         if source.data is not None:
             write_split(out / SPLIT, {name: parts[name].ids if name in parts else () for name in SETS})
-    identity = _identity(seed, recipe, config, datasets)
+    identity = _identity(seed, recipe, config, datasets) | {x: began.get(x) for x in ("from_sha256", "freeze")}
+    if first and resume:
+        _lengthen(out, recipe.epochs, identity)
     progress = Progress(names[0], units[0] if units else "")
     history = fit(
         task,
         batches["train"],
         batches["val"],
         recipe.epochs,
-        [AverageLastEpochs(recipe.averaged), progress] if recipe.averaged else [progress],
+        [*weight_callbacks(recipe), progress],
         seed=seed,
         gradient_norm=recipe.gradient_norm,
         checkpoints=out / CHECKPOINTS,
@@ -306,16 +332,26 @@ def _train(
     )
     predictor = Predictor(network, source.symmetry_tol)
     if first:
+        if len(history) < recipe.epochs:
+            why = f"the validation loss has not fallen in {count(recipe.patience, 'epoch')}"
+            print(f"  stopped behind epoch {len(history)} of {recipe.epochs}: {why}")
         network.save_pretrained(out / MODEL_FOLDER)
         metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)
-        part = "test" if "test" in parts else "val"
-        for name, unit in zip(names, predictor.units, strict=True):
-            mae, baseline = (short(metrics[key][part][name]) for key in ("mae", "baseline_mae"))
-            print(f"  {part} MAE of {name} {f'{mae} {unit}'.rstrip()}, of predicting the mean {baseline}")
-        for name in not_learnt(metrics):
-            print(report.nothing_learnt(metrics, name), file=sys.stderr)
+        for line in report.last_lines(metrics, predictor):
+            print(f"  {line}")
+        for note in notes(metrics):
+            print(note, file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")
     return predictor
+
+
+def _lengthen(out: Path, epochs: int, identity: dict[str, Any]) -> None:
+    """Writes a larger number of epochs into config.yaml, if the training in a folder can have them."""
+    settings = yaml.safe_load((out / CONFIG).read_text())
+    if epochs > settings["epochs"]:
+        latest(out / CHECKPOINTS, identity)
+        settings["epochs"] = epochs
+        storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _rank() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import add_fields, argument_errors, make_parser, parse, read_yaml, with_underscores
-from .user_errors import training_errors, user_errors
+from .user_errors import Stop, training_errors, user_errors
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -55,6 +55,7 @@ def _read(
     with user_errors():
         from ..model.config import FROM_TRAINING, CrystalformerConfig
         from ..training import PRESETS, Recipe
+        from .fine_tuning import Start, read_model
         from .run_folder import CONFIG, check_folder
         from .train import MACHINE, DataSource
     parser = make_parser(name, command)
@@ -76,6 +77,10 @@ def _read(
     add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
     add_fields(parser, Recipe)
     add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
+    if not left_out:
+        add("--from", type=Path | None, default=None, help="start from this trained model; its sizes are the new one's")
+        add("--from_sha256", type=str | None, default=None, help="of its weights, where they must be certain ones")
+        add("--freeze", nargs="+", type=str, default=[], help="its parts that do not learn: embedding, blocks, readout")
     add("--seed", type=int, default=0, help="of split, first weights, order and dropout")
     add("--resume", action="store_true", help="go on with what is in --out; needs no other option")
     add("--accelerator", type=str, default="auto", help="what computes: auto, cpu or gpu")
@@ -86,18 +91,24 @@ def _read(
 
     # Where defaults come from, before the options are read.
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in ("--config", "--preset", "--out"):
+    for option in ("--config", "--preset", "--out", "--from"):
         ahead.add_argument(option)
     ahead.add_argument("--resume", action="store_true")
     with argument_errors(parser):
         known, _ = ahead.parse_known_args(with_underscores(arguments))
-    preset = known.preset or (read_yaml(known.config).get("preset") if known.config else None)
+    in_file = read_yaml(known.config) if known.config else {}
+    preset, start = (getattr(known, name) or in_file.get(name) for name in ("preset", "from"))
     if preset in PRESETS:
         parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
     if known.resume and known.out:
         with user_errors():
             check_folder(Path(known.out), resume=True)
         parser.default_config_files = [str(Path(known.out) / CONFIG)]
+    elif start and not left_out:
+        with user_errors():
+            sizes = dataclasses.asdict(read_model(start).config)
+        names = (name for name in sizes if name not in FROM_TRAINING)
+        parser.set_defaults({f"model.{x}": list(sizes[x]) if isinstance(sizes[x], tuple) else sizes[x] for x in names})
 
     options = parse(parser, arguments)
     with user_errors():
@@ -105,5 +116,11 @@ def _read(
         inputs: dict[str, Any] = {"source": DataSource(**{name: options[name] for name in fields})}
         inputs["recipe"] = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
         inputs["model"] = CrystalformerConfig(**options.model.as_dict())
+    if not left_out:
+        folder, freeze, sha256 = (options[name] for name in ("from", "freeze", "from_sha256"))
+        if folder is None and (freeze or sha256):
+            raise Stop("from must be given with freeze and from_sha256: they are of the model to start from")
+        with user_errors():
+            inputs["start"] = None if folder is None else Start(folder, tuple(freeze), sha256)
     inputs |= {"unit": options.unit or (), **{x: options[x] for x in ("seed", "resume", *MACHINE) if x in options}}
     return options, inputs

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterable
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -148,6 +149,12 @@ def check_integer(name: str, x: Any, low: int, high: int | None = None) -> None:
     if isinstance(x, bool) or not isinstance(x, int) or x < low or (high is not None and x > high):
         upper = "" if high is None else f" and at most {high}"
         raise ValueError(f"{name} must be an integer, at least {low}{upper}, not {_shown(x)}")
+
+
+def check_choice(name: str, x: Any, choices: Iterable[str]) -> str:
+    if x not in (names := list(choices)):
+        raise ValueError(f"{name} must be one of {', '.join(names)}, not {_shown(x)}")
+    return str(x)
 
 
 def _check_real(name: str, x: Any) -> None:

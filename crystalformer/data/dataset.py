@@ -21,10 +21,10 @@ class Example(NamedTuple):
 
     Attributes:
         crystals: with their images.
-        targets: (C,T), fp64.
-        weight: (C) so that sum_c weight_c loss_c is this process's part of the mean loss over the whole batch, times
-            the number of processes, because data parallel training takes the mean of their gradients. 0 for a crystal
-            that only keeps a process busy for which the batch has no crystal.
+        targets: (C,T), fp64, NaN where a value is not known.
+        weight: (C) so that sum_ct weight_c loss_ct over the known values is this process's part of their mean loss over
+            the whole batch, times the number of processes, because data parallel training takes the mean of their
+            gradients. 0 for a crystal that only keeps a process busy for which the batch has no crystal.
     """
 
     crystals: CrystalBatch
@@ -54,30 +54,47 @@ class BoundedBatches(Sampler[Shard]):
         batch_size: crystals in a batch, at most.
         max_images: in a batch, at most; a crystal with more is alone in its batch.
         seed: of the order; None for the order of the crystals.
+        counts: known targets of each crystal, which its weight is for; None for one each.
     """
 
     def __init__(
-        self, sizes: Sequence[int], batch_size: int, max_images: int | None = None, seed: int | None = None
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        max_images: int | None = None,
+        seed: int | None = None,
+        counts: Sequence[int] | None = None,
     ) -> None:
         if batch_size < 1 or (max_images is not None and max_images < 1):
             raise ValueError(f"batch_size and max_images must be at least 1, not {batch_size} and {max_images}")
         self.sizes, self.batch_size, self.max_images, self.seed = list(sizes), batch_size, max_images, seed
+        self.counts = [1] * len(self.sizes) if counts is None else list(counts)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the batches of an epoch; lightning calls this before each."""
+        self.batches = self._batches(epoch)
+
+    def steps(self, epochs: int) -> int:
+        """How many batches so many epochs have."""
+        if self.seed is None or self.max_images is None or self.batch_size * max(self.sizes) <= self.max_images:
+            return epochs * len(self.batches)  # each has as many
+        return sum(len(self._batches(epoch)) for epoch in range(epochs))
+
+    def _batches(self, epoch: int) -> list[list[int]]:
         order: Sequence[int] = range(len(self.sizes))
         if self.seed is not None:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes)).tolist()
-        self.batches: list[list[int]] = []
+        batches: list[list[int]] = []
         images = 0
         for index in order:
             images += self.sizes[index]
-            full = not self.batches or len(self.batches[-1]) == self.batch_size
+            full = not batches or len(batches[-1]) == self.batch_size
             if full or (self.max_images is not None and images > self.max_images):
-                self.batches.append([])
+                batches.append([])
                 images = self.sizes[index]
-            self.batches[-1].append(index)
+            batches[-1].append(index)
+        return batches
 
     def __iter__(self) -> Iterator[Shard]:
         rank, world = 0, 1
@@ -87,8 +104,9 @@ class BoundedBatches(Sampler[Shard]):
 
     def shard(self, batch: list[int], rank: int, world: int) -> Shard:
         """A process's part of a batch: the largest crystals first, each to the process with the fewest images."""
+        weight = world / sum(self.counts[index] for index in batch)
         if world == 1:
-            return Shard(tuple(batch), (1 / len(batch),) * len(batch))
+            return Shard(tuple(batch), (weight,) * len(batch))
         shards: list[list[int]] = [[] for _ in range(world)]
         images = [0] * world
         for index in sorted(batch, key=lambda index: (-self.sizes[index], index)):
@@ -98,7 +116,7 @@ class BoundedBatches(Sampler[Shard]):
         mine = shards[rank]
         if not mine:
             return Shard((min(batch, key=self.sizes.__getitem__),), (0.0,))
-        return Shard(tuple(mine), (world / len(batch),) * len(mine))
+        return Shard(tuple(mine), (weight,) * len(mine))
 
 
 class CrystalDataset(Dataset[Example]):
@@ -106,17 +124,17 @@ class CrystalDataset(Dataset[Example]):
 
     Args:
         crystals: pymatgen Structures or ase Atoms, or what `build_crystals` made of them for this model.
-        targets: (C,T), kept in fp64.
+        targets: (C,T), kept in fp64; NaN where a value is not known.
         model: the model whose certified image lists are wanted.
 
     Raises:
-        ValueError: if crystals and targets are not equally many, or a target is not finite.
+        ValueError: if crystals and targets are not equally many, a target is infinite, or none of a crystal is known.
     """
 
     def __init__(self, crystals: Sequence[Any], targets: Tensor, model: "Crystalformer") -> None:
         if targets.dim() != 2 or len(targets) != len(crystals):
             raise ValueError(f"targets must be ({len(crystals)}, T), as crystals, not {tuple(targets.shape)}")
-        checks.check_finite("targets", targets)
+        check_targets(targets)
         self.targets = targets.double()
         built = all(isinstance(crystal, CrystalBatch) for crystal in crystals)
         dtype = next(model.parameters()).dtype
@@ -152,16 +170,26 @@ class CrystalDataset(Dataset[Example]):
         Args:
             workers: processes that join the crystals of coming batches; 0 joins those of each when it is its turn.
         """
+        counts = (~self.targets.isnan()).sum(1).tolist()
         return DataLoader(
             self,
             batch_size=None,  # the sampler gives whole batches
-            sampler=BoundedBatches(sizes(self.crystals), batch_size, max_images, seed),
+            sampler=BoundedBatches(sizes(self.crystals), batch_size, max_images, seed, counts),
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # else starting an epoch would draw from the one that dropout has
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def check_targets(targets: Tensor) -> None:
+    """Raises ValueError for targets (C,T) that are infinite, and for a crystal that has none; NaN are not known."""
+    unknown = targets.isnan()
+    checks.check_finite("targets", targets.masked_fill(unknown, 0))
+    if unknown.all(1).any():
+        row = int(unknown.all(1).nonzero()[0])
+        raise ValueError(f"targets must have a known value in each row, but targets[{row}] is {targets[row].tolist()}")
 
 
 def sizes(crystals: Sequence[CrystalBatch]) -> list[int]:

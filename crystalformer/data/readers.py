@@ -1,7 +1,8 @@
 """Crystals and their targets, from whatever file or folder they are in."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from numbers import Real
 from pathlib import Path
@@ -16,6 +17,9 @@ from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
 
 log = logging.getLogger("crystalformer.data")
+# As tables of programs have them, pandas' floats beside values that are missing included.
+CLASSES = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0, "no": 0.0, "yes": 1.0}
+CLASSES |= {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # no classes, but problems of their rows alone
 
 
 def read_samples(
@@ -28,6 +32,7 @@ def read_samples(
     workers: int = 0,
     cache: str | Path | None = None,
     progress: Callable[[int, int], object] | None = None,
+    classes: bool = False,
 ) -> tuple[Samples, list[Problem]]:
     """Reads crystals with their ids and targets. Needs the extra [data].
 
@@ -49,10 +54,12 @@ def read_samples(
     - For structures without targets also a CIF, POSCAR (POSCAR*, CONTCAR*, .vasp) or pymatgen JSON, and a folder of
       them. A CIF of several crystals gives them all.
 
+    A target without a value, an empty cell or None, is NaN where another one of its row has a value.
+
     A row that cannot be used is not an error but a Problem, in the order of the rows: no id or one that was there
-    before, a target that is missing or not a finite number, a file that is missing, a structure that cannot be parsed,
-    is not periodic, has no volume, an element beyond californium, or two atoms within 0.01 Å. Deuterium counts as
-    hydrogen.
+    before, no target with a value, one that is no finite number, a file that is missing, a structure that cannot be
+    parsed, is not periodic, has no volume, an element beyond californium, or two atoms within 0.01 Å. Deuterium
+    counts as hydrogen.
     Each line of a CSV is a row, whatever is in it. A CIF whose atoms are not those of its formula (often hydrogen is
     left out) is kept, and a warning of the logger "crystalformer.data" counts these.
 
@@ -70,12 +77,14 @@ def read_samples(
         cache: a folder that keeps parsed structures, found again by the text they were parsed from; that of
             `build_crystals` can serve both. Needs safetensors.
         progress: called with the number of rows done and of all, now and then.
+        classes: the targets are classes, 0 or 1, true or false, yes or no; they become 0 and 1.
 
     Returns:
         The samples that can be used, in the order of the file, and a Problem for each row that cannot.
 
     Raises:
-        DataError: for a missing file, an unknown format, a folder or table without structures, a missing column.
+        DataError: for a missing file, an unknown format, a folder or table without structures, a missing column, a
+            value that is no class.
     """
     if isinstance(targets, str):
         raise TypeError(f"targets must be a sequence of names, not the string {targets!r}")
@@ -94,7 +103,7 @@ def read_samples(
             raise DataError(str(problem))
         problems.append(problem)
 
-    values = [_values(row.values, names) for row in table.rows]
+    values = [_values(row, names, classes) for row in table.rows]
     reasons = [row.reason or _fault(row.id, x) for row, x in zip(table.rows, values, strict=True)]
     good = [row.structure for row, reason in zip(table.rows, reasons, strict=True) if row.structure and not reason]
     first: dict[str, Row] = {}
@@ -146,20 +155,31 @@ def _fault(id: str, values: list[float] | str) -> str:
     return values if isinstance(values, str) else ""
 
 
-def _values(record: Mapping[str, Any], names: Sequence[str]) -> list[float] | str:
-    """The targets of a row, or what is wrong with them."""
+def _values(row: Row, names: Sequence[str], classes: bool) -> list[float] | str:
+    """The targets of a row, NaN where it has no value, or what is wrong with them."""
     values = []
     for name in names:
-        value = record.get(name)
-        if missing(value):
-            return f"{name} is missing"
-        try:
-            if isinstance(value, bool) or not isinstance(value, str | Real):
-                raise ValueError
-            number = float(value)
-        except (ValueError, OverflowError):
-            return f"{name} must be a number, not {str(value)[:60]!r}"
-        if number in (float("inf"), -float("inf")):
+        value = row.values.get(name)
+        if missing(value) and str(value).strip().lower() != "nan":  # which a program may have computed
+            values.append(math.nan)
+            continue
+        number = CLASSES.get(str(value).strip().lower()) if classes else _number(value)
+        if number is None:
+            wanted = "0 or 1, true or false, yes or no" if classes else "a number"
+            reason = f"{name} must be {wanted}, not {str(value)[:60]!r}"
+            if classes:  # of another kind: no crystal of it may be left out
+                raise DataError(str(Problem(_writable(row.id), _writable(row.source), _writable(reason))))
+            return reason
+        if not math.isfinite(number):
             return f"{name} must be finite, not {value}"
         values.append(number)
+    if names and all(map(math.isnan, values)):
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
     return values
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) or not isinstance(value, str | Real) else float(value)
+    except (ValueError, OverflowError):
+        return None

@@ -22,7 +22,7 @@ class Samples:
     Attributes:
         ids: of the crystals, each once.
         structures: pymatgen Structures or ase Atoms.
-        targets: (C,T) fp64; T = 0 where none were asked for.
+        targets: (C,T) fp64, NaN where a value is not known; T = 0 where none were asked for.
         names: of the T targets.
     """
 

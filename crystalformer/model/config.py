@@ -25,7 +25,15 @@ MAX_WEIGHTS = 10**9
 LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 # Attributes that a user does not choose: they come from the data of a training, or from the training itself.
-FROM_TRAINING = ("num_targets", "target_names", "target_units", "target_mean", "target_deviation", "elements")
+FROM_TRAINING = (
+    "num_targets",
+    "target_names",
+    "target_units",
+    "target_mean",
+    "target_deviation",
+    "elements",
+    "probabilities",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class CrystalformerConfig:
         target_mean, target_deviation: what makes y·deviation + mean of the network's outputs y, in fp64; none before
             the model is trained, for targets that are standardised.
         elements: atomic numbers in the crystals of the training; none if they are not known.
+        probabilities: predictions are the probabilities of class 1 of classes 0 and 1, the sigmoids of the outputs.
     """
 
     num_targets: int = 1
@@ -82,6 +91,7 @@ class CrystalformerConfig:
     target_mean: tuple[float, ...] = ()
     target_deviation: tuple[float, ...] = ()
     elements: tuple[int, ...] = ()
+    probabilities: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "ff_dim"):
@@ -108,8 +118,9 @@ class CrystalformerConfig:
         checks.check_number("tol", self.tol, low=LEAST_TOL, high=1.0, closed=True)
         checks.check_number("logit_range", self.logit_range, high=MAX_LOGIT_RANGE, closed=True)
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
-        if self.domain not in DOMAINS:
-            raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
+        checks.check_choice("domain", self.domain, DOMAINS)
+        if not isinstance(self.probabilities, bool):
+            raise TypeError(f"probabilities must be True or False, not {self.probabilities!r}")
         for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)):

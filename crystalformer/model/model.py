@@ -59,8 +59,14 @@ class Crystalformer(nn.Module):
     def forward(self, batch: CrystalBatch) -> Tensor:
         """(C, num_targets), the predictions for the crystals of the batch.
 
-        Of a trained model in the targets' units and fp64, whatever the dtype of its weights; else in that dtype.
+        Of a trained model in the targets' units, or probabilities, and fp64, whatever the dtype of its weights; else in
+        that dtype.
         """
+        outputs = self.outputs(batch)
+        return outputs.sigmoid() if self.config.probabilities else outputs
+
+    def outputs(self, batch: CrystalBatch) -> Tensor:
+        """(C, num_targets), what a loss takes: the predictions, or the logits of those that are probabilities."""
         return self.in_units(self.readout(mean_pool(self.encode(batch), batch.ptr, batch.multiplicity)))
 
     def in_units(self, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a training: the weight average, the record, the progress bar."""
+"""What happens beside the steps of a training: the weights it ends with, the record, the progress bar."""
 
 import sys
 import time
@@ -7,11 +7,13 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..common.words import short
 from ..data.dataset import BoundedBatches
+from .recipe import Recipe
 from .regression import Regression
 
 
@@ -57,7 +59,8 @@ class SeedEpochs(Callback):
 class AverageLastEpochs(WeightAveraging):
     """Validates and ends with the mean of the weights over the steps of the last epochs, once these have begun.
 
-    The learning rate is held in these epochs, as in the paper's code.
+    The learning rate is held in these epochs, as in the paper's code. A training that is made longer begins a new mean
+    in its own last epochs, or, where it is among these already, in the first one that it adds.
 
     Args:
         epochs: how many of them.
@@ -67,10 +70,23 @@ class AverageLastEpochs(WeightAveraging):
         super().__init__(use_buffers=False)
         self.epochs = epochs
         self.begun = False
+        self.first = -1  # epoch of the mean
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Regression)
-        self.begun = pl_module.rate_held = trainer.current_epoch >= (trainer.max_epochs or 0) - self.epochs
+        assert self._average_model is not None
+        start = (trainer.max_epochs or 0) - self.epochs
+        self.begun = pl_module.rate_held = trainer.current_epoch >= start
+        if self.begun and self.first < start:
+            self.first = trainer.current_epoch
+            self._average_model.n_averaged.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.first = state_dict["first"]
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return self.begun and step_idx is not None
@@ -89,11 +105,61 @@ class AverageLastEpochs(WeightAveraging):
             super().on_train_end(trainer, pl_module)
 
 
+class BestEpoch(Callback):
+    """Ends with the weights of the epoch whose validation loss is smallest, the first of equal ones."""
+
+    def __init__(self) -> None:
+        self.loss = float("inf")
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val_loss"])
+        if loss < self.loss:
+            self.loss = loss
+            self.weights = {name: x.detach().clone() for name, x in pl_module.state_dict().items()}
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.weights:  # else no epoch was done
+            pl_module.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss = state_dict["loss"]
+
+    # As lightning's averages: a checkpoint's state_dict is what the training would end with.
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["current_model_state"], checkpoint["state_dict"] = checkpoint["state_dict"], self.weights
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.weights = {name: x.to(pl_module.device) for name, x in checkpoint["state_dict"].items()}
+        pl_module.load_state_dict(checkpoint["current_model_state"])
+
+
+def weight_callbacks(recipe: Recipe) -> list[Callback]:
+    """What a recipe says of the weights that a training ends with, and of its end."""
+    found: list[Callback] = []
+    if recipe.averaged:
+        found.append(AverageLastEpochs(recipe.averaged))
+    if recipe.ema:
+        found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)))
+    if recipe.best_epoch:
+        found.append(BestEpoch())
+    if recipe.patience:
+        found.append(EarlyStopping("val_loss", patience=recipe.patience))
+    return found
+
+
 class Progress(Callback):
-    """One bar for the whole training, with the last validation error and the time left; without a terminal, lines.
+    """One bar for the whole training, with the last validation MAE or AUC and the time left; without a terminal, lines.
 
     Args:
-        name: of the target whose error is shown.
+        name: of the target whose score is shown.
         unit: of it.
     """
 
@@ -115,12 +181,14 @@ class Progress(Callback):
         self.bar.update(1 / len(sampler.batches))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        mae = float(trainer.callback_metrics[f"val_mae/{self.name}"])
-        error = f"validation MAE of {self.name} {short(mae)} {self.unit}".rstrip()
-        self.bar.set_postfix_str(error)
+        assert isinstance(pl_module, Regression)
+        word, unit = ("AUC", "") if pl_module.loss == "bce" else ("MAE", self.unit)
+        value = float(trainer.callback_metrics[f"val_{word.lower()}/{self.name}"])
+        score = f"validation {word} of {self.name} {short(value)} {unit}".rstrip()
+        self.bar.set_postfix_str(score)
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if self.bar.disable and trainer.global_rank == 0 and (epoch % max(1, epochs // 10) == 0 or epoch == epochs):
-            print(f"  epoch {epoch:3d} of {epochs}   {error}", flush=True)
+            print(f"  epoch {epoch:3d} of {epochs}   {score}", flush=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.bar.close()

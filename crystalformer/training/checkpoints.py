@@ -13,6 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..common import storage
+from .schedules import WHOLE
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -42,7 +43,8 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: for last.ckpt and previous.ckpt.
-        identity: what tells this training from others, names to JSON values; `latest` refuses another one.
+        identity: what tells this training from others, names to JSON values; `latest` refuses another one, but not one
+            of more "epochs".
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -91,8 +93,19 @@ def _check_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, 
             f"the same settings ({', '.join(differing)}): start anew, or go on with the version that began it"
         )
     for name in sorted(stored):
-        if stored[name] != wanted[name]:
+        if name == "epochs" and wanted[name] > stored[name]:
+            _check_longer(path, stored)
+        elif stored[name] != wanted[name]:
             raise CheckpointError(
                 f"{name} must be {stored[name]!r}, as when the training in {path.parent} began, not "
-                f"{wanted[name]!r}: a resumed training cannot change it"
+                f"{wanted[name]!r}: a resumed training {'has no fewer' if name == 'epochs' else 'cannot change it'}"
             )
+
+
+def _check_longer(path: Path, stored: Mapping[str, Any]) -> None:
+    """Refuses more epochs for a training whose learning rates depend on their number."""
+    if stored.get("schedule") in WHOLE:
+        raise CheckpointError(
+            f"epochs must be {stored['epochs']}, as when the training in {path.parent} began: its learning rate "
+            f"follows {stored['schedule']} to its end. Start another training from its model, by --from"
+        )

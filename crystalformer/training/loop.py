@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,6 +27,7 @@ from .checkpoints import AtomicIO, CheckpointError, Checkpoints, latest
 from .machine import check_machine
 from .recipe import MOST_COUNT, Recipe
 from .regression import Regression
+from .schedules import WHOLE
 
 
 def fit(
@@ -125,11 +126,13 @@ def _fit(
                 task.load_state_dict(content["state_dict"])
             except RuntimeError as error:
                 raise CheckpointError(f"{path} must hold the weights of this model: {one_line(error)}") from error
-            if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
+            if len(history.rows) >= epochs or _out_of_patience(callbacks, content):  # nothing is left but the result
                 task.finish(elements)
                 return history.rows
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.
     assert isinstance(train.sampler, BoundedBatches)
+    if task.schedule in WHOLE:
+        task.steps = train.sampler.steps(epochs)
     train.sampler.set_epoch(len(history.rows))
     if TorchElasticEnvironment.detect():
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -156,6 +159,12 @@ def _fit(
         trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
     task.finish(elements)
     return history.rows
+
+
+def _out_of_patience(callbacks: Sequence[Callback], content: Mapping[str, Any]) -> bool:
+    """Whether the training of a checkpoint was stopped early, by what lightning kept of it."""
+    kept = [content["callbacks"].get(x.state_key) for x in callbacks if isinstance(x, EarlyStopping)]
+    return any(x is not None and x["wait_count"] >= x["patience"] for x in kept)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
-"""What is learnt: standardised targets, by an L1 loss."""
+"""What is learnt: standardised targets, or classes."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,68 +11,55 @@ from torchmetrics import Metric
 
 from ..common import checks
 from ..data import CrystalBatch
-from ..data.dataset import Example
+from ..data.dataset import Example, check_targets
 from ..model.model import Crystalformer, in_units
+from .losses import LOSSES, MEANS, Auc, Mean
 from .recipe import Recipe
-
-MEANS = torch.float64  # over an epoch
+from .schedules import SCHEDULES, WHOLE
 
 
 def standardisation(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (T) of targets (C,T), in fp64; the deviation is 1 where the targets are all equal.
 
+    Values that are not known, NaN, do not count.
+
     Raises:
-        ValueError: if there are no targets, or if they or their deviation are not finite.
+        ValueError: if a target has no value, or if the targets or their deviation are not finite.
     """
     if targets.dim() != 2 or not len(targets):
         raise ValueError(f"targets must be (C,T) of at least one crystal, not {tuple(targets.shape)}")
-    checks.check_finite("targets", targets)
-    targets = targets.double()
-    # Equal targets may differ from their mean by a rounding.
-    equal = (targets == targets[0]).all(0)
-    mean = torch.where(equal, targets[0], targets.mean(0))
-    deviation = torch.where(equal, 1.0, targets.std(0, correction=0))
+    check_targets(targets)
+    means, deviations = [], []
+    for number, column in enumerate(targets.double().T):
+        known = column[~column.isnan()]
+        if not len(known):
+            raise ValueError(f"targets must hold a known value of each target, but targets[:, {number}] are all NaN")
+        equal = bool((known == known[0]).all())  # they may differ from their mean by a rounding
+        means.append(known[0] if equal else known.mean())
+        deviations.append(torch.ones_like(known[0]) if equal else known.std(correction=0))
+    mean, deviation = torch.stack(means), torch.stack(deviations)
     checks.check_finite("the deviation of targets", deviation)
     return mean, deviation
 
 
-class Mean(Metric):
-    """Mean over all processes of the values that are counted. torchmetrics' own mean looks for NaN in every batch."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=MEANS), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor, counted: Tensor) -> None:
-        """Takes values (C) where counted (C) is 1, not where it is 0."""
-        self.total += values.to(MEANS) @ counted
-        self.count += counted.sum()
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
-
-
 class Regression(lightning.LightningModule):
-    """A Crystalformer learning standardised targets by the paper's recipe (`Recipe`).
+    """A Crystalformer learning standardised targets, or classes by logistic regression, by a `Recipe`.
 
     Logs train_loss and val_loss, in standard deviations, and train_mae/NAME and val_mae/NAME of each target, in its own
-    units: means over all crystals of an epoch, whatever the batches and the number of processes.
+    units; of classes the area under the ROC curve and the accuracy, train_auc/NAME, train_accuracy/NAME, ... All are of
+    all known values of an epoch, whatever the batches and the number of processes, and NaN without any.
 
     Targets are standardised in fp64 before a batch goes to its device (`on_before_batch_transfer`); the steps take them
     standardised, in the dtype of the network.
 
     Args:
         model: predicts the standardised targets while it is trained; `finish` makes it predict in units.
-        mean, deviation: (T) fp64, of the training targets.
+        mean, deviation: (T) fp64, of the training targets; of classes, which are 0 or 1, they are 0 and 1.
         names: of the targets, for the log.
-        lr, betas, weight_decay, decay_steps, bias_decay: see `Recipe`.
+        lr, betas, weight_decay, decay_steps, bias_decay, loss, schedule: see `Recipe`.
 
     Raises:
-        ValueError: if names, mean and deviation are not as many as the model's targets.
+        ValueError: if names, mean and deviation are not as many as the model's targets, or the loss does not fit it.
     """
 
     def __init__(
@@ -87,6 +73,8 @@ class Regression(lightning.LightningModule):
         weight_decay: float = Recipe.weight_decay,
         decay_steps: int = Recipe.decay_steps,
         bias_decay: float = Recipe.bias_decay,
+        loss: str = Recipe.loss,
+        schedule: str = Recipe.schedule,
     ) -> None:
         super().__init__()
         number = model.config.num_targets
@@ -95,15 +83,23 @@ class Regression(lightning.LightningModule):
         self.model, self.names = model, tuple(names)
         self.lr, self.betas, self.weight_decay, self.decay_steps = lr, betas, weight_decay, decay_steps
         self.bias_decay = bias_decay
+        self.loss = checks.check_choice("loss", loss, LOSSES)
+        if (loss == "bce") != model.config.probabilities:
+            raise ValueError(f"loss must be bce where the model's config has probabilities, and only there, not {loss}")
+        self.schedule = checks.check_choice("schedule", schedule, SCHEDULES)
+        self.steps = 1  # of the whole training, which `fit` counts
         self.rate_held = False
         # No buffers: on the CPU, where they are needed, and in fp64, whatever the network is cast to.
         self.mean, self.deviation = mean.double().cpu(), deviation.double().cpu()
         self.scales = tuple(self.deviation.tolist())
-        # Of the loss, then of the targets' errors.
-        self.train_means, self.val_means = (nn.ModuleList(Mean() for _ in range(number + 1)) for _ in range(2))
+        # Of the loss, then of each target.
+        of_target = (Auc, Mean) if loss == "bce" else (Mean,)
+        self.train_metrics, self.val_metrics = (
+            nn.ModuleList([Mean(), *(kind() for _ in names for kind in of_target)]) for _ in range(2)
+        )
 
     def forward(self, batch: CrystalBatch) -> Tensor:
-        """(C,T) fp64, in the units of the targets."""
+        """(C,T) fp64, in the units of the targets, or probabilities."""
         return in_units(self.model(batch), self.mean.tolist(), self.scales)
 
     def on_before_batch_transfer(self, batch: Example, dataloader_idx: int) -> Example:
@@ -112,40 +108,53 @@ class Regression(lightning.LightningModule):
         return batch._replace(targets=targets.to(batch.weight.dtype))
 
     def training_step(self, example: Example, index: int) -> Tensor:
-        return self._step("train", self.train_means, example)
+        return self._step("train", self.train_metrics, example)
 
     def validation_step(self, example: Example, index: int) -> None:
-        self._step("val", self.val_means, example)
+        self._step("val", self.val_metrics, example)
 
-    def _step(self, stage: str, means: nn.ModuleList, example: Example) -> Tensor:
+    def _step(self, stage: str, metrics: nn.ModuleList, example: Example) -> Tensor:
         crystals, targets, weight = example
         try:
-            errors = (self.model(crystals) - targets).abs()
+            outputs = self.model.outputs(crystals)
         except checks.NotFinite as error:  # of the attention, which checks what it gets
             raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
-        losses = errors.mean(1)
-        exact = errors.detach().to(MEANS).T
-        columns = [losses.detach(), *(x * scale for x, scale in zip(exact, self.scales, strict=True))]
-        names = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in self.names)]
-        counted = (weight > 0).to(MEANS)
-        for name, mean, column in zip(names, means, columns, strict=True):
-            assert isinstance(mean, Mean)
-            mean.update(column, counted)
-            self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(crystals))
-        return losses @ weight.to(losses.dtype)  # a trained model that learns anew has outputs in fp64
+        known = ~targets.isnan()
+        targets = targets.masked_fill(~known, 0).to(outputs.dtype)  # a trained model that learns anew has fp64
+        losses = LOSSES[self.loss](outputs, targets, reduction="none") * known
+        counted = known & (weight > 0)[:, None]
+        found = [("loss", (losses.detach(), counted)), *self._measured(outputs.detach(), targets, counted)]
+        for metric, (name, values) in zip(metrics, found, strict=True):
+            assert isinstance(metric, Metric)
+            metric.update(*values)
+            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, batch_size=len(crystals))
+        return losses.sum(1) @ weight.to(losses.dtype)
+
+    def _measured(
+        self, outputs: Tensor, targets: Tensor, counted: Tensor
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """The names of the metrics of each target, and what they take."""
+        columns = zip(self.names, outputs.to(MEANS).T, targets.to(MEANS).T, counted.T, self.scales, strict=True)
+        for name, x, y, here, scale in columns:
+            if self.loss == "bce":
+                yield f"auc/{name}", (x.sigmoid(), y.masked_fill(~here, torch.nan))
+                yield f"accuracy/{name}", ((x > 0) == (y > 0), here)
+            else:
+                yield f"mae/{name}", ((x - y).abs() * scale, here)
 
     def configure_optimizers(self) -> Any:
-        biases = [x for name, x in self.named_parameters() if name.endswith("bias")]
-        weights = [x for name, x in self.named_parameters() if not name.endswith("bias")]
+        learning = [(name, x) for name, x in self.named_parameters() if x.requires_grad]
+        biases = [x for name, x in learning if name.endswith("bias")]
+        weights = [x for name, x in learning if not name.endswith("bias")]
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": self.bias_decay}]
+        groups = [group for group in groups if group["params"]]
         # Fused: one call for all weights, where one for each operation on each of them takes longer than small batches.
         optimizer = torch.optim.AdamW(groups, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
-        steps = self.decay_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: math.sqrt(steps / (steps + t)))
+        schedule = SCHEDULES[self.schedule](optimizer, self.decay_steps, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if not self.rate_held:
+        if not self.rate_held or self.schedule in WHOLE:
             scheduler.step()
 
     def finish(self, elements: Iterable[int] = ()) -> Crystalformer:
