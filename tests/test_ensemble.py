@@ -125,3 +125,26 @@ def test_calibration_of_normal_errors():
     assert 0.3 < found["rank_correlation"] < 0.9
     with pytest.raises(ValueError, match="must differ"):
         calibration.scale(errors, torch.zeros_like(errors))
+
+
+def test_classes_from_a_trained_model(run, data, tmp_path):
+    """Each member starts from the same model; deviations of probabilities are as they are."""
+    header, *table = csv.reader(data.read_text().splitlines(keepends=True))
+    classes = [[id, i % 2, text] for i, (id, _, text) in enumerate(table)]
+    file, out = write_csv(tmp_path / "classes.csv", [header, *classes]), tmp_path / "out"
+    start = run / "member-0"
+    options = ["--from", str(start), "--freeze", "embedding", "--loss", "bce", "--jobs", "2"]
+    assert (
+        cli.main(
+            ["train", "--data", str(file), "--target", "energy", "--ensemble", "2", *options, "--out", str(out), *SMALL]
+        )
+        == 0
+    )
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["deviation_scale"] == {"energy": 1.0}
+    assert "calibration" not in metrics
+    assert 0 <= metrics["auc"]["test"]["energy"] <= 1
+    begun = crystalformer.load(start).model.embedding.weight
+    members = [crystalformer.load(out / f"member-{i}").model for i in range(2)]
+    assert all(torch.equal(x.embedding.weight, begun) for x in members)
+    assert not torch.equal(*(x.readout[-1].weight for x in members))

@@ -17,13 +17,14 @@ from ..data.samples import DataError
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
 from . import calibration, plots
+from .fine_tuning import Start, read_model
 from .metrics import METRICS, REGRESSION, Score, cell, kind_of, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
 from .predictor import ENSEMBLE
 from .report import CARD, draw, duration, file_stems, row_of_table, rows_of_settings
 from .run_folder import CONFIG
 from .train import DataSource, check_cache, check_types, settings_of
-from .trainings import Training, check_jobs, folder_of_trainings, train_all, write_settings
+from .trainings import Training, check_jobs, folder_of_trainings, settings_of_start, train_all, write_settings
 
 MOST_MEMBERS = 1000
 
@@ -36,6 +37,7 @@ def train_ensemble(
     recipe: Recipe | None = None,
     model: CrystalformerConfig | None = None,
     *,
+    start: Start | None = None,
     unit: str | Sequence[str] = (),
     seed: int = 0,
     resume: bool = False,
@@ -48,7 +50,7 @@ def train_ensemble(
         out: a folder, new or empty unless resumed. It gets a folder of a training for each member, member-0, ..., and
             predictions.csv, metrics.json, plots and README.md of the ensemble.
         ensemble: how many members.
-        target, source, recipe, model, unit: as for `train`.
+        target, source, recipe, model, start, unit: as for `train`.
         seed: of the split and of member-0; the next members have the next seeds.
         resume: go on: members that are done stay, begun ones are resumed.
         jobs: members at once, in processes of their own that share torch's threads; 1 for one after another.
@@ -67,12 +69,12 @@ def train_ensemble(
     check_members(ensemble)
     check_jobs(jobs)
     check_cache(source, out, resume)
-    recipe, model = recipe or Recipe(), model or CrystalformerConfig()
+    recipe, model = recipe or Recipe(), model or (read_model(start.folder).config if start else CrystalformerConfig())
     with folder_of_trainings(out, resume):
         about = {"ensemble": ensemble, "jobs": jobs}
-        settings = about | settings_of(names, units, source, recipe, model, seed, machine)
+        settings = about | settings_of(names, units, source, recipe, model, seed, machine) | settings_of_start(start)
         write_settings(out / CONFIG, settings, resume)
-        train_all(members_of(out, source, ensemble, seed), jobs, names, units, recipe, model, machine)
+        train_all(members_of(out, source, ensemble, seed), jobs, names, units, recipe, model, machine, start)
         return combine(out, names, units, settings)
 
 

@@ -23,6 +23,7 @@ from ..common.process import PROG, uninterrupted
 from ..data.samples import DataError
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
+from .fine_tuning import Start
 from .metrics import METRICS
 from .run_folder import CHECKPOINTS, has_checkpoint, run_folder
 from .train import MACHINE, DataSource, settings_of, train
@@ -99,12 +100,13 @@ def train_all(
     recipe: Recipe,
     model: CrystalformerConfig,
     machine: dict[str, Any],
+    start: Start | None = None,
 ) -> None:
     """Does the trainings that are not done; those that are begun go on.
 
     Args:
         jobs: how many at once, in processes that share this one's threads; 1 for one after another in this process.
-        names, units, recipe, model, machine: of all of them, as for `train`.
+        names, units, recipe, model, machine, start: of all of them, as for `train`.
 
     Raises:
         FloatingPointError: if the loss of one in a process of its own is not finite.
@@ -114,12 +116,19 @@ def train_all(
     waiting = [x for x in trainings if not (x.out / METRICS).exists()]
     if jobs > 1:
         settings = [settings_of(names, units, x.source, recipe, model, x.seed, machine) for x in waiting]
-        _train_in_processes(waiting, settings, jobs)
+        _train_in_processes(waiting, [x | settings_of_start(start) for x in settings], jobs)
         return
     for x in waiting:
         print(x.name, flush=True)
         resume = has_checkpoint(x.out)
-        train(x.out, names, x.source, recipe, model, unit=units, seed=x.seed, resume=resume, **machine)
+        train(x.out, names, x.source, recipe, model, start=start, unit=units, seed=x.seed, resume=resume, **machine)
+
+
+def settings_of_start(start: Start | None) -> dict[str, Any]:
+    """The options of `crystalformer train` that say which model to start from."""
+    if start is None:
+        return {}
+    return {"from": str(start.folder), "from_sha256": start.sha256, "freeze": list(start.freeze)}
 
 
 def check_jobs(jobs: int) -> None:
