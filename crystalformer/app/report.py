@@ -23,7 +23,7 @@ from . import plots
 from .metrics import AUC, METRICS, Score, cell, keys, kind_in, kind_of, known_values, notes, scores
 from .predictor import Predictor, not_finite
 
-PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
+PREDICTIONS, CARD = "predictions.csv", "README.md"
 # Settings that are paths of the machine: the card, which goes to others, has their last part only, or nothing.
 PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds", "from"), ("cache",)
 LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
@@ -85,8 +85,6 @@ def write(
     if settings["best_epoch"]:
         metrics["best_epoch"] = min(history, key=lambda row: row["val_loss"])["epoch"]
     _write_predictions(out / PREDICTIONS, names, parts, predictions)
-    columns = list(history[0])
-    storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
     shown = "test" if "test" in predictions else "val"
     pictures = draw(out, kind, names, predictor.labels, parts[shown].targets, predictions[shown])
     pictures |= _draw_learning(out, predictor, history, metrics)
