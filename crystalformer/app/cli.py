@@ -330,6 +330,7 @@ EXTRAS = {
         "training, saved models, this command line",
         ("lightning", "jsonargparse", "pyyaml", "tqdm", "safetensors", "matplotlib", "torchmetrics"),
     ),
+    "tensorboard": ("train --tensorboard", ("tensorboard",)),
 }
 
 

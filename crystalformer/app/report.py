@@ -23,7 +23,7 @@ from .metrics import AUC, METRICS, Score, cell, keys, kind_in, kind_of, known_va
 from .predictions import PREDICTIONS, Predictions, write_predictions
 from .predictor import Predictor, not_finite
 
-HISTORY, CARD = "history.csv", "README.md"
+CARD = "README.md"
 # Settings that are paths of the machine: the card, which goes to others, has their last part only, or nothing.
 PATHS, PRIVATE = ("data", "train", "val", "test", "split", "folds", "from"), ("cache",)
 LIBRARIES = ("crystalformer", "torch", "triton", "numpy", "lightning", "pymatgen", "ase")
@@ -86,8 +86,6 @@ def write(
         metrics["best_epoch"] = min(history, key=lambda row: row["val_loss"])["epoch"]
     tested = {part: Predictions(parts[part].ids, parts[part].targets, x) for part, x in predictions.items()}
     write_predictions(out / PREDICTIONS, names, tested)
-    columns = list(history[0])
-    storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
     shown = "test" if "test" in predictions else "val"
     pictures = draw(out, kind, names, predictor.labels, parts[shown].targets, predictions[shown])
     pictures |= _draw_learning(out, predictor, history, metrics)

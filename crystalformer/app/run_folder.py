@@ -11,9 +11,11 @@ from ..common.storage import UNFINISHED
 from ..data.samples import DataError
 from ..training.checkpoints import CheckpointError
 
-CONFIG, PROBLEMS, SPLIT, CHECKPOINTS = "config.yaml", "problems.csv", "split.json", "checkpoints"
-# What is there before the first checkpoint.
-BEGINNING = (CONFIG, PROBLEMS, SPLIT)
+CONFIG, PROBLEMS, SPLIT, HISTORY = "config.yaml", "problems.csv", "split.json", "history.csv"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+# What is there before the first checkpoint: files, and folders with files of these names.
+BEGINNING = (CONFIG, PROBLEMS, SPLIT, HISTORY)
+FOLDERS = {CHECKPOINTS: (LOCK, UNFINISHED), TENSORBOARD: ("events.out.tfevents.*", "hparams.yaml")}
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -70,28 +72,20 @@ def _is_free(out: Path) -> bool:
     """Whether a folder is empty, but for the files of a training killed before its first checkpoint was whole."""
     names = {path.name for path in out.iterdir()}
     begun = {name for name in names if name in (LOCK, *BEGINNING) or fnmatch(name, UNFINISHED)}
-    if CHECKPOINTS in names and all(x.name == LOCK or fnmatch(x.name, UNFINISHED) for x in _checkpoints(out)):
-        begun.add(CHECKPOINTS)
+    for name, patterns in FOLDERS.items():
+        inside = [x.name for x in (out / name).iterdir()] if (out / name).is_dir() else [name]
+        if name in names and all(any(fnmatch(x, pattern) for pattern in patterns) for x in inside):
+            begun.add(name)
     return not names or (LOCK in names and names == begun)
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """What is in the folder of the checkpoints, if there is one."""
-    folder = out / CHECKPOINTS
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _clear(out: Path) -> None:
     """Removes what `_is_free` allows, but for the lock, which this training holds."""
-    lock = out / CHECKPOINTS / LOCK
-    for path in (
-        *(out / name for name in BEGINNING),
-        *out.glob(UNFINISHED),
-        *(out / CHECKPOINTS).glob(UNFINISHED),
-        lock,
-    ):
+    files = [path for name, patterns in FOLDERS.items() for x in patterns for path in (out / name).glob(x)]
+    for path in (*(out / name for name in BEGINNING), *out.glob(UNFINISHED), *files):
         path.unlink(missing_ok=True)
-    _remove_empty(out / CHECKPOINTS)
+    for name in FOLDERS:
+        _remove_empty(out / name)
 
 
 def _remove_empty(folder: Path) -> None:

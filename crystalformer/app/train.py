@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from os.path import realpath
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ from . import report
 from .fine_tuning import Start, take_weights
 from .metrics import known_values, notes
 from .predictor import MODEL_FOLDER, Predictor
-from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
+from .run_folder import CHECKPOINTS, CONFIG, HISTORY, PROBLEMS, SPLIT, TENSORBOARD, run_folder
 
 MOST_SEED = 2**64 - 1  # of torch
 
 
-# What a training runs on; its numbers do not depend on it.
-MACHINE = ("accelerator", "devices", "nodes", "loaders")
+# What a training runs on, and what it shows; its numbers do not depend on it.
+MACHINE = ("accelerator", "devices", "nodes", "loaders", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def train(
     devices: int = 1,
     nodes: int = 1,
     loaders: int = 0,
+    tensorboard: bool = False,
 ) -> Predictor:
     """Trains a model and writes a folder with all that belongs to it; see docs/tutorial.md.
 
@@ -182,6 +184,7 @@ def train(
         accelerator: "auto", "cpu" or "gpu".
         devices, nodes: as lightning's Trainer takes them. Under torchrun its processes are used.
         loaders: processes that join coming batches, for each that trains: where a GPU would wait for them. 0 for none.
+        tensorboard: write event files into `out`. Needs the package tensorboard.
 
     Returns:
         The trained model.
@@ -202,7 +205,10 @@ def train(
         raise DataError("target must name at least one column")
     if units and len(units) != len(names):
         raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
+    if tensorboard and find_spec("tensorboard") is None:
+        raise DataError("tensorboard must be installed to write its files: pip install 'crystalformer[tensorboard]'")
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
+    machine["tensorboard"] = tensorboard
     check_cache(source, out, resume)
     with run_folder(out, resume) if _rank() == 0 else nullcontext():
         recipe = Recipe() if recipe is None else recipe
@@ -329,6 +335,8 @@ def _train(
         accelerator=device,
         devices=machine["devices"],
         nodes=machine["nodes"],
+        history_file=out / HISTORY,
+        tensorboard=out / TENSORBOARD if machine["tensorboard"] else None,
     )
     predictor = Predictor(network, source.symmetry_tol)
     if first:

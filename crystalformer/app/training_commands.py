@@ -88,6 +88,7 @@ def _read(
         add("--devices", type=int, default=1, help="processes on each machine; under torchrun as it says")
         add("--nodes", type=int, default=1, help="machines; under torchrun as it says")
     add("--loaders", type=int, default=0, help="processes that join coming batches; pays with a GPU")
+    add("--tensorboard", action="store_true", help="write event files into --out/tensorboard")
 
     # Where defaults come from, before the options are read.
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -2,15 +2,18 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ..common import storage
 from ..common.words import short
 from ..data.dataset import BoundedBatches
 from .recipe import Recipe
@@ -18,10 +21,21 @@ from .regression import Regression
 
 
 class History(Callback):
-    """Keeps what is logged and the seconds it took: `rows`, one dictionary an epoch. They are part of checkpoints."""
+    """Keeps what is logged and the seconds it took: `rows`, one dictionary an epoch. They are part of checkpoints.
 
-    def __init__(self) -> None:
+    Args:
+        path: a CSV file of them, whole behind every epoch.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
         self.rows: list[dict[str, float]] = []
+
+    def write(self) -> None:
+        if self.path is not None and getattr(rank_zero_only, "rank", 0) == 0:
+            columns = list(self.rows[0])
+            rows = ([row[name] for name in columns] for row in self.rows)
+            storage.write(self.path, storage.csv_text([columns, *rows]))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.start = time.perf_counter()
@@ -30,6 +44,7 @@ class History(Callback):
         metrics = {name: float(x) for name, x in trainer.callback_metrics.items()}
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics}
         self.rows.append(row | {"seconds": time.perf_counter() - self.start})
+        self.write()
         for name, text in (("train_loss", "training"), ("val_loss", "validation")):
             if not np.isfinite(metrics[name]):
                 raise FloatingPointError(f"the {text} loss of epoch {row['epoch']} is not finite: lower lr")
@@ -156,7 +171,8 @@ def weight_callbacks(recipe: Recipe) -> list[Callback]:
 
 
 class Progress(Callback):
-    """One bar for the whole training, with the last validation MAE or AUC and the time left; without a terminal, lines.
+    """One bar for the whole training, with the last validation MAE or AUC, the time of an epoch and the time left;
+    without a terminal, lines.
 
     Args:
         name: of the target whose score is shown.
@@ -175,6 +191,9 @@ class Progress(Callback):
             disable=not sys.stderr.isatty() or trainer.global_rank > 0,
         )
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.start = time.perf_counter()
+
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
         sampler = trainer.train_dataloader.sampler  # type: ignore[union-attr]
         assert isinstance(sampler, BoundedBatches)
@@ -185,10 +204,13 @@ class Progress(Callback):
         word, unit = ("AUC", "") if pl_module.loss == "bce" else ("MAE", self.unit)
         value = float(trainer.callback_metrics[f"val_{word.lower()}/{self.name}"])
         score = f"validation {word} of {self.name} {short(value)} {unit}".rstrip()
-        self.bar.set_postfix_str(score)
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
+        seconds = time.perf_counter() - self.start
+        score += f", {short(seconds)} s an epoch"
+        self.bar.set_postfix_str(score)
         if self.bar.disable and trainer.global_rank == 0 and (epoch % max(1, epochs // 10) == 0 or epoch == epochs):
-            print(f"  epoch {epoch:3d} of {epochs}   {score}", flush=True)
+            left = tqdm.format_interval((epochs - epoch) * seconds)
+            print(f"  epoch {epoch:3d} of {epochs}   {score}, {left} left", flush=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.bar.close()

@@ -13,6 +13,7 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -45,6 +46,8 @@ def fit(
     accelerator: str | torch.device = "auto",
     devices: int = 1,
     nodes: int = 1,
+    history_file: Path | None = None,
+    tensorboard: Path | None = None,
 ) -> list[dict[str, float]]:
     """Trains, validating after each epoch, and gives the model units and elements (`Regression.finish`).
 
@@ -62,6 +65,8 @@ def fit(
         identity: what tells this training from others, for its checkpoints.
         accelerator: "auto", "cpu" or "gpu"; or the device that `check_machine` has found for these devices and nodes.
         devices, nodes: as lightning's Trainer takes them; under torchrun, its processes.
+        history_file: CSV of what is returned, written behind every epoch.
+        tensorboard: a folder for event files. Needs the package tensorboard.
 
     Returns:
         One row an epoch: epoch, step, what the task logs, and the seconds that it took.
@@ -74,9 +79,56 @@ def fit(
     """
     checks.check_integer("epochs", epochs, 1, MOST_COUNT)
     device = accelerator if isinstance(accelerator, torch.device) else check_machine(accelerator, devices, nodes)
-    settings = (epochs, callbacks, max_seconds, seed, gradient_norm, checkpoints, identity, device, devices, nodes)
     with _only_one(checkpoints):
-        return _fit(task, train, val, *settings)
+        assert isinstance(train.dataset, CrystalDataset)
+        elements = train.dataset.elements
+        history = History(history_file)
+        path = None
+        more: list[Callback] = [SeedEpochs(seed)]
+        if checkpoints is not None:
+            more.append(Checkpoints(checkpoints, identity or {}))
+            if found := latest(checkpoints, identity or {}):
+                path, content = found
+                history.load_state_dict(content["callbacks"]["History"])
+                history.write()
+                try:
+                    task.load_state_dict(content["state_dict"])
+                except RuntimeError as error:
+                    raise CheckpointError(f"{path} must hold the weights of this model: {one_line(error)}") from error
+                if len(history.rows) >= epochs or _out_of_patience(callbacks, content):  # it is complete
+                    task.finish(elements)
+                    return history.rows
+        # Lightning starts to draw the first epoch's batches before it says which epoch it is.
+        assert isinstance(train.sampler, BoundedBatches)
+        if task.schedule in WHOLE:
+            task.steps = train.sampler.steps(epochs)
+        train.sampler.set_epoch(len(history.rows))
+        if TorchElasticEnvironment.detect():
+            devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
+        with quiet_lightning():
+            trainer = lightning.Trainer(
+                accelerator=device.type,
+                devices=devices,
+                num_nodes=nodes,
+                strategy="ddp" if devices * nodes > 1 else "auto",
+                plugins=[AtomicIO()],
+                use_distributed_sampler=False,  # the loaders share the batches out
+                max_epochs=epochs,
+                max_time=None if max_seconds is None else timedelta(seconds=max_seconds),
+                gradient_clip_val=gradient_norm,
+                deterministic=True,
+                callbacks=[history, *callbacks, *more],
+                num_sanity_val_steps=0,
+                logger=False if tensorboard is None else _logger(tensorboard),
+                log_every_n_steps=1,
+                enable_checkpointing=checkpoints is not None,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
+        task.finish(elements)
+        return history.rows
 
 
 @contextlib.contextmanager
@@ -96,69 +148,8 @@ def _only_one(folder: Path | None) -> Iterator[None]:
                 path.rmdir()
 
 
-def _fit(
-    task: Regression,
-    train: DataLoader[Example],
-    val: DataLoader[Example],
-    epochs: int,
-    callbacks: Sequence[Callback],
-    max_seconds: float | None,
-    seed: int,
-    gradient_norm: float,
-    checkpoints: Path | None,
-    identity: Mapping[str, Any] | None,
-    device: torch.device,
-    devices: int,
-    nodes: int,
-) -> list[dict[str, float]]:
-    """`fit` of checked arguments, alone in its folder."""
-    assert isinstance(train.dataset, CrystalDataset)
-    elements = train.dataset.elements
-    history = History()
-    path = None
-    more: list[Callback] = [SeedEpochs(seed)]
-    if checkpoints is not None:
-        more.append(Checkpoints(checkpoints, identity or {}))
-        if found := latest(checkpoints, identity or {}):
-            path, content = found
-            history.load_state_dict(content["callbacks"]["History"])
-            try:
-                task.load_state_dict(content["state_dict"])
-            except RuntimeError as error:
-                raise CheckpointError(f"{path} must hold the weights of this model: {one_line(error)}") from error
-            if len(history.rows) >= epochs or _out_of_patience(callbacks, content):  # nothing is left but the result
-                task.finish(elements)
-                return history.rows
-    # Lightning starts to draw the first epoch's batches before it says which epoch it is.
-    assert isinstance(train.sampler, BoundedBatches)
-    if task.schedule in WHOLE:
-        task.steps = train.sampler.steps(epochs)
-    train.sampler.set_epoch(len(history.rows))
-    if TorchElasticEnvironment.detect():
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        nodes = int(os.environ.get("WORLD_SIZE", devices)) // devices
-    with quiet_lightning():
-        trainer = lightning.Trainer(
-            accelerator=device.type,
-            devices=devices,
-            num_nodes=nodes,
-            strategy="ddp" if devices * nodes > 1 else "auto",
-            plugins=[AtomicIO()],
-            use_distributed_sampler=False,  # the loaders share the batches out
-            max_epochs=epochs,
-            max_time=None if max_seconds is None else timedelta(seconds=max_seconds),
-            gradient_clip_val=gradient_norm,
-            deterministic=True,
-            callbacks=[history, *callbacks, *more],
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=checkpoints is not None,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
-    task.finish(elements)
-    return history.rows
+def _logger(folder: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(folder.parent, folder.name, version="", default_hp_metric=False)
 
 
 def _out_of_patience(callbacks: Sequence[Callback], content: Mapping[str, Any]) -> bool:
