@@ -22,6 +22,7 @@ from ..geometry.image_list import ImageList
 from ..geometry.wave_vectors import WaveVectors
 from . import reference, reference_backward
 from .basis import RadialBasis
+from .differences import differentiate_along
 from .settings import Settings
 
 NAMESPACE = "crystalformer"
@@ -220,7 +221,12 @@ def register(op: Op, backend: str) -> None:
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if x is None else x for x in ctx.settings]
         cotangents, arguments = args[:num_outputs], args[num_outputs : len(args) - num_results - 1]
-        results = _differentiate_twice(op, cotangents, arguments, grads, geometry=args[-1])
+        inner = (cotangents, arguments, grads, args[-1])
+        # What is to be differentiated once more must be exact.
+        if backend == "cpu" and cotangents[0].dtype == torch.float32 and not torch.is_grad_enabled():
+            results = differentiate_along(op, *inner)
+        else:
+            results = _differentiate_twice(op, *inner)
         # The derivatives with respect to the inputs are total ones, so none are left for the forward's results.
         return (*results, *[None] * (len(args) - len(results)))
 
