@@ -156,6 +156,8 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("model", type=Path, help="folder of a training or a model")
     parser.add_argument("--data", type=Path, required=True, help="file or folder with crystals and targets")
     parser.add_argument("--target", nargs="+", type=str, default=None, help="columns; else named as in the training")
+    parser.add_argument("--forces", action="store_true", help="of the forces, too, of a model of energies")
+    parser.add_argument("--stress", action="store_true", help="and of the stress")
     parser.add_argument("--split", type=Path | None, default=None, help="JSON file: evaluate only its set --set")
     parser.add_argument("--set", choices=["train", "val", "test"], default=None, help="of --split, else test")
     parser.add_argument("--out", type=str | None, default=None, help="CSV file for the predictions; - is stdout")
@@ -165,6 +167,9 @@ def evaluate(arguments: list[str]) -> int:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
     _check_file(options.out, options.model, options.data, options.split, *config_files(arguments))
     predictor = _load(options.model, options.device, options.symmetry_tol)
+    of_atoms = bool(predictor.model.config.element_energies)
+    if options.forces and not of_atoms:
+        raise Stop(f"forces must not be given for {options.model}, which was trained without them")
     columns = options.target or list(predictor.names)
     if len(columns) != len(predictor.names):
         number = count(len(predictor.names), "column")
@@ -173,7 +178,12 @@ def evaluate(arguments: list[str]) -> int:
         from ..data.readers import read_samples
         from ..data.splits import read_split
 
-        samples, problems = read_samples(options.data, columns, id_column=options.id_column)
+        wanted = {"forces": options.forces, "stress": options.stress}
+        samples, problems = read_samples(options.data, columns, id_column=options.id_column, **wanted)
+        if of_atoms:
+            from ..data.forces import per_atom
+
+            samples = per_atom(samples)
         if options.split is not None:
             bad = {problem.id for problem in problems}
             samples = samples.select([x for x in read_split(options.split)[options.set or "test"] if x not in bad])
@@ -196,6 +206,15 @@ def evaluate(arguments: list[str]) -> int:
         numbers = [short(float(x.abs().mean())), short(float(x.square().mean().sqrt()))]
         numbers.append(short(float((true - baseline[name]).abs().mean())) if name in baseline else "-")
         print(f"{label:24}" + "".join(f"{number:>12}" for number in numbers), file=stream)
+    if options.forces:
+        with user_errors():
+            from .force_report import LABELS, evaluate_forces
+
+            for quantity, (known, errors) in evaluate_forces(predictor.model, samples).items():
+                numbers = [
+                    short(float(x)) for x in (errors.abs().mean(), errors.square().mean().sqrt(), known.abs().mean())
+                ]
+                print(f"{LABELS[quantity]:24}" + "".join(f"{number:>12}" for number in numbers), file=stream)
     if problems:
         raise Stop(f"{count(len(problems), 'row')} could not be used, the first: {problems[0]}", 1)
     return 1 if left_out else 0

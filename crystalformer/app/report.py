@@ -16,9 +16,11 @@ from ..common.elements import SYMBOLS
 from ..common.version import version
 from ..common.words import count, short, some
 from ..data.dataset import CrystalDataset
+from ..data.forces import ForceDataset
 from ..data.samples import Problem, Samples
 from ..training import predict
 from . import plots
+from .force_report import LABELS, write_forces
 from .metrics import METRICS, maes, not_learnt
 from .predictor import Predictor, not_finite
 
@@ -57,15 +59,19 @@ def write(
         FloatingPointError: if a prediction is not finite.
     """
     names = predictor.names
-    predictions = {}
+    predictions, loaders = {}, {}
     for name in ("val", "test"):
         if name in datasets:
-            loader = datasets[name].loader(batch_size, max_images=settings["max_images_per_batch"])
-            predictions[name] = predict(predictor.model, loader)
+            loaders[name] = datasets[name].loader(batch_size, max_images=settings["max_images_per_batch"])
+            predictions[name] = predict(predictor.model, loaders[name])
             if bad := not_finite(parts[name].ids, predictions[name]):
                 raise FloatingPointError(f"the predictions of {name} are not finite for {some(bad)}")
+    shown = "test" if "test" in predictions else "val"
     mae = {name: maes(names, x, parts[name].targets) for name, x in predictions.items()}
     baseline = {name: maes(names, mean, parts[name].targets) for name in predictions}
+    if isinstance(datasets["train"], ForceDataset):
+        errors, zero = write_forces(out, predictor.model, parts, loaders, shown, history)
+        mae, baseline = ({name: x[name] | y[name] for name in x} for x, y in ((mae, errors), (baseline, zero)))
     metrics = {
         "mae": mae,
         "baseline_mae": baseline,
@@ -83,7 +89,6 @@ def write(
     _write_predictions(out / PREDICTIONS, names, parts, predictions)
     columns = list(history[0])
     storage.write(out / HISTORY, storage.csv_text([columns, *([row[name] for name in columns] for row in history)]))
-    shown = "test" if "test" in predictions else "val"
     stems = file_stems(names)
     for column, (name, label) in enumerate(zip(names, predictor.labels, strict=True)):
         stem = stems[name]
@@ -156,10 +161,11 @@ def _write_predictions(
 
 def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, predictor: Predictor) -> str:
     names, labels, baseline = predictor.names, predictor.labels, metrics["baseline_mae"]
+    with_forces = [x for x in metrics["mae"][shown] if x not in names]
     stems = file_stems(names)
     rows = "\n".join(
         row_of_table(label, part, metrics["crystals"][part], short(mae[name]), short(baseline[part][name]))
-        for name, label in zip(names, labels, strict=True)
+        for name, label in zip((*names, *with_forces), (*labels, *map(LABELS.get, with_forces)), strict=True)
         for part, mae in metrics["mae"].items()
     )
     nothing = "\n".join(f"\n**{nothing_learnt(metrics, name)}**\n" for name in not_learnt(metrics))
@@ -168,6 +174,11 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
         f"![{title} of {name}]({kind}_{stems[name]}.png)"
         for name in names
         for kind, title in (("parity", "Predictions"), ("residuals", "Errors"), ("learning_curve", "Learning curve"))
+    )
+    pictures += "".join(
+        f"\n![{title} of {name}]({kind}_{name}.png)"
+        for name in with_forces
+        for kind, title in (("parity", "Predictions"), ("learning_curve", "Learning curve"))
     )
     shareable = shareable_settings(settings)
     files = [shareable[name] for name in ("train", "val", "test") if shareable[name]]

@@ -21,15 +21,18 @@ from ..common.words import count, short
 from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import CrystalDataset
+from ..data.forces import ForceDataset, per_atom
 from ..data.readers import read_samples
 from ..data.samples import DataError, Problem, Samples, write_problems
 from ..data.splits import SETS, read_split, split, write_split
 from ..geometry.orbits import SYMMETRY_TOL
 from ..model.config import FROM_TRAINING, CrystalformerConfig
 from ..model.model import Crystalformer
-from ..training import AverageLastEpochs, Progress, Recipe, Regression, fit, standardisation
+from ..training import AverageLastEpochs, ForceRegression, Progress, Recipe, Regression, fit, standardisation
+from ..training.forces import UNIT
 from ..training.machine import check_machine
 from . import report
+from .force_report import UNITS
 from .metrics import not_learnt
 from .predictor import MODEL_FOLDER, Predictor
 from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
@@ -54,6 +57,9 @@ class DataSource:
         split: JSON file with the ids of "train", "val" and "test".
         fractions: shares of train, val and test.
         id_column: name of the column with the ids; found by itself where it has a usual name.
+        forces: learn the forces, too, eV/Å, from extxyz, an ase database or a column `forces` of JSON. The target is
+            then the energy of the cell, eV; what is learnt and predicted is that of an atom. Every atom has its row.
+        stress: with forces, learn the stress, too, eV/Å³, positive where the cell would shrink, as in ase.
         primitive: learn from primitive cells. The model's predictions do not depend on the cell; small ones are faster.
         strict: stop at the first crystal that cannot be read; else they are listed in problems.csv and left out.
         cache: folder that keeps parsed structures and image lists for other trainings.
@@ -70,6 +76,8 @@ class DataSource:
     split: Path | None = None
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     id_column: str | None = None
+    forces: bool = False
+    stress: bool = False
     primitive: bool = False
     symmetry_tol: float = SYMMETRY_TOL
     strict: bool = False
@@ -86,6 +94,12 @@ class DataSource:
             raise DataError("val must be given with train: a training validates behind each epoch")
         if self.data is None and self.split is not None:
             raise DataError("split must be given with data: train and val are split already")
+        if self.stress and not self.forces:
+            raise DataError("forces must be given with stress")
+        if self.forces and self.primitive:
+            raise DataError("primitive must not be given with forces, which are those of the cell's own atoms")
+        if self.forces:  # orbits of equivalent atoms have no gradients
+            object.__setattr__(self, "symmetry_tol", 0.0)
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DataError(f"cache must be a folder, not the file {self.cache}")
 
@@ -100,6 +114,8 @@ class DataSource:
                 path,
                 targets,
                 id_column=self.id_column,
+                forces=self.forces,
+                stress=self.stress,
                 primitive=self.primitive,
                 strict=self.strict,
                 workers=self.workers,
@@ -108,7 +124,7 @@ class DataSource:
             )
         if not len(read):
             raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
-        return read, bad
+        return per_atom(read) if self.forces else read, bad
 
     def read(self, targets: Sequence[str], seed: int) -> tuple[dict[str, Samples], list[Problem]]:
         """The crystals of train, val and test, and the rows that cannot be used.
@@ -185,6 +201,12 @@ def train(
     check_types(source, recipe, model)
     if not names:
         raise DataError("target must name at least one column")
+    if source.forces:
+        if len(names) > 1:
+            raise DataError(f"target must be the energy alone with forces, not {', '.join(names)}")
+        if units and units != (UNIT,):
+            raise DataError(f"unit must be {UNIT} with forces, not {', '.join(units)}")
+        units = (UNIT,)
     if units and len(units) != len(names):
         raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
@@ -229,6 +251,7 @@ def _train(
             target_mean=(),
             target_deviation=(),
             elements=(),
+            element_energies=(),
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
@@ -255,7 +278,11 @@ def _train(
                 )
         except ValueError as error:
             raise DataError(f"{name}: {error}") from error
-        datasets[name] = CrystalDataset(crystals, samples.targets, network)
+        datasets[name] = (
+            ForceDataset(crystals, samples.targets, network, samples.forces, samples.stress)
+            if source.forces
+            else CrystalDataset(crystals, samples.targets, network)
+        )
         if first and source.symmetry_tol:
             reduced = sum(x.num_atoms for x in crystals)
             print(f"  {name}: {datasets[name].num_atoms:,} atoms, of which symmetry makes {reduced:,} rows", flush=True)
@@ -273,7 +300,14 @@ def _train(
     except ValueError as error:
         raise DataError(f"train: {error}") from error
     chosen = {name: getattr(recipe, name) for name in ("lr", "betas", "weight_decay", "bias_decay", "decay_steps")}
-    task = Regression(network, mean, deviation, names, **chosen)
+    if isinstance(data := datasets["train"], ForceDataset):
+        weights = {name: getattr(recipe, name) for name in ("energy_weight", "forces_weight", "stress_weight")}
+        try:
+            task: Regression = ForceRegression(network, data, names, **weights, **chosen)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    else:
+        task = Regression(network, mean, deviation, names, **chosen)
     if first:
         if not resume:
             storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -304,9 +338,11 @@ def _train(
         network.save_pretrained(out / MODEL_FOLDER)
         metrics = report.write(out, predictor, parts, datasets, mean, history, settings, problems, device)
         part = "test" if "test" in parts else "val"
-        for name, unit in zip(names, predictor.units, strict=True):
+        all_units = UNITS | dict(zip(names, predictor.units, strict=True))
+        for name in metrics["mae"][part]:
             mae, baseline = (short(metrics[key][part][name]) for key in ("mae", "baseline_mae"))
-            print(f"  {part} MAE of {name} {f'{mae} {unit}'.rstrip()}, of predicting the mean {baseline}")
+            told = f"{mae} {all_units[name]}".rstrip()
+            print(f"  {part} MAE of {name} {told}, of predicting the mean {baseline}")
         for name in not_learnt(metrics):
             print(report.nothing_learnt(metrics, name), file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")
@@ -359,6 +395,9 @@ def _digest(data: CrystalDataset) -> str:
     for x in data.crystals:
         assert isinstance(x, CrystalBatch)
         for tensor in (x.species, x.positions, x.lattice):
+            state.update(tensor.numpy().tobytes())
+    if isinstance(data, ForceDataset):
+        for tensor in (*data.forces, *data.stress):
             state.update(tensor.numpy().tobytes())
     return state.hexdigest()[:16]
 

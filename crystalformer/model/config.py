@@ -25,7 +25,15 @@ MAX_WEIGHTS = 10**9
 LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 # Attributes that a user does not choose: they come from the data of a training, or from the training itself.
-FROM_TRAINING = ("num_targets", "target_names", "target_units", "target_mean", "target_deviation", "elements")
+FROM_TRAINING = (
+    "num_targets",
+    "target_names",
+    "target_units",
+    "target_mean",
+    "target_deviation",
+    "elements",
+    "element_energies",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class CrystalformerConfig:
         target_mean, target_deviation: what makes y·deviation + mean of the network's outputs y, in fp64; none before
             the model is trained, for targets that are standardised.
         elements: atomic numbers in the crystals of the training; none if they are not known.
+        element_energies: of a model of energies of an atom, that of each of `elements`, eV: their mean over the atoms
+            of a crystal is added to the output. None for other models.
     """
 
     num_targets: int = 1
@@ -82,6 +92,7 @@ class CrystalformerConfig:
     target_mean: tuple[float, ...] = ()
     target_deviation: tuple[float, ...] = ()
     elements: tuple[int, ...] = ()
+    element_energies: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "ff_dim"):
@@ -110,7 +121,7 @@ class CrystalformerConfig:
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
-        for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements"):
+        for name in FROM_TRAINING[1:]:
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)):
                 raise TypeError(f"{name} must be a sequence, not {value!r}")
@@ -132,6 +143,13 @@ class CrystalformerConfig:
             checks.check_number("target_deviation", deviation)
         for number in self.elements:
             checks.check_integer("elements", number, 1, NUM_ELEMENTS)
+        if self.element_energies and (self.num_targets != 1 or len(self.element_energies) != len(self.elements)):
+            raise ValueError(
+                f"element_energies must be {len(self.elements)}, as elements, of a model of one target, not "
+                f"{len(self.element_energies)} of one of {self.num_targets}"
+            )
+        for energy in self.element_energies:
+            checks.check_number("element_energies", energy, low=-math.inf)
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:

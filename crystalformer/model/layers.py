@@ -160,3 +160,10 @@ def mean_pool(x: Tensor, ptr: Tensor, multiplicity: Tensor | None = None) -> Ten
         return member.to(x.dtype) @ x / ptr.diff()[:, None]
     times = member * multiplicity
     return times.to(x.dtype) @ x / times.sum(1)[:, None]
+
+
+def mean_of_elements(batch: CrystalBatch, energies: Tensor) -> Tensor:
+    """(C,1) fp64, the mean over the atoms of each crystal of what `energies` (98) fp64 has for their elements."""
+    species, energies = batch.species, energies.to(batch.species.device)
+    of_rows = species.double() @ energies if species.is_floating_point() else energies[species - 1]
+    return mean_pool(of_rows[:, None], batch.ptr, batch.multiplicity)

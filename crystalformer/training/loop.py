@@ -148,6 +148,7 @@ def _fit(
             deterministic=True,
             callbacks=[history, *callbacks, *more],
             num_sanity_val_steps=0,
+            inference_mode=False,  # forces are derivatives in a validation, too
             logger=False,
             enable_checkpointing=checkpoints is not None,
             enable_progress_bar=False,

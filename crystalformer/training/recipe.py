@@ -27,6 +27,9 @@ class Recipe:
         gradient_norm: longer gradients are shortened to this.
         average_epochs: the model is the mean of the weights over the steps of this many last epochs, in which the
             learning rate is constant; at most a third of all epochs.
+        energy_weight: of the energy in the loss of a training with forces.
+        forces_weight: of the forces in it.
+        stress_weight: of the stress in it.
     """
 
     epochs: int = 500
@@ -39,6 +42,9 @@ class Recipe:
     decay_steps: int = 4000
     gradient_norm: float = 1.0
     average_epochs: int = 50
+    energy_weight: float = 1.0
+    forces_weight: float = 1.0
+    stress_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_images_per_batch", "decay_steps"):
@@ -46,7 +52,7 @@ class Recipe:
         checks.check_integer("average_epochs", self.average_epochs, 0, MOST_COUNT)
         checks.check_number("gradient_norm", self.gradient_norm)
         checks.check_number("lr", self.lr, high=MOST)
-        for name in ("weight_decay", "bias_decay"):
+        for name in ("weight_decay", "bias_decay", "energy_weight", "forces_weight", "stress_weight"):
             checks.check_number(name, getattr(self, name), high=MOST, closed=True)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas must be two numbers, not {self.betas!r}")

@@ -126,13 +126,23 @@ class Regression(lightning.LightningModule):
         losses = errors.mean(1)
         exact = errors.detach().to(MEANS).T
         columns = [losses.detach(), *(x * scale for x, scale in zip(exact, self.scales, strict=True))]
-        names = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in self.names)]
-        counted = (weight > 0).to(MEANS)
-        for name, mean, column in zip(names, means, columns, strict=True):
-            assert isinstance(mean, Mean)
-            mean.update(column, counted)
-            self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(crystals))
+        self._log(stage, self.names, means, columns, [(weight > 0).to(MEANS)] * len(columns))
         return losses @ weight.to(losses.dtype)  # a trained model that learns anew has outputs in fp64
+
+    def _log(
+        self,
+        stage: str,
+        names: Sequence[str],
+        means: nn.ModuleList,
+        columns: Sequence[Tensor],
+        counted: Sequence[Tensor],
+    ) -> None:
+        """Logs the loss and the errors of what is named: `columns`, (C) each, where `counted` (C), so many times."""
+        logged = [f"{stage}_loss", *(f"{stage}_mae/{name}" for name in names)]
+        for name, mean, column, times in zip(logged, means, columns, counted, strict=True):
+            assert isinstance(mean, Mean)
+            mean.update(column, times)
+            self.log(name, mean, on_step=False, on_epoch=True, batch_size=len(column))
 
     def configure_optimizers(self) -> Any:
         biases = [x for name, x in self.named_parameters() if name.endswith("bias")]
@@ -157,5 +167,7 @@ class Regression(lightning.LightningModule):
         model, before = self.model, self.model.config
         model.rescale_(self.mean, self.deviation)
         if before.elements or not before.target_mean:  # else it was trained before on elements that are not known
-            model.config = replace(model.config, elements=tuple(sorted({*before.elements, *elements})))
+            known = sorted({*before.elements, *elements})
+            energies = [float(model.element_energies[z - 1]) for z in known] if before.element_energies else ()
+            model.config = replace(model.config, elements=tuple(known), element_energies=tuple(energies))
         return model.eval()
