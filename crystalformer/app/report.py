@@ -168,7 +168,9 @@ def _card(metrics: Mapping[str, Any], settings: Mapping[str, Any], shown: str, p
         for name, label in zip((*names, *with_forces), (*labels, *map(LABELS.get, with_forces)), strict=True)
         for part, mae in metrics["mae"].items()
     )
-    nothing = "\n".join(f"\n**{nothing_learnt(metrics, name)}**\n" for name in not_learnt(metrics))
+    notes = ["Beside the errors of forces and stress stand those of predicting 0."] if with_forces else []
+    notes += [f"**{nothing_learnt(metrics, name)}**" for name in not_learnt(metrics)]
+    told = "\n".join(f"\n{note}\n" for note in notes)
     units = "" if any(predictor.units) else ", in the units of the data it was trained on"
     pictures = "\n".join(
         f"![{title} of {name}]({kind}_{stems[name]}.png)"
@@ -201,7 +203,7 @@ Predicts {", ".join(labels)} of a crystal from its structure{units}.
 | target | set | crystals | mean absolute error | predicting the mean |
 |---|---|---|---|---|
 {rows}
-{nothing}
+{told}
 ```python
 import crystalformer
 

@@ -64,7 +64,7 @@ class DataSource:
         strict: stop at the first crystal that cannot be read; else they are listed in problems.csv and left out.
         cache: folder that keeps parsed structures and image lists for other trainings.
         symmetry_tol: learn from one row for each orbit of atoms that the symmetry makes equivalent within this, Å: the
-            same model from fewer rows. 0 gives every atom its row.
+            same model from fewer rows. 0, and forces, give every atom its row.
         workers: processes that parse structures, which pays from some ten thousand on, and threads that build the image
             lists; 0 parses in this process and builds with torch's threads.
     """
@@ -342,7 +342,8 @@ def _train(
         for name in metrics["mae"][part]:
             mae, baseline = (short(metrics[key][part][name]) for key in ("mae", "baseline_mae"))
             told = f"{mae} {all_units[name]}".rstrip()
-            print(f"  {part} MAE of {name} {told}, of predicting the mean {baseline}")
+            guess = "the mean" if name in names else "0"
+            print(f"  {part} MAE of {name} {told}, of predicting {guess} {baseline}")
         for name in not_learnt(metrics):
             print(report.nothing_learnt(metrics, name), file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")

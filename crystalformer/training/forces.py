@@ -96,10 +96,8 @@ class ForceRegression(Regression):
     def _step(self, stage: str, means: nn.ModuleList, example: Any) -> Tensor:
         crystals, targets, weight, forces, stress = example
         size = crystals.ptr.diff()
-        try:
+        with self._finite_features():
             found = differentiate(lambda x: self.model(x)[:, 0] * size, crystals, create_graph=stage == "train")
-        except checks.NotFinite as error:
-            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
         scale = self.scales[0]
         errors = [(found.energy / size - targets[:, 0]).abs()]
         of_atoms = (found.forces * (scale / self.units[0]) - forces).abs().mean(1, keepdim=True)

@@ -1,7 +1,8 @@
 """What is learnt: standardised targets, by an L1 loss."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -119,15 +120,20 @@ class Regression(lightning.LightningModule):
 
     def _step(self, stage: str, means: nn.ModuleList, example: Example) -> Tensor:
         crystals, targets, weight = example
-        try:
+        with self._finite_features():
             errors = (self.model(crystals) - targets).abs()
-        except checks.NotFinite as error:  # of the attention, which checks what it gets
-            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
         losses = errors.mean(1)
         exact = errors.detach().to(MEANS).T
         columns = [losses.detach(), *(x * scale for x, scale in zip(exact, self.scales, strict=True))]
         self._log(stage, self.names, means, columns, [(weight > 0).to(MEANS)] * len(columns))
         return losses @ weight.to(losses.dtype)  # a trained model that learns anew has outputs in fp64
+
+    @contextlib.contextmanager
+    def _finite_features(self) -> Iterator[None]:
+        try:
+            yield
+        except checks.NotFinite as error:  # of the attention, which checks what it gets
+            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
 
     def _log(
         self,
