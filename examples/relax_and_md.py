@@ -30,7 +30,7 @@ def trained_model(epochs: int) -> cf.Crystalformer:
     energies = torch.tensor([[x.get_potential_energy() / len(x)] for x in crystals])
     forces = [torch.from_numpy(x.get_forces()) for x in crystals]
     stress = [torch.from_numpy(x.get_stress(voigt=False)) for x in crystals]
-    model = cf.Crystalformer(cf.CrystalformerConfig(model_dim=32, num_heads=4, num_blocks=2, ff_dim=64))
+    model = cf.Crystalformer(cf.CrystalformerConfig(model_dim=32, num_blocks=2, ff_dim=64, activation="silu"))
     data = ForceDataset(crystals, energies, model, forces, stress)
     loader = data.loader(batch_size=8, seed=0)
     model.calibrate(next(iter(loader)).crystals)

@@ -87,6 +87,23 @@ def test_lists_are_used_again_while_they_bear_it():
     assert 0 < max(differences) < 2e-5  # and so some lists were not those of now
 
 
+def test_smooth_activations_make_smooth_forces():
+    """With relu they jump, however small the steps are."""
+    jumps = {}
+    for activation in ("relu", "silu"):
+        atoms, trained, forces = crystal(), model(replace(CONFIG, activation=activation)), []
+        for weight in trained.blocks.parameters():
+            weight.data *= 2  # or the kinks hardly matter
+        atoms.calc = cf.ase.Calculator(trained)
+        for _ in range(80):
+            atoms.positions[0, 0] += 2e-3
+            forces.append(atoms.get_forces())
+        steps = np.abs(np.diff(forces, axis=0)).max((1, 2))
+        jumps[activation] = steps.max() / np.median(steps)
+    assert jumps["silu"] < 5
+    assert jumps["relu"] > 4 * jumps["silu"]
+
+
 def test_what_an_energy_is_of():
     trained = model()
     per_atom, atoms = cf.ase.Calculator(trained), crystal()

@@ -24,6 +24,7 @@ MAX_WEIGHTS = 10**9
 # Å, between which no decay leaves the range of its numbers.
 LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
+ACTIVATIONS = ("relu", "silu")
 # Attributes that a user does not choose: they come from the data of a training, or from the training itself.
 FROM_TRAINING = (
     "num_targets",
@@ -48,6 +49,8 @@ class CrystalformerConfig:
         ff_dim: hidden width of the feed-forward layers.
         readout_dims: hidden widths of the layers after the pooling, at most 128 of them.
         dropout: probability, after both layers of each block.
+        activation: between the feed-forward layers and between those after the pooling: "relu", as in the paper, or
+            "silu", which is smooth: with "relu" the forces on atoms jump where one of its kinks is passed.
         domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
             the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
         num_basis: K, functions of the value encoding of real heads, at most 65,536; 0 is the paper's simplified model
@@ -77,6 +80,7 @@ class CrystalformerConfig:
     ff_dim: int = 512
     readout_dims: tuple[int, ...] = (128,)
     dropout: float = 0.0
+    activation: str = "relu"
     domain: str = "real"
     num_basis: int = 64
     r_max: float | None = None
@@ -119,6 +123,8 @@ class CrystalformerConfig:
         checks.check_number("tol", self.tol, low=LEAST_TOL, high=1.0, closed=True)
         checks.check_number("logit_range", self.logit_range, high=MAX_LOGIT_RANGE, closed=True)
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
         for name in FROM_TRAINING[1:]:

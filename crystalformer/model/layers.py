@@ -10,6 +10,7 @@ from .config import CrystalformerConfig
 
 # Slope of rho at 0, the paper's positive_func "elu=0.1".
 RHO_SLOPE = 0.1
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class Decay(nn.Module):
@@ -125,7 +126,7 @@ class Block(nn.Module):
         self.attention = PeriodicAttention(config, block, backend, precision)
         self.linear1 = nn.Linear(config.model_dim, config.ff_dim)
         self.linear2 = nn.Linear(config.ff_dim, config.model_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.activation = nn.Dropout(config.dropout), ACTIVATIONS[config.activation]()
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -135,7 +136,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, batch: CrystalBatch) -> Tensor:
         x = x + self.dropout(self.attention(x, batch))
-        return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        return x + self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 class Embedding(nn.Module):

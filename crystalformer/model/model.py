@@ -23,7 +23,7 @@ from ..geometry.orbit_images import build_orbit_images
 from ..geometry.wave_vectors import WaveVectors
 from .batch import CrystalBatch
 from .config import CrystalformerConfig
-from .layers import Block, Embedding, mean_of_elements, mean_pool
+from .layers import ACTIVATIONS, Block, Embedding, mean_of_elements, mean_pool
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -53,7 +53,8 @@ class Crystalformer(nn.Module):
         self.embedding = Embedding(NUM_ELEMENTS, config)
         self.blocks = nn.ModuleList(Block(config, block, backend, precision) for block in range(config.num_blocks))
         widths = (config.model_dim, *config.readout_dims)
-        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+        activation = ACTIVATIONS[config.activation]
+        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), activation())]
         self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], config.num_targets))
 
     def forward(self, batch: CrystalBatch) -> Tensor:
