@@ -51,7 +51,7 @@ def main(epochs: int = 10, picoseconds: float = 0.2) -> tuple[float, float]:
     dynamics = VelocityVerlet(crystal, timestep=2 * units.fs)
     energies = [1000 * crystal.get_total_energy() / len(crystal) for _ in dynamics.irun(int(500 * picoseconds))]
     drift = np.polyfit(np.arange(len(energies)) / 500, energies, 1)[0]
-    print(f"relaxed to {largest:.4f} eV/Å; {picoseconds} ps of NVE drift by {drift:.4f} meV per atom and ps")
+    print(f"relaxed to {largest:.4f} eV/Å; {picoseconds} ps of NVE drift by {drift:.0e} meV per atom and ps")
     return largest, drift
 
 
