@@ -2,7 +2,8 @@
 
 Each op has a schema, a fake and an autograd formula here, the same for every backend; a backend brings only the
 implementation of `{backend}_{op}` and `{backend}_{op}_backward`. So torch.compile and export see one opaque op, and its
-backward is one op too. Second and higher derivatives go through the reference, for every backend.
+backward is one op too. Second and higher derivatives go through the reference, for every backend; but second ones of
+`cpu` in fp32 (differences.py).
 
 Two conventions keep this file free of copies. The differentiable inputs of an op come first and the geometry
 (positions, lattice) last among them. A backward takes the gradients of the outputs, then everything the forward took,
