@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,11 @@ def test_a_training_reports_forces_and_stress(run, file, capsys):
     errors = [abs(float(row[i]) - float(row[f"{i}_predicted"])) for row in rows for i in "xyz"]
     assert len(errors) == 4 * 4 * 3
     assert np.mean(errors) == pytest.approx(metrics["mae"]["test"]["forces"], rel=1e-9)
+
+    assert cli.main(["info", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"test MAE, energy .*, of predicting the mean ", told)
+    assert re.search(r"test MAE, stress .*, of predicting 0 ", told)
 
     # The file has energies of cells, the model those of an atom.
     samples, _ = read_samples(file, ["energy"], forces=True, stress=True)

@@ -31,7 +31,7 @@ from ..common.process import (
 from ..common.version import version
 from ..common.words import count, one_line, short, some
 from ..geometry.orbits import SYMMETRY_TOL
-from .metrics import not_learnt, read_metrics
+from .metrics import guess, not_learnt, read_metrics
 from .options import config_files, make_parser, parse
 from .training_commands import crossval, train
 from .user_errors import Stop, user_errors
@@ -248,7 +248,7 @@ def info(arguments: list[str]) -> int:
     for part, maes in metrics.get("mae", {}).items():
         for name, mae in maes.items():
             baseline = metrics["baseline_mae"][part][name]
-            lines[f"{part} MAE, {name}"] = f"{short(mae)}, of predicting the mean {short(baseline)}"
+            lines[f"{part} MAE, {name}"] = f"{short(mae)}, of predicting {guess(metrics, name)} {short(baseline)}"
     if nothing := not_learnt(metrics):
         lines["nothing learnt of"] = ", ".join(nothing)
     for key in ("crystals", "epochs", "versions"):

@@ -26,8 +26,13 @@ def maes(names: Sequence[str], predictions: Tensor, targets: Tensor) -> dict[str
     return dict(zip(names, (predictions - targets).abs().mean(0).tolist(), strict=True))
 
 
+def guess(metrics: Mapping[str, Any], name: str) -> str:
+    """What the baseline of an error predicts: the mean of a target, or 0 for what a training with forces adds."""
+    return "0" if name in ("forces", "stress") and name not in metrics.get("baseline", {}) else "the mean"
+
+
 def not_learnt(metrics: Mapping[str, Any]) -> list[str]:
-    """The targets whose validation error is no smaller than that of predicting the mean."""
+    """The targets whose validation error is no smaller than that of their baseline."""
     errors, means = metrics.get("mae", {}).get("val", {}), metrics.get("baseline_mae", {}).get("val", {})
     return [name for name, mae in errors.items() if not mae < means[name]]
 

@@ -21,7 +21,7 @@ from ..data.samples import Problem, Samples
 from ..training import predict
 from . import plots
 from .force_report import LABELS, write_forces
-from .metrics import METRICS, maes, not_learnt
+from .metrics import METRICS, guess, maes, not_learnt
 from .predictor import Predictor, not_finite
 
 PREDICTIONS, HISTORY, CARD = "predictions.csv", "history.csv", "README.md"
@@ -105,7 +105,8 @@ def write(
 def nothing_learnt(metrics: Mapping[str, Any], name: str) -> str:
     """What is to be said of a target that `not_learnt` names."""
     mae, mean = (short(metrics[key]["val"][name]) for key in ("mae", "baseline_mae"))
-    return f"Nothing was learnt of {name}: its validation error, {mae}, is no smaller than that of the mean, {mean}."
+    of = guess(metrics, name)
+    return f"Nothing was learnt of {name}: its validation error, {mae}, is no smaller than that of {of}, {mean}."
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ from ..training.forces import UNIT
 from ..training.machine import check_machine
 from . import report
 from .force_report import UNITS
-from .metrics import not_learnt
+from .metrics import guess, not_learnt
 from .predictor import MODEL_FOLDER, Predictor
 from .run_folder import CHECKPOINTS, CONFIG, PROBLEMS, SPLIT, run_folder
 
@@ -342,8 +342,7 @@ def _train(
         for name in metrics["mae"][part]:
             mae, baseline = (short(metrics[key][part][name]) for key in ("mae", "baseline_mae"))
             told = f"{mae} {all_units[name]}".rstrip()
-            guess = "the mean" if name in names else "0"
-            print(f"  {part} MAE of {name} {told}, of predicting {guess} {baseline}")
+            print(f"  {part} MAE of {name} {told}, of predicting {guess(metrics, name)} {baseline}")
         for name in not_learnt(metrics):
             print(report.nothing_learnt(metrics, name), file=sys.stderr)
         print(f"  all of it: {out / report.CARD}")
