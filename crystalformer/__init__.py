@@ -4,7 +4,7 @@
 from .common import process  # noqa: F401  # isort: skip
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import compiled  # noqa: F401  # implements the operators
 from .app.predictor import load
@@ -45,9 +45,12 @@ __all__ = [
     "reciprocal_attention",
 ]
 
+if TYPE_CHECKING:
+    from . import ase as ase
+else:
 
-def __getattr__(name: str) -> Any:
-    """`cf.ase`, imported when it is asked for: nothing else here needs ase."""
-    if name == "ase":
-        return import_module(".ase", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """`cf.ase`, imported when it is asked for: nothing else here needs ase."""
+        if name == "ase":
+            return import_module(".ase", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
