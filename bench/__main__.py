@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("speed", "times and memory of the operators and of building images"),
         ("memory", "peak memory alone"),
         ("training", "times and memory of training steps"),
+        ("forces", "times of training steps with forces on the CPU, and what second derivatives take of them"),
         ("gradients", "errors of all outputs and gradients against fp64; exit code 1 if a bound is broken"),
         ("error", "error against the cutoff and the tolerance"),
         ("all", "everything above, as docs/benchmarks.md has it"),
@@ -83,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _all(options)
     if options.command == "gradients":
         return _gradients(options, options.problems[0])
+    if options.command == "forces":
+        from . import forces  # which needs what trainings need
+
+        return _save(options, "forces", forces.COLUMNS, forces.measure(options.seconds, options.smoke))
     if options.command == "error":
         return _save(options, "error", error.COLUMNS, error.measure(tuple(options.problems), options.smoke))
     ops = {"training": ["training"]}.get(options.command) or options.ops
@@ -102,9 +107,9 @@ def _arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     if command in ("gradients", "all"):
         parser.add_argument("--repeat", type=int, default=20, help="runs that must give the same bits (%(default)s)")
-    if command in ("speed", "training", "all"):
+    if command in ("speed", "training", "forces", "all"):
         parser.add_argument("--seconds", type=float, default=1.0, help="to time each call for (%(default)s)")
-    if command == "all":
+    if command in ("all", "forces"):
         return
     known = f"{', '.join(problems.NAMES)}, bigcell-N or a file of crystals"
     default = {"memory": CELLS[:4], "error": ("w32", "needle")}.get(command, ("w32",))

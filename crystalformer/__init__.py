@@ -3,6 +3,9 @@
 # First: torch takes seconds to come, and Ctrl-C may come before it.
 from .common import process  # noqa: F401  # isort: skip
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import compiled  # noqa: F401  # implements the operators
 from .app.predictor import load
 from .attention.basis import RadialBasis
@@ -41,3 +44,13 @@ __all__ = [
     "periodic_encoding",
     "reciprocal_attention",
 ]
+
+if TYPE_CHECKING:
+    from . import ase as ase
+else:
+
+    def __getattr__(name: str) -> Any:
+        """`cf.ase`, imported when it is asked for: nothing else here needs ase."""
+        if name == "ase":
+            return import_module(".ase", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

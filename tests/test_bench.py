@@ -236,6 +236,15 @@ def test_gradients_sees_a_wrong_gradient(monkeypatch, capsys):
     assert broken == {("attention", "d k")}
 
 
+def test_smoke_of_forces(tmp_path):
+    pytest.importorskip("lightning", reason="it measures a training")
+    assert run("forces", "smoke", "--out", str(tmp_path)) == 0
+    (file,) = tmp_path.glob("*.csv")
+    rows = results.read(file)
+    assert [row["second_order"] for row in rows] == ["differences", "reference"]
+    assert all(0 < float(row["share"]) < 1 for row in rows)
+
+
 def test_smoke_of_error(tmp_path, capsys):
     assert run("error", "smoke", "--out", str(tmp_path)) == 0
     (file,) = tmp_path.glob("error-*.csv")

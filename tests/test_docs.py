@@ -87,7 +87,7 @@ def test_the_site_has_every_page_and_every_public_name():
     for page in (ROOT / "docs").rglob("*.md"):
         assert f": {page.relative_to(ROOT / 'docs')}\n" in site, page
     described = {name.rpartition(".")[2] for name in re.findall(r"^::: (crystalformer\..+)$", api, re.MULTILINE)}
-    for module in ("", ".data", ".training", ".runs"):
+    for module in ("", ".ase", ".data", ".training", ".runs"):
         names = set(importlib.import_module(f"crystalformer{module}").__all__)
         assert names - described <= {"__version__", "NUM_ELEMENTS", "convert"}, module  # convert by its one function
     assert "::: crystalformer.convert.from_official\n" in api

@@ -43,6 +43,12 @@ def test_forces():
     assert difference < 1e-6
 
 
+def test_relax_and_md():
+    largest, drift = importlib.import_module("relax_and_md").main(epochs=4, picoseconds=0.1)
+    assert largest < 0.01
+    assert 0 < abs(drift) < 1
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_an_example_is_short_and_has_a_test(file):
     assert len(file.read_text().splitlines()) < 60

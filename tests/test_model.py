@@ -210,6 +210,7 @@ def test_images_are_built_once_and_checked():
         ({"dropout": -0.1}, r"dropout must be at least 0 and smaller than 1, not -0\.1"),
         ({"tol": 2.0}, r"tol must be at least 1e-16 and smaller than 1, not 2\.0"),
         ({"logit_range": 800.0}, r"logit_range must be at least 0 and smaller than 500, not 800\.0"),
+        ({"activation": "tanh"}, "activation must be one of relu, silu, not 'tanh'"),
         ({"domain": "fourier"}, "domain must be one of real, reciprocal, multihead, real_reciprocal, not 'fourier'"),
         ({"num_heads": 3}, "model_dim must be a multiple of num_heads=3, not 128"),
         ({"num_heads": 1, "domain": "multihead"}, "num_heads must be even for domain='multihead', not 1"),

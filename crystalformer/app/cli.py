@@ -31,7 +31,7 @@ from ..common.process import (
 from ..common.version import version
 from ..common.words import count, one_line, short, some
 from ..geometry.orbits import SYMMETRY_TOL
-from .metrics import AUC, cell, keys, kind_in, kind_of, known_values, not_learnt, read_metrics, scores
+from .metrics import AUC, cell, guess, keys, kind_in, kind_of, known_values, not_learnt, read_metrics, scores
 from .options import config_files, make_parser, parse
 from .training_commands import crossval, train
 from .user_errors import Stop, user_errors
@@ -156,6 +156,8 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("model", type=Path, help="folder of a training or a model")
     parser.add_argument("--data", type=Path, required=True, help="file or folder with crystals and targets")
     parser.add_argument("--target", nargs="+", type=str, default=None, help="columns; else named as in the training")
+    parser.add_argument("--forces", action="store_true", help="of the forces, too, of a model of energies")
+    parser.add_argument("--stress", action="store_true", help="and of the stress")
     parser.add_argument("--split", type=Path | None, default=None, help="JSON file: evaluate only its set --set")
     parser.add_argument("--set", choices=["train", "val", "test"], default=None, help="of --split, else test")
     parser.add_argument("--out", type=str | None, default=None, help="CSV file for the predictions; - is stdout")
@@ -165,6 +167,9 @@ def evaluate(arguments: list[str]) -> int:
         raise Stop(f"split must be given with set: which crystals of {options.data} are {options.set}?")
     _check_file(options.out, options.model, options.data, options.split, *config_files(arguments))
     predictor = _load(options.model, options.device, options.symmetry_tol)
+    of_atoms = bool(predictor.model.config.element_energies)
+    if options.forces and not of_atoms:
+        raise Stop(f"forces must not be given for {options.model}, which was trained without them")
     columns = options.target or list(predictor.names)
     if len(columns) != len(predictor.names):
         number = count(len(predictor.names), "column")
@@ -175,8 +180,12 @@ def evaluate(arguments: list[str]) -> int:
         from ..data.readers import read_samples
         from ..data.splits import read_split
 
-        classes = predictor.model.config.probabilities
-        samples, problems = read_samples(options.data, columns, id_column=options.id_column, classes=classes)
+        classes, wanted = predictor.model.config.probabilities, {"forces": options.forces, "stress": options.stress}
+        samples, problems = read_samples(options.data, columns, id_column=options.id_column, classes=classes, **wanted)
+        if of_atoms:
+            from ..data.forces import per_atom
+
+            samples = per_atom(samples)
         if options.split is not None:
             bad = {problem.id for problem in problems}
             samples = samples.select([x for x in read_split(options.split)[options.set or "test"] if x not in bad])
@@ -202,6 +211,15 @@ def evaluate(arguments: list[str]) -> int:
     for name, label in zip(predictor.names, predictor.labels, strict=True):
         numbers = [*(cell(x[score.key], name) for x in (found, of_means) for score in kind), f"{known[name]:,}"]
         print(f"{label:24}" + "".join(f"{x:>12}" for x in numbers), file=stream)
+    if options.forces:
+        with user_errors():
+            from .force_report import LABELS, evaluate_forces
+
+            for quantity, (true, errors) in evaluate_forces(predictor.model, samples).items():
+                both = (errors, true)  # the mean of forces is 0
+                numbers = [short(float(score.of(x, torch.zeros_like(x)))) for x in both for score in kind]
+                numbers.append(f"{len(true):,}")
+                print(f"{LABELS[quantity]:24}" + "".join(f"{x:>12}" for x in numbers), file=stream)
     for name in predictor.names:
         if classes and known[name] and name not in found[AUC.key]:
             _say(f"there is one class only of {name}: it has no AUC")
@@ -239,8 +257,8 @@ def info(arguments: list[str]) -> int:
         mine, of_mean = keys([score])
         for part, values in metrics.get(mine, {}).items():
             for name, value in values.items():
-                baseline = metrics[of_mean][part][name]
-                lines[f"{part} {score.word}, {name}"] = f"{short(value)}, of predicting the mean {short(baseline)}"
+                said = f"{short(value)}, of predicting {guess(metrics, name)} {short(metrics[of_mean][part][name])}"
+                lines[f"{part} {score.word}, {name}"] = said
     if nothing := not_learnt(metrics):
         lines["nothing learnt of"] = ", ".join(nothing)
     for key in ("crystals", "epochs", "versions"):

@@ -208,7 +208,7 @@ def _tested(folder: Path, names: tuple[str, ...]) -> Predictions:
 
 def _columns(kind: Sequence[Score], folds: Mapping[str, Any]) -> dict[str, str]:
     """The scores that the table of the folds has, and what it calls them."""
-    titles = {}
+    titles: dict[str, str] = {}
     for score in kind:
         titles |= {score.key: score.title, f"members_{score.key}": "of one member"}
         titles[f"baseline_{score.key}"] = "predicting the mean"

@@ -101,8 +101,13 @@ def cell(values: Mapping[str, float], name: str) -> str:
     return short(values[name]) if name in values else "-"
 
 
+def guess(metrics: Mapping[str, Any], name: str) -> str:
+    """What the baseline of an error predicts: the mean of a target, or 0 for what a training with forces adds."""
+    return "0" if name in ("forces", "stress") and name not in metrics.get("baseline", {}) else "the mean"
+
+
 def not_learnt(metrics: Mapping[str, Any]) -> list[str]:
-    """The targets whose validation score is no better than that of predicting the mean."""
+    """The targets whose validation score is no better than that of their baseline."""
     first = kind_in(metrics)[0]
     found, means = (metrics.get(key, {}).get("val", {}) for key in keys([first]))
     return [name for name, x in found.items() if not (x > means[name] if first.rises else x < means[name])]
@@ -114,7 +119,7 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     for name in not_learnt(metrics):
         found, mean = (short(metrics[key]["val"][name]) for key in keys([first]))
         what, worse = (first.word, "larger") if first.rises else ("error", "smaller")
-        score = f"its validation {what}, {found}, is no {worse} than that of the mean, {mean}"
+        score = f"its validation {what}, {found}, is no {worse} than that of {guess(metrics, name)}, {mean}"
         said.append(f"Nothing was learnt of {name}: {score}.")
     for part, found in metrics.get(AUC.key, {}).items():
         one = [name for name, number in metrics["values"][part].items() if number and name not in found]

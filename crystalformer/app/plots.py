@@ -17,8 +17,8 @@ from ..common.words import count, short
 BLUE, ORANGE, GREY = "#2563a8", "#d9772b", "#8a8f98"
 
 
-def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None:
-    """Predictions (C,) over targets (C,); the label names quantity and unit."""
+def parity(path: str | Path, targets: Any, predictions: Any, label: str, counted: str = "crystal") -> None:
+    """Predictions (C,) over targets (C,) of what is counted; the label names quantity and unit."""
     x, y = np.asarray(targets), np.asarray(predictions)
     figure, axes = _axes((4.6, 4.6))
     ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
@@ -27,7 +27,7 @@ def parity(path: str | Path, targets: Any, predictions: Any, label: str) -> None
     axes.scatter(x, y, s=22, color=BLUE, alpha=0.7, linewidths=0, zorder=2)
     label = _plain(label)
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel=f"true {label}", ylabel=f"predicted {label}")
-    note = f"{count(len(x), 'crystal')}\nmean absolute error {short(abs(y - x).mean())}"
+    note = f"{count(len(x), counted)}\nmean absolute error {short(abs(y - x).mean())}"
     axes.text(0.04, 0.96, note, transform=axes.transAxes, verticalalignment="top")
     _save(figure, path)
 

@@ -40,7 +40,7 @@ def write_predictions(path: Path, names: Sequence[str], parts: Mapping[str, Pred
     The cell of a value that is not known is empty.
     """
     table: list[list[object]] = []
-    kinds = KINDS
+    kinds: tuple[str, ...] = KINDS
     for part, x in parts.items():
         values = [x.true, x.predicted, *([] if x.deviation is None else [x.deviation])]
         kinds = KINDS[: len(values)]

@@ -16,10 +16,12 @@ from ..common.elements import SYMBOLS
 from ..common.version import version
 from ..common.words import count, short, some
 from ..data.dataset import CrystalDataset
+from ..data.forces import ForceDataset
 from ..data.samples import Problem, Samples
 from ..training import predict
 from . import plots
-from .metrics import AUC, METRICS, Score, cell, keys, kind_in, kind_of, known_values, notes, scores
+from .force_report import LABELS, UNITS, known_components, write_forces
+from .metrics import AUC, METRICS, Score, cell, guess, keys, kind_in, kind_of, known_values, notes, scores
 from .predictions import PREDICTIONS, Predictions, write_predictions
 from .predictor import Predictor, not_finite
 
@@ -58,20 +60,29 @@ def write(
         FloatingPointError: if a prediction is not finite.
     """
     names, kind = predictor.names, kind_of(predictor.model.config.probabilities)
-    predictions = {}
+    predictions, loaders = {}, {}
     for name in ("val", "test"):
         if name in datasets:
-            loader = datasets[name].loader(batch_size, max_images=settings["max_images_per_batch"])
-            predictions[name] = predict(predictor.model, loader)
+            loaders[name] = datasets[name].loader(batch_size, max_images=settings["max_images_per_batch"])
+            predictions[name] = predict(predictor.model, loaders[name])
             if bad := not_finite(parts[name].ids, predictions[name]):
                 raise FloatingPointError(f"the predictions of {name} are not finite for {some(bad)}")
+    shown = "test" if "test" in predictions else "val"
     found = {name: scores(kind, names, x, parts[name].targets) for name, x in predictions.items()}
     baseline = {name: scores(kind, names, mean, parts[name].targets) for name in predictions}
-    metrics = {
+    values = {name: known_values(names, samples.targets) for name, samples in parts.items()}
+    if isinstance(datasets["train"], ForceDataset):
+        for mine, others in zip(
+            (found, baseline), write_forces(out, predictor.model, parts, loaders, shown, history), strict=True
+        ):
+            for name, of_set in others.items():
+                mine[name] = {key: mine[name][key] | x for key, x in of_set.items()}
+        values = {name: x | known_components(parts[name]) for name, x in values.items()}
+    metrics: dict[str, Any] = {
         **{score.key: {name: x[score.key] for name, x in found.items()} for score in kind},
         **{f"baseline_{score.key}": {name: x[score.key] for name, x in baseline.items()} for score in kind},
         "baseline": dict(zip(names, mean.tolist(), strict=True)),
-        "values": {name: known_values(names, samples.targets) for name, samples in parts.items()},
+        "values": values,
         "crystals": {name: len(samples) for name, samples in parts.items()},
         "atoms": sum(data.num_atoms for data in datasets.values()),
         "rows": sum(x.num_atoms for data in datasets.values() for x in data.crystals),
@@ -86,9 +97,13 @@ def write(
         metrics["best_epoch"] = min(history, key=lambda row: row["val_loss"])["epoch"]
     tested = {part: Predictions(parts[part].ids, parts[part].targets, x) for part, x in predictions.items()}
     write_predictions(out / PREDICTIONS, names, tested)
-    shown = "test" if "test" in predictions else "val"
     pictures = draw(out, kind, names, predictor.labels, parts[shown].targets, predictions[shown])
     pictures |= _draw_learning(out, predictor, history, metrics)
+    for name in (x for x in metrics[kind[0].key][shown] if x not in names):
+        pictures |= {
+            f"parity_{name}.png": f"Predictions of {name}",
+            f"learning_curve_{name}.png": f"Learning curve of {name}",
+        }
     storage.write(out / CARD, _card(metrics, settings, shown, predictor, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     return metrics
@@ -129,12 +144,12 @@ def _draw_learning(
 
 def last_lines(metrics: Mapping[str, Any], predictor: Predictor) -> list[str]:
     """What a training ends with on the terminal: the first score of each target."""
-    score, units, lines = kind_in(metrics)[0], dict(zip(predictor.names, predictor.units, strict=True)), []
+    score, units, lines = kind_in(metrics)[0], UNITS | dict(zip(predictor.names, predictor.units, strict=True)), []
     part = "test" if "test" in metrics[score.key] else "val"
     for name, value in metrics[score.key][part].items():
         mean = short(metrics[f"baseline_{score.key}"][part][name])
         found = f"{short(value)} {units[name]}".rstrip()
-        lines.append(f"{part} {score.word} of {name} {found}, of predicting the mean {mean}")
+        lines.append(f"{part} {score.word} of {name} {found}, of predicting {guess(metrics, name)} {mean}")
     return lines
 
 
@@ -186,15 +201,17 @@ def _card(
     pictures: Mapping[str, str],
 ) -> str:
     names, labels, kind = predictor.names, predictor.labels, kind_in(metrics)
+    with_forces = [x for x in metrics[kind[0].key][shown] if x not in names]
     rows = "\n".join(
         row_of_table(
             label, part, metrics["values"][part][name], *(cell(metrics[key][part], name) for key in keys(kind))
         )
-        for name, label in zip(names, labels, strict=True)
+        for name, label in zip((*names, *with_forces), (*labels, *map(LABELS.get, with_forces)), strict=True)
         for part in metrics[kind[0].key]
     )
     columns = " | ".join(f"{score.title} | predicting the mean" for score in kind)
-    said = "".join(f"\n**{note}**\n" for note in notes(metrics))
+    said = "\nBeside the errors of forces and stress stand those of predicting 0.\n" if with_forces else ""
+    said += "".join(f"\n**{note}**\n" for note in notes(metrics))
     learnt = "classification" if kind[0] is AUC else "regression"
     predicted = ", ".join(f"the probability of {x}" if kind[0] is AUC else x for x in labels)
     units = "" if any(predictor.units) or kind[0] is AUC else ", in the units of the data it was trained on"

@@ -22,15 +22,17 @@ from ..common.words import count
 from ..data import CrystalBatch
 from ..data.crystals import build_crystals
 from ..data.dataset import CrystalDataset
+from ..data.forces import ForceDataset, per_atom
 from ..data.readers import read_samples
 from ..data.samples import DataError, Problem, Samples, write_problems
 from ..data.splits import SETS, read_split, split, write_split
 from ..geometry.orbits import SYMMETRY_TOL
 from ..model.config import FROM_TRAINING, CrystalformerConfig
 from ..model.model import Crystalformer
-from ..training import Progress, Recipe, Regression, fit, standardisation
+from ..training import ForceRegression, Progress, Recipe, Regression, fit, standardisation
 from ..training.callbacks import weight_callbacks
 from ..training.checkpoints import latest
+from ..training.forces import UNIT
 from ..training.machine import check_machine
 from . import report
 from .fine_tuning import Start, take_weights
@@ -59,11 +61,14 @@ class DataSource:
         fractions: shares of train, val and test.
         split_seed: of the random split; that of the training if None.
         id_column: name of the column with the ids; found by itself where it has a usual name.
+        forces: learn the forces, too, eV/Å, from extxyz, an ase database or a column `forces` of JSON. The target is
+            then the energy of the cell, eV; what is learnt and predicted is that of an atom. Every atom has its row.
+        stress: with forces, learn the stress, too, eV/Å³, positive where the cell would shrink, as in ase.
         primitive: learn from primitive cells. The model's predictions do not depend on the cell; small ones are faster.
         strict: stop at the first crystal that cannot be read; else they are listed in problems.csv and left out.
         cache: folder that keeps parsed structures and image lists for other trainings.
         symmetry_tol: learn from one row for each orbit of atoms that the symmetry makes equivalent within this, Å: the
-            same model from fewer rows. 0 gives every atom its row.
+            same model from fewer rows. 0, and forces, give every atom its row.
         workers: processes that parse structures, which pays from some ten thousand on, and threads that build the image
             lists; 0 parses in this process and builds with torch's threads.
     """
@@ -76,6 +81,8 @@ class DataSource:
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     split_seed: int | None = None
     id_column: str | None = None
+    forces: bool = False
+    stress: bool = False
     primitive: bool = False
     symmetry_tol: float = SYMMETRY_TOL
     strict: bool = False
@@ -94,6 +101,12 @@ class DataSource:
             raise DataError("split must be given with data: train and val are split already")
         if self.split_seed is not None:
             checks.check_integer("split_seed", self.split_seed, 0, MOST_SEED)
+        if self.stress and not self.forces:
+            raise DataError("forces must be given with stress")
+        if self.forces and self.primitive:
+            raise DataError("primitive must not be given with forces, which are those of the cell's own atoms")
+        if self.forces:  # orbits of equivalent atoms have no gradients
+            object.__setattr__(self, "symmetry_tol", 0.0)
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise DataError(f"cache must be a folder, not the file {self.cache}")
 
@@ -108,6 +121,8 @@ class DataSource:
                 path,
                 targets,
                 id_column=self.id_column,
+                forces=self.forces,
+                stress=self.stress,
                 primitive=self.primitive,
                 strict=self.strict,
                 workers=self.workers,
@@ -117,7 +132,7 @@ class DataSource:
             )
         if not len(read):
             raise DataError(f"{path}: no crystal can be used" + (f": {bad[0]}" if bad else ""))
-        return read, bad
+        return per_atom(read) if self.forces else read, bad
 
     def read(
         self, targets: Sequence[str], seed: int, classes: bool = False
@@ -203,6 +218,12 @@ def train(
         raise TypeError(f"start must be a Start, not {type(start).__name__}")
     if not names:
         raise DataError("target must name at least one column")
+    if source.forces:
+        if len(names) > 1:
+            raise DataError(f"target must be the energy alone with forces, not {', '.join(names)}")
+        if units and units != (UNIT,):
+            raise DataError(f"unit must be {UNIT} with forces, not {', '.join(units)}")
+        units = (UNIT,)
     if units and len(units) != len(names):
         raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
     if tensorboard and find_spec("tensorboard") is None:
@@ -255,6 +276,7 @@ def _train(
             target_deviation=(),
             elements=(),
             probabilities=recipe.loss == "bce",
+            element_energies=(),
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)
@@ -283,7 +305,11 @@ def _train(
                 )
         except ValueError as error:
             raise DataError(f"{name}: {error}") from error
-        datasets[name] = CrystalDataset(crystals, samples.targets, network)
+        datasets[name] = (
+            ForceDataset(crystals, samples.targets, network, samples.forces, samples.stress)
+            if source.forces
+            else CrystalDataset(crystals, samples.targets, network)
+        )
         if first and source.symmetry_tol:
             reduced = sum(x.num_atoms for x in crystals)
             print(f"  {name}: {datasets[name].num_atoms:,} atoms, of which symmetry makes {reduced:,} rows", flush=True)
@@ -297,9 +323,17 @@ def _train(
         raise DataError(f"train: {error}") from error
     options = ("lr", "betas", "weight_decay", "bias_decay", "decay_steps", "loss", "schedule")
     chosen = {name: getattr(recipe, name) for name in options}
-    scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
+    if isinstance(data := datasets["train"], ForceDataset):
+        weights = {name: getattr(recipe, name) for name in ("energy_weight", "forces_weight", "stress_weight")}
+        try:
+            task: Regression = ForceRegression(network, data, names, **weights, **chosen)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    else:
+        scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
+        task = Regression(network, *scale, names, **chosen)
     if trained is not None:
-        take_weights(network, trained, *scale)
+        take_weights(network, trained, task.mean, task.deviation)
     elif start is None:
         first_batch = datasets["train"][next(iter(batches["train"].sampler))]
         try:
@@ -308,7 +342,6 @@ def _train(
             raise DataError(f"the first batch of train: {error}") from error
     for part in start.freeze if start else ():
         network.get_submodule(part).requires_grad_(False)
-    task = Regression(network, *scale, names, **chosen)
     if first:
         if not resume:
             storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -408,6 +441,9 @@ def _digest(data: CrystalDataset) -> str:
     for x in data.crystals:
         assert isinstance(x, CrystalBatch)
         for tensor in (x.species, x.positions, x.lattice):
+            state.update(tensor.numpy().tobytes())
+    if isinstance(data, ForceDataset):
+        for tensor in (*data.forces, *data.stress):
             state.update(tensor.numpy().tobytes())
     return state.hexdigest()[:16]
 

@@ -25,6 +25,8 @@ def user_errors() -> Iterator[None]:
         raise Stop(f"{error.name} is missing: pip install 'crystalformer[data,train]'; see {PROG} doctor") from error
     except BrokenPipeError:
         raise
+    except FloatingPointError as error:
+        raise Stop(error, 1) from error
     except (ValueError, TypeError, OSError) as error:
         raise Stop(error) from error
     except RecursionError as error:

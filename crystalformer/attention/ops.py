@@ -2,7 +2,8 @@
 
 Each op has a schema, a fake and an autograd formula here, the same for every backend; a backend brings only the
 implementation of `{backend}_{op}` and `{backend}_{op}_backward`. So torch.compile and export see one opaque op, and its
-backward is one op too. Second and higher derivatives go through the reference, for every backend.
+backward is one op too. Second and higher derivatives go through the reference, for every backend; but second ones of
+`cpu` in fp32 (differences.py).
 
 Two conventions keep this file free of copies. The differentiable inputs of an op come first and the geometry
 (positions, lattice) last among them. A backward takes the gradients of the outputs, then everything the forward took,
@@ -22,6 +23,7 @@ from ..geometry.image_list import ImageList
 from ..geometry.wave_vectors import WaveVectors
 from . import reference, reference_backward
 from .basis import RadialBasis
+from .differences import differentiate_along
 from .settings import Settings
 
 NAMESPACE = "crystalformer"
@@ -220,7 +222,12 @@ def register(op: Op, backend: str) -> None:
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if x is None else x for x in ctx.settings]
         cotangents, arguments = args[:num_outputs], args[num_outputs : len(args) - num_results - 1]
-        results = _differentiate_twice(op, cotangents, arguments, grads, geometry=args[-1])
+        inner = (cotangents, arguments, grads, args[-1])
+        # What is to be differentiated once more must be exact.
+        if backend == "cpu" and cotangents[0].dtype == torch.float32 and not torch.is_grad_enabled():
+            results = differentiate_along(op, *inner)
+        else:
+            results = _differentiate_twice(op, *inner)
         # The derivatives with respect to the inputs are total ones, so none are left for the forward's results.
         return (*results, *[None] * (len(args) - len(results)))
 

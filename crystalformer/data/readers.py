@@ -12,6 +12,7 @@ import torch
 
 from ..common import checks
 from .bulk_parsing import parse_all
+from .forces import FORCES, STRESS, read_forces
 from .formats import read_table
 from .rows import Row, Table, listed, missing
 from .samples import DataError, Problem, Samples, first_repeated
@@ -27,6 +28,8 @@ def read_samples(
     targets: Sequence[str] = (),
     *,
     id_column: str | None = None,
+    forces: bool = False,
+    stress: bool = False,
     primitive: bool = False,
     strict: bool = False,
     workers: int = 0,
@@ -70,6 +73,10 @@ def read_samples(
         id_column: which column has the ids. Otherwise material_id, jid, id, cif_id, mp_id, mpid, entry_id or
             identifier, also uid or name of ase Atoms; else pandas' index; else the row's number from 0. Structures in
             files of their own go by the file's name without its ending, with :0, :1, ... where a file has several.
+        forces: read the forces on the atoms, too: (n,3), eV/Å, of extxyz and ase databases, or a column `forces` of
+            JSON. A row without them cannot be used. Not with `primitive`, which would lose their atoms.
+        stress: with `forces`, read the stress, too: six numbers in ase's order or a matrix, eV/Å³, positive where the
+            cell would shrink, as in ase; the sign of VASP is the other one.
         primitive: reduces each cell to a primitive one whose copies agree to 0.01 Å.
         strict: raises DataError at the first row that cannot be used.
         workers: processes that parse, as many as there are cores at most, which pays from some ten thousand crystals
@@ -92,8 +99,13 @@ def read_samples(
     if first_repeated(names) is not None:
         raise ValueError(f"targets must differ, but {first_repeated(names)!r} is there twice")
     checks.check_workers("workers", workers)
+    if stress and not forces:
+        raise ValueError("forces must be True with stress")
+    if primitive and forces:
+        raise ValueError("primitive must be False with forces, which are those of the cell's own atoms")
     table = read_table(path, names, id_column)
-    _check_columns(path, table, names)
+    of_atoms = (FORCES, STRESS)[: forces + stress]
+    _check_columns(path, table, (*names, *of_atoms))
 
     problems: list[Problem] = []
 
@@ -105,11 +117,13 @@ def read_samples(
 
     values = [_values(row, names, classes) for row in table.rows]
     reasons = [row.reason or _fault(row.id, x) for row, x in zip(table.rows, values, strict=True)]
+    known: list[Any] = [read_forces(row.structure, row.values, stress) if forces else () for row in table.rows]
+    reasons = [reason or (x if isinstance(x, str) else "") for reason, x in zip(reasons, known, strict=True)]
     good = [row.structure for row, reason in zip(table.rows, reasons, strict=True) if row.structure and not reason]
     first: dict[str, Row] = {}
-    structures, numbers, notes = [], [], []
+    structures, numbers, notes, found_forces = [], [], [], []
     with closing(parse_all(good, primitive, workers, cache, progress)) as results:
-        for row, reason, row_values in zip(table.rows, reasons, values, strict=True):
+        for row, reason, row_values, row_forces in zip(table.rows, reasons, values, known, strict=True):
             if reason:
                 report(row.id, row, reason)
                 continue
@@ -121,18 +135,21 @@ def read_samples(
                 id = row.id if len(found) == 1 else f"{row.id}:{i}"
                 if parsed.structure is None:
                     report(id, row, parsed.reason)
+                elif forces and len(row_forces[0]) != len(parsed.structure):
+                    report(id, row, f"forces must be of {len(parsed.structure)} atoms, not of {len(row_forces[0])}")
                 elif id in first:
                     report(id, row, f"the same id as {first[id].source}")
                 else:
                     first[id] = row
                     structures.append(parsed.structure)
                     numbers.append(row_values)
+                    found_forces.append(row_forces)
                     if parsed.note:
                         notes.append(f"{id}: {parsed.note}")
     if notes:
         log.warning("%s: %d of %d CIFs differ from their formulas, first %s", path, len(notes), len(first), notes[0])
     tensor = torch.tensor(numbers, dtype=torch.float64).reshape(len(first), len(names))
-    return Samples(tuple(first), tuple(structures), tensor, names), problems
+    return Samples(tuple(first), tuple(structures), tensor, names, *zip(*found_forces, strict=True)), problems
 
 
 def _check_columns(path: str | Path, table: Table, names: Sequence[str]) -> None:

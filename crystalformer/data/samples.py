@@ -24,12 +24,16 @@ class Samples:
         structures: pymatgen Structures or ase Atoms.
         targets: (C,T) fp64, NaN where a value is not known; T = 0 where none were asked for.
         names: of the T targets.
+        forces: (n,3) fp64 of each crystal, eV/Å; none where they were not asked for.
+        stress: (3,3) fp64 of each crystal, eV/Å³, likewise.
     """
 
     ids: tuple[str, ...]
     structures: tuple[Any, ...]
     targets: Tensor
     names: tuple[str, ...] = ()
+    forces: tuple[Tensor, ...] = ()
+    stress: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids):
@@ -56,7 +60,8 @@ class Samples:
             shown = ", ".join(map(str, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             raise ValueError(f"ids must be among those of the samples, not {shown} ({len(unknown)} of {len(ids)})")
         index = [place[id] for id in ids]
-        return Samples(tuple(ids), tuple(self.structures[i] for i in index), self.targets[index], self.names)
+        of_atoms = (tuple(x[i] for i in index) if x else () for x in (self.forces, self.stress))
+        return Samples(tuple(ids), tuple(self.structures[i] for i in index), self.targets[index], self.names, *of_atoms)
 
 
 @dataclass(frozen=True)

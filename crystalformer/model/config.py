@@ -24,6 +24,7 @@ MAX_WEIGHTS = 10**9
 # Å, between which no decay leaves the range of its numbers.
 LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
+ACTIVATIONS = ("relu", "silu")
 # Attributes that a user does not choose: they come from the data of a training, or from the training itself.
 FROM_TRAINING = (
     "num_targets",
@@ -33,6 +34,7 @@ FROM_TRAINING = (
     "target_deviation",
     "elements",
     "probabilities",
+    "element_energies",
 )
 
 
@@ -48,6 +50,8 @@ class CrystalformerConfig:
         ff_dim: hidden width of the feed-forward layers.
         readout_dims: hidden widths of the layers after the pooling, at most 128 of them.
         dropout: probability, after both layers of each block.
+        activation: between the feed-forward layers and between those after the pooling: "relu", as in the paper, or
+            "silu", which is smooth: with "relu" the forces on atoms jump where one of its kinks is passed.
         domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
             the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
         num_basis: K, functions of the value encoding of real heads, at most 65,536; 0 is the paper's simplified model
@@ -67,6 +71,8 @@ class CrystalformerConfig:
             the model is trained, for targets that are standardised.
         elements: atomic numbers in the crystals of the training; none if they are not known.
         probabilities: predictions are the probabilities of class 1 of classes 0 and 1, the sigmoids of the outputs.
+        element_energies: of a model of energies of an atom, that of each of `elements`, eV: their mean over the atoms
+            of a crystal is added to the output. None for other models.
     """
 
     num_targets: int = 1
@@ -76,6 +82,7 @@ class CrystalformerConfig:
     ff_dim: int = 512
     readout_dims: tuple[int, ...] = (128,)
     dropout: float = 0.0
+    activation: str = "relu"
     domain: str = "real"
     num_basis: int = 64
     r_max: float | None = None
@@ -92,6 +99,7 @@ class CrystalformerConfig:
     target_deviation: tuple[float, ...] = ()
     elements: tuple[int, ...] = ()
     probabilities: bool = False
+    element_energies: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "ff_dim"):
@@ -119,9 +127,10 @@ class CrystalformerConfig:
         checks.check_number("logit_range", self.logit_range, high=MAX_LOGIT_RANGE, closed=True)
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         checks.check_choice("domain", self.domain, DOMAINS)
+        checks.check_choice("activation", self.activation, ACTIVATIONS)
         if not isinstance(self.probabilities, bool):
             raise TypeError(f"probabilities must be True or False, not {self.probabilities!r}")
-        for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements"):
+        for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements", "element_energies"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)):
                 raise TypeError(f"{name} must be a sequence, not {value!r}")
@@ -143,6 +152,13 @@ class CrystalformerConfig:
             checks.check_number("target_deviation", deviation)
         for number in self.elements:
             checks.check_integer("elements", number, 1, NUM_ELEMENTS)
+        if self.element_energies and (self.num_targets != 1 or len(self.element_energies) != len(self.elements)):
+            raise ValueError(
+                f"element_energies must be {len(self.elements)}, as elements, of a model of one target, not "
+                f"{len(self.element_energies)} of one of {self.num_targets}"
+            )
+        for energy in self.element_energies:
+            checks.check_number("element_energies", energy, low=-math.inf)
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:

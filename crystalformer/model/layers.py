@@ -10,6 +10,7 @@ from .config import CrystalformerConfig
 
 # Slope of rho at 0, the paper's positive_func "elu=0.1".
 RHO_SLOPE = 0.1
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class Decay(nn.Module):
@@ -125,7 +126,7 @@ class Block(nn.Module):
         self.attention = PeriodicAttention(config, block, backend, precision)
         self.linear1 = nn.Linear(config.model_dim, config.ff_dim)
         self.linear2 = nn.Linear(config.ff_dim, config.model_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.activation = nn.Dropout(config.dropout), ACTIVATIONS[config.activation]()
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -135,7 +136,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, batch: CrystalBatch) -> Tensor:
         x = x + self.dropout(self.attention(x, batch))
-        return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+        return x + self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 class Embedding(nn.Module):
@@ -160,3 +161,10 @@ def mean_pool(x: Tensor, ptr: Tensor, multiplicity: Tensor | None = None) -> Ten
         return member.to(x.dtype) @ x / ptr.diff()[:, None]
     times = member * multiplicity
     return times.to(x.dtype) @ x / times.sum(1)[:, None]
+
+
+def mean_of_elements(batch: CrystalBatch, energies: Tensor) -> Tensor:
+    """(C,1) fp64, the mean over the atoms of each crystal of what `energies` (98) fp64 has for their elements."""
+    species, energies = batch.species, energies.to(batch.species.device)
+    of_rows = species.double() @ energies if species.is_floating_point() else energies[species - 1]
+    return mean_pool(of_rows[:, None], batch.ptr, batch.multiplicity)

@@ -23,7 +23,7 @@ from ..geometry.orbit_images import build_orbit_images
 from ..geometry.wave_vectors import WaveVectors
 from .batch import CrystalBatch
 from .config import CrystalformerConfig
-from .layers import Block, Embedding, mean_pool
+from .layers import ACTIVATIONS, Block, Embedding, mean_of_elements, mean_pool
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -53,7 +53,8 @@ class Crystalformer(nn.Module):
         self.embedding = Embedding(NUM_ELEMENTS, config)
         self.blocks = nn.ModuleList(Block(config, block, backend, precision) for block in range(config.num_blocks))
         widths = (config.model_dim, *config.readout_dims)
-        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+        activation = ACTIVATIONS[config.activation]
+        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), activation())]
         self.readout = nn.Sequential(*hidden, nn.Linear(widths[-1], config.num_targets))
 
     def forward(self, batch: CrystalBatch) -> Tensor:
@@ -67,12 +68,23 @@ class Crystalformer(nn.Module):
 
     def outputs(self, batch: CrystalBatch) -> Tensor:
         """(C, num_targets), what a loss takes: the predictions, or the logits of those that are probabilities."""
-        return self.in_units(self.readout(mean_pool(self.encode(batch), batch.ptr, batch.multiplicity)))
+        y = self.in_units(self.readout(mean_pool(self.encode(batch), batch.ptr, batch.multiplicity)))
+        return y + mean_of_elements(batch, self.element_energies) if self.config.element_energies else y
 
     def in_units(self, y: Tensor) -> Tensor:
         """Outputs (C, num_targets) of the network in the targets' units and fp64, once `rescale_` has given them."""
         config = self.config
         return in_units(y, config.target_mean, config.target_deviation) if config.target_mean else y
+
+    @property
+    def element_energies(self) -> Tensor:
+        """(98) fp64, eV, `config.element_energies` by atomic number: 0 where the model has none, and for an element
+        that the training never saw the mean of the others."""
+        config = self.config
+        if not config.element_energies:
+            return torch.zeros(NUM_ELEMENTS, dtype=torch.float64)
+        known = torch.tensor(config.element_energies, dtype=torch.float64)
+        return known.mean().repeat(NUM_ELEMENTS).index_copy(0, torch.tensor(config.elements) - 1, known)
 
     def encode(self, batch: CrystalBatch) -> Tensor:
         """(N, model_dim), the features of the batch's rows, atoms or orbits of them, after the last block."""
@@ -110,11 +122,12 @@ class Crystalformer(nn.Module):
         """
         mean, deviation = mean.detach().cpu().double(), deviation.detach().cpu().double()
         before = self.config
+        energies = tuple(x * float(deviation[0]) for x in before.element_energies)
         if before.target_mean:
             mean = torch.tensor(before.target_mean, dtype=torch.float64) * deviation + mean
             deviation = torch.tensor(before.target_deviation, dtype=torch.float64) * deviation
         means, deviations = tuple(mean.tolist()), tuple(deviation.tolist())
-        self.config = replace(before, target_mean=means, target_deviation=deviations)
+        self.config = replace(before, target_mean=means, target_deviation=deviations, element_energies=energies)
         return self
 
     def build_images(self, batch: CrystalBatch) -> ImageList:

@@ -10,7 +10,9 @@ history = fit(task, loader, validation.loader(128), epochs=500)    # then the mo
 """
 
 from ..data.dataset import CrystalDataset
+from ..data.forces import ForceDataset
 from .callbacks import AverageLastEpochs, History, Progress
+from .forces import ForceRegression
 from .loop import fit, predict
 from .recipe import PRESETS, Recipe
 from .regression import Regression, standardisation
@@ -19,6 +21,8 @@ __all__ = [
     "PRESETS",
     "AverageLastEpochs",
     "CrystalDataset",
+    "ForceDataset",
+    "ForceRegression",
     "History",
     "Progress",
     "Recipe",

@@ -120,6 +120,7 @@ def fit(
                 deterministic=True,
                 callbacks=[history, *callbacks, *more],
                 num_sanity_val_steps=0,
+                inference_mode=False,  # forces are derivatives in a validation, too
                 logger=False if tensorboard is None else _logger(tensorboard),
                 log_every_n_steps=1,
                 enable_checkpointing=checkpoints is not None,

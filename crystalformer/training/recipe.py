@@ -38,6 +38,9 @@ class Recipe:
             in each, instead of the mean; 0 for none.
         best_epoch: the model has the weights of the epoch with the smallest validation loss, instead of the mean.
         patience: stop behind this many epochs without a smaller validation loss; 0 for never.
+        energy_weight: of the energy in the loss of a training with forces.
+        forces_weight: of the forces in it.
+        stress_weight: of the stress in it.
     """
 
     epochs: int = 500
@@ -55,6 +58,9 @@ class Recipe:
     ema: float = 0.0
     best_epoch: bool = False
     patience: int = 0
+    energy_weight: float = 1.0
+    forces_weight: float = 1.0
+    stress_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_images_per_batch", "decay_steps"):
@@ -64,7 +70,7 @@ class Recipe:
         checks.check_choice("schedule", self.schedule, SCHEDULES)
         checks.check_number("gradient_norm", self.gradient_norm)
         checks.check_number("lr", self.lr, high=MOST)
-        for name in ("weight_decay", "bias_decay"):
+        for name in ("weight_decay", "bias_decay", "energy_weight", "forces_weight", "stress_weight"):
             checks.check_number(name, getattr(self, name), high=MOST, closed=True)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise TypeError(f"betas must be two numbers, not {self.betas!r}")

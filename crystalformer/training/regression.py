@@ -1,5 +1,6 @@
 """What is learnt: standardised targets, or classes."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -92,10 +93,16 @@ class Regression(lightning.LightningModule):
         # No buffers: on the CPU, where they are needed, and in fp64, whatever the network is cast to.
         self.mean, self.deviation = mean.double().cpu(), deviation.double().cpu()
         self.scales = tuple(self.deviation.tolist())
-        # Of the loss, then of each target.
-        of_target = (Auc, Mean) if loss == "bce" else (Mean,)
+        self._measure(
+            [f"{kind}/{name}" for name in names for kind in (("auc", "accuracy") if loss == "bce" else ("mae",))]
+        )
+
+    def _measure(self, measured: Sequence[str]) -> None:
+        """Sets what is logged beside the loss."""
+        self.measured = tuple(measured)
         self.train_metrics, self.val_metrics = (
-            nn.ModuleList([Mean(), *(kind() for _ in names for kind in of_target)]) for _ in range(2)
+            nn.ModuleList([Mean(), *(Auc() if name.startswith("auc/") else Mean() for name in measured)])
+            for _ in range(2)
         )
 
     def forward(self, batch: CrystalBatch) -> Tensor:
@@ -115,32 +122,38 @@ class Regression(lightning.LightningModule):
 
     def _step(self, stage: str, metrics: nn.ModuleList, example: Example) -> Tensor:
         crystals, targets, weight = example
-        try:
+        with self._finite_features():
             outputs = self.model.outputs(crystals)
-        except checks.NotFinite as error:  # of the attention, which checks what it gets
-            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
         known = ~targets.isnan()
         targets = targets.masked_fill(~known, 0).to(outputs.dtype)  # a trained model that learns anew has fp64
         losses = LOSSES[self.loss](outputs, targets, reduction="none") * known
         counted = known & (weight > 0)[:, None]
-        found = [("loss", (losses.detach(), counted)), *self._measured(outputs.detach(), targets, counted)]
-        for metric, (name, values) in zip(metrics, found, strict=True):
-            assert isinstance(metric, Metric)
-            metric.update(*values)
-            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, batch_size=len(crystals))
+        self._log(stage, metrics, [(losses.detach(), counted), *self._measured(outputs.detach(), targets, counted)])
         return losses.sum(1) @ weight.to(losses.dtype)
 
-    def _measured(
-        self, outputs: Tensor, targets: Tensor, counted: Tensor
-    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        """The names of the metrics of each target, and what they take."""
-        columns = zip(self.names, outputs.to(MEANS).T, targets.to(MEANS).T, counted.T, self.scales, strict=True)
-        for name, x, y, here, scale in columns:
+    def _measured(self, outputs: Tensor, targets: Tensor, counted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the metrics of each target take, in the order of `measured`."""
+        columns = zip(outputs.to(MEANS).T, targets.to(MEANS).T, counted.T, self.scales, strict=True)
+        for x, y, here, scale in columns:
             if self.loss == "bce":
-                yield f"auc/{name}", (x.sigmoid(), y.masked_fill(~here, torch.nan))
-                yield f"accuracy/{name}", ((x > 0) == (y > 0), here)
+                yield x.sigmoid(), y.masked_fill(~here, torch.nan)
+                yield (x > 0) == (y > 0), here
             else:
-                yield f"mae/{name}", ((x - y).abs() * scale, here)
+                yield (x - y).abs() * scale, here
+
+    @contextlib.contextmanager
+    def _finite_features(self) -> Iterator[None]:
+        try:
+            yield
+        except checks.NotFinite as error:  # of the attention, which checks what it gets
+            raise FloatingPointError(f"the features are not finite in step {self.global_step}: lower lr") from error
+
+    def _log(self, stage: str, metrics: nn.ModuleList, found: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Logs the loss and what is `measured`, of what their metrics take; the first of that are the crystals'."""
+        for name, metric, values in zip(("loss", *self.measured), metrics, found, strict=True):
+            assert isinstance(metric, Metric)
+            metric.update(*values)
+            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, batch_size=len(found[0][0]))
 
     def configure_optimizers(self) -> Any:
         learning = [(name, x) for name, x in self.named_parameters() if x.requires_grad]
@@ -166,5 +179,7 @@ class Regression(lightning.LightningModule):
         model, before = self.model, self.model.config
         model.rescale_(self.mean, self.deviation)
         if before.elements or not before.target_mean:  # else it was trained before on elements that are not known
-            model.config = replace(model.config, elements=tuple(sorted({*before.elements, *elements})))
+            known = sorted({*before.elements, *elements})
+            energies = [float(model.element_energies[z - 1]) for z in known] if before.element_energies else ()
+            model.config = replace(model.config, elements=tuple(known), element_energies=tuple(energies))
         return model.eval()

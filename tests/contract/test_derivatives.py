@@ -45,6 +45,23 @@ def test_first_and_second_derivatives(op, way):
         assert relative_error(found.detach().cpu(), best.detach()) < 5e-4
 
 
+@pytest.mark.parametrize("op", [*MAIN, DUAL_SPACE], ids=str)
+def test_second_derivatives_in_fp32_are_as_exact_as_fp32(op, single):
+    """By the outputs' gradients and by all inputs: errors of some times those that the reference has in fp32."""
+    x = op.problem(num_basis=16, heads=3)
+
+    def second(x, backend):
+        run, given = function(op, x, backend)
+        outputs = run(*given)
+        cotangents = [y.requires_grad_() for y in weights(outputs)]
+        first = torch.autograd.grad(outputs, given, cotangents, create_graph=True)
+        return torch.autograd.grad(first, [*cotangents, *given], weights(first, seed=2))
+
+    best, plain = second(x, "reference"), second(x.to(torch.float32), "reference")
+    for found, rough, known in zip(second(single.place(x), single.backend), plain, best, strict=True):
+        assert relative_error(found.cpu(), known) < 3 * relative_error(rough, known) + 2e-6
+
+
 def test_third_derivative(backend):
     """A gradient of a gradient of a gradient, against a difference of second derivatives, which takes fp64."""
     x = problem(**TINY)
