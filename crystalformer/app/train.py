@@ -229,6 +229,8 @@ def _train(
             target_mean=(),
             target_deviation=(),
             elements=(),
+            largest_cell=0,
+            atom_volumes=(),
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)

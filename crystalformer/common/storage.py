@@ -120,7 +120,7 @@ def read_sealed(path: str | Path) -> bytes:
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values for a JSON file with the checksum of them behind them."""
-    return {**values, SHA256: _sha256(values)}
+    return {**values, SHA256: sha256(values)}
 
 
 def read_json(path: str | Path) -> Any:
@@ -145,7 +145,7 @@ def unsealed(path: str | Path, values: Any) -> Any:
     if not isinstance(values, dict) or SHA256 not in values:
         return values
     content = {name: x for name, x in values.items() if name != SHA256}
-    _compare(path, _sha256(content), values[SHA256])
+    _compare(path, sha256(content), values[SHA256])
     return content
 
 
@@ -161,7 +161,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
     from safetensors.torch import save
 
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    metadata = {**about, SHA256: _sha256(about, tensors)}
+    metadata = {**about, SHA256: sha256(about, tensors)}
     write(path, save(tensors, {METADATA: json.dumps(metadata)}))
 
 
@@ -186,11 +186,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
     if not isinstance(about, dict) or SHA256 not in about:
         return tensors, None
     written = about.pop(SHA256)
-    _compare(path, _sha256(about, tensors), written)
+    _compare(path, sha256(about, tensors), written)
     return tensors, about
 
 
-def _sha256(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+def sha256(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+    """Of JSON values and tensors."""
     state = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, x in sorted((tensors or {}).items()):
         state.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())

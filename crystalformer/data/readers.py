@@ -13,7 +13,7 @@ from ..common import checks
 from .bulk_parsing import parse_all
 from .formats import read_table
 from .rows import Row, Table, listed, missing
-from .samples import DataError, Problem, Samples, first_repeated
+from .samples import DataError, Problem, Samples, first_repeated, writable
 
 log = logging.getLogger("crystalformer.data")
 
@@ -89,7 +89,7 @@ def read_samples(
     problems: list[Problem] = []
 
     def report(id: str, row: Row, reason: str) -> None:
-        problem = Problem(*map(_writable, (id, row.source, reason)))
+        problem = Problem(*map(writable, (id, row.source, reason)))
         if strict:
             raise DataError(str(problem))
         problems.append(problem)
@@ -134,14 +134,9 @@ def _check_columns(path: str | Path, table: Table, names: Sequence[str]) -> None
         raise DataError(f"{path}: has no column {', '.join(map(repr, unknown))}; it has {listed(table.columns)}")
 
 
-def _writable(text: str) -> str:
-    """What no file in UTF-8 can hold, as half of a surrogate pair, by its number."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _fault(id: str, values: list[float] | str) -> str:
     """What is wrong with a row's id or targets, "" for nothing."""
-    if _writable(id) != id:
+    if writable(id) != id:
         return "the id must be text that UTF-8 can hold"
     return values if isinstance(values, str) else ""
 

@@ -25,7 +25,16 @@ MAX_WEIGHTS = 10**9
 LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 # Attributes that a user does not choose: they come from the data of a training, or from the training itself.
-FROM_TRAINING = ("num_targets", "target_names", "target_units", "target_mean", "target_deviation", "elements")
+FROM_TRAINING = (
+    "num_targets",
+    "target_names",
+    "target_units",
+    "target_mean",
+    "target_deviation",
+    "elements",
+    "largest_cell",
+    "atom_volumes",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,10 @@ class CrystalformerConfig:
         target_mean, target_deviation: what makes y·deviation + mean of the network's outputs y, in fp64; none before
             the model is trained, for targets that are standardised.
         elements: atomic numbers in the crystals of the training; none if they are not known.
+        largest_cell: the most atoms in a cell of the training, a primitive cell if it had a symmetry_tol; 0 if it is
+            not known.
+        atom_volumes: the least and the largest volume for an atom, Å³, of the crystals of the training; none if they
+            are not known.
     """
 
     num_targets: int = 1
@@ -82,6 +95,8 @@ class CrystalformerConfig:
     target_mean: tuple[float, ...] = ()
     target_deviation: tuple[float, ...] = ()
     elements: tuple[int, ...] = ()
+    largest_cell: int = 0
+    atom_volumes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "ff_dim"):
@@ -110,7 +125,7 @@ class CrystalformerConfig:
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         if self.domain not in DOMAINS:
             raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, not {self.domain!r}")
-        for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements"):
+        for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements", "atom_volumes"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)):
                 raise TypeError(f"{name} must be a sequence, not {value!r}")
@@ -132,6 +147,12 @@ class CrystalformerConfig:
             checks.check_number("target_deviation", deviation)
         for number in self.elements:
             checks.check_integer("elements", number, 1, NUM_ELEMENTS)
+        checks.check_integer("largest_cell", self.largest_cell, 0)
+        if self.atom_volumes and (len(self.atom_volumes) != 2 or self.atom_volumes[0] > self.atom_volumes[1]):
+            listed = ", ".join(map(str, self.atom_volumes))
+            raise ValueError(f"atom_volumes must be two numbers, the least first, not {listed}")
+        for volume in self.atom_volumes:
+            checks.check_number("atom_volumes", volume)
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:

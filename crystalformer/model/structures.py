@@ -65,7 +65,14 @@ def read_structure(structure: Any, name: str) -> Crystal:
         raise TypeError(f"{name} must be a pymatgen Structure or an ase Atoms, not {type(structure).__name__}")
     if not all(periodic):
         raise ValueError(f"{name} must be periodic in all three directions, not pbc={[bool(p) for p in periodic]}")
-    positions, lattice = np.array(positions, dtype=np.float64), np.array(lattice, dtype=np.float64)
+    crystal = Crystal(mixtures, np.array(positions, dtype=np.float64), np.array(lattice, dtype=np.float64))
+    check_crystal(crystal, name)
+    return crystal
+
+
+def check_crystal(crystal: Crystal, name: str) -> None:
+    """Refuses arrays that are no crystal, or that fp32 cannot hold."""
+    positions, lattice = crystal.positions, crystal.lattice
     if not len(positions):
         raise ValueError(f"{name} must have at least one atom, not none")
     for what, x in (("positions", positions), ("lattice", lattice)):
@@ -73,14 +80,13 @@ def read_structure(structure: Any, name: str) -> Crystal:
             raise ValueError(f"{name} must have finite {what}, not {x[~np.isfinite(x)][0]}")
         if np.abs(x).max() > FARTHEST:
             raise ValueError(f"{name} must have {what} within {FARTHEST:g} Å, not {np.abs(x).max():g}")
-    for site, mixture in enumerate(mixtures):
+    for site, mixture in enumerate(crystal.mixtures):
         if not (all(x >= 0 for x in mixture.values()) and 0 < sum(mixture.values()) <= MOST_OCCUPIED):
             shares = list(mixture.values())
             raise ValueError(f"{name} must have shares from 0 that add up to at most 1, not {shares} in site {site}")
     edges = np.linalg.norm(lattice, axis=1)
     if not abs(np.linalg.det(lattice)) > FLATTEST * edges.prod():
         raise ValueError(f"{name} must have a volume, but its lattice is {lattice.tolist()}")
-    return Crystal(mixtures, positions, lattice)
 
 
 def _pymatgen_mixtures(structure: Any, name: str) -> list[dict[int, float]]:

@@ -45,7 +45,7 @@ def fit(
     devices: int = 1,
     nodes: int = 1,
 ) -> list[dict[str, float]]:
-    """Trains, validating after each epoch, and gives the model units and elements (`Regression.finish`).
+    """Trains, validating after each epoch, and gives the model units and what it has seen (`Regression.finish`).
 
     With several devices or nodes, or under torchrun, every process computes its share of each batch: the training is
     the same as on one process, up to rounding.
@@ -112,7 +112,7 @@ def _fit(
 ) -> list[dict[str, float]]:
     """`fit` of checked arguments, alone in its folder."""
     assert isinstance(train.dataset, CrystalDataset)
-    elements = train.dataset.elements
+    seen = train.dataset.seen
     history = History()
     path = None
     more: list[Callback] = [SeedEpochs(seed)]
@@ -126,7 +126,7 @@ def _fit(
             except RuntimeError as error:
                 raise CheckpointError(f"{path} must hold the weights of this model: {one_line(error)}") from error
             if len(history.rows) >= epochs:  # nothing left but the result: the mean of the weights, if there is one
-                task.finish(elements)
+                task.finish(**seen)
                 return history.rows
     # Lightning starts to draw the first epoch's batches before it says which epoch it is.
     assert isinstance(train.sampler, BoundedBatches)
@@ -154,7 +154,7 @@ def _fit(
             enable_model_summary=False,
         )
         trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
-    task.finish(elements)
+    task.finish(**seen)
     return history.rows
 
 
