@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.process import cores
 from ..common.words import count, short
-from ..geometry.orbits import SYMMETRY_TOL
 from .metrics import read_metrics
 from .options import config_files, make_parser, parse
 from .user_errors import Stop, say, user_errors
@@ -108,13 +107,13 @@ def _add_prediction_options(parser: Any) -> None:
     add("--device", type=str, default="auto", help="as torch names it; auto is a GPU if there is one")
     add(
         "--symmetry_tol",
-        type=float,
-        default=SYMMETRY_TOL,
-        help="Å, atoms equivalent within it are one row; 0: none are",
+        type=float | None,
+        default=None,
+        help="Å, atoms equivalent within it are one row; 0: none are, the default but for models with reciprocal heads",
     )
 
 
-def load_model(path: Path, device: str, symmetry_tol: float = SYMMETRY_TOL) -> "Predictor":
+def load_model(path: Path, device: str, symmetry_tol: float | None = None) -> "Predictor":
     with user_errors():
         from .predictor import load
 

@@ -48,12 +48,16 @@ class Predictor:
         model: in eval mode, predicting in the units of the targets.
         names, units: of its T targets; a unit is "" where it is not known.
         labels: the names with their units, as "energy (eV)", where these are known.
-        symmetry_tol: Å, within which atoms are equivalent: those have one row; 0 gives every atom its own.
+        symmetry_tol: Å, within which atoms are equivalent: those have one row; 0 gives every atom its own. By default 0:
+            to find the symmetry takes longer than it saves. Models with reciprocal heads have 1e-5 by default, as in
+            training: there a supercell is not quite its primitive cell.
     """
 
-    def __init__(self, model: Crystalformer, symmetry_tol: float = SYMMETRY_TOL) -> None:
-        self.model, self.symmetry_tol = model.eval(), symmetry_tol
+    def __init__(self, model: Crystalformer, symmetry_tol: float | None = None) -> None:
         config = model.config
+        if symmetry_tol is None:
+            symmetry_tol = SYMMETRY_TOL if config.needs_wave_vectors else 0.0
+        self.model, self.symmetry_tol = model.eval(), symmetry_tol
         self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
         self.units = config.target_units or ("",) * config.num_targets
         pairs = zip(self.names, self.units, strict=True)
@@ -170,7 +174,7 @@ def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:
 
 
 def load(
-    path: str | Path, device: str | torch.device = "auto", backend: str = "auto", symmetry_tol: float = SYMMETRY_TOL
+    path: str | Path, device: str | torch.device = "auto", backend: str = "auto", symmetry_tol: float | None = None
 ) -> Predictor:
     """A trained model: of the folder of a training (`crystalformer train --out`), or one with config.json and weights.
 
@@ -178,14 +182,16 @@ def load(
         path: the folder.
         device: "auto" is the GPU if there is one, else the CPU; any other as torch names it.
         backend: of the attention, see `periodic_attention`.
-        symmetry_tol: Å, within which atoms are equivalent, see `CrystalBatch.from_structures`; 0 for no reduction.
+        symmetry_tol: Å, within which atoms are equivalent, see `CrystalBatch.from_structures`; 0 for no reduction, None
+            for what `Predictor` has by default.
 
     Raises:
         FileNotFoundError: if there is no model.
         ValueError: for a model of another version, or a damaged one, and a device that is not there.
     """
     path, device = Path(path), _device(device)
-    symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
+    if symmetry_tol is not None:
+        symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
     if not (path / WEIGHTS_FILE).is_file() and (path / MODEL_FOLDER / WEIGHTS_FILE).is_file():
         path = path / MODEL_FOLDER
     elif not (path / WEIGHTS_FILE).is_file() and (path / "checkpoints").is_dir():

@@ -10,7 +10,7 @@ from typing import Any
 from ..common.words import one_line
 from .files import stem_of
 from .parsing import Source, read_xyz, reason_of, require
-from .quick_parsing import comment_of
+from .quick_parsing import names_in, value_in
 from .rows import ID_COLUMNS, ROWS_AT_ONCE, Part, Row, Table, find_id_column, in_parts, missing
 from .samples import DataError
 
@@ -79,7 +79,8 @@ def stream_frames(path: Path, lines: Iterable[str], id_column: str | None) -> It
     key, alone, first = None, False, -1
     for first, part in in_parts(_frames(lines)):
         if first == 0:
-            columns = dict.fromkeys(name for frame in part for name in _comment(frame))
+            frames = [frame for frame in part if not isinstance(frame, str)]
+            columns = dict.fromkeys(name for x in frames for name in _of_comment(names_in, x, otherwise=()))
             key = find_id_column(columns, id_column, path.name, ATOMS_ID_COLUMNS)
             alone = len(part) == 1
         yield partial(_rows_of_frames, path, part, first, key, alone)
@@ -93,20 +94,22 @@ def _rows_of_frames(
     rows = []
     for i, frame in enumerate(frames, first):
         stem = stem_of(path) if alone else f"{stem_of(path)}:{i}"
-        id = stem if key is None else _comment(frame).get(key, stem)
-        source = Source("frame", frame) if isinstance(frame, list) else None
-        rows.append(_row(path, i, id, source, reason=frame if isinstance(frame, str) else ""))
+        if isinstance(frame, str):
+            rows.append(_row(path, i, stem, None, reason=frame))
+        else:
+            id = stem if key is None else _of_comment(value_in, frame, key, stem, otherwise=stem)
+            rows.append(_row(path, i, id, Source("frame", frame)))
     return rows
 
 
-def _comment(frame: list[str] | str) -> dict[str, Any]:
-    """The values of a frame, none where they cannot be read: then the frame cannot be either."""
+def _of_comment(function: Callable[..., Any], *arguments: Any, otherwise: Any) -> Any:
+    """What a function finds in a comment; something else if it cannot be read: then the frame cannot be either."""
     try:
-        return {} if isinstance(frame, str) else comment_of(frame)
+        return function(*arguments)
     except ImportError:
         raise
     except Exception:  # ase's parser raises errors of any type
-        return {}
+        return otherwise
 
 
 def stream_database(path: Path, id_column: str | None) -> Iterator[Part]:
@@ -138,7 +141,8 @@ def _asked(path: Path, question: Callable[[Any], Any]) -> Any:
     """What a database answers."""
     connect = require("ase.db").connect
     try:
-        return question(connect(path))
+        with connect(path) as database:  # else ase opens the file for each row
+            return question(database)
     except Exception as error:
         raise DataError(f"{path}: not an ase database: {reason_of(error)}") from error
 
