@@ -48,9 +48,9 @@ class Predictor:
         model: in eval mode, predicting in the units of the targets.
         names, units: of its T targets; a unit is "" where it is not known.
         labels: the names with their units, as "energy (eV)", where these are known.
-        symmetry_tol: Å, within which atoms are equivalent: those have one row; 0 gives every atom its own. By default 0:
-            to find the symmetry takes longer than it saves. Models with reciprocal heads have 1e-5 by default, as in
-            training: there a supercell is not quite its primitive cell.
+        symmetry_tol: Å, within which atoms are equivalent and have one row; 0 gives every atom its own. 0 by default,
+            for finding the symmetry takes longer than it saves, but 1e-5 for models with reciprocal heads, as in
+            training: to these a supercell is not quite its primitive cell.
     """
 
     def __init__(self, model: Crystalformer, symmetry_tol: float | None = None) -> None:
