@@ -130,7 +130,7 @@ def test_predict(run, folder, capsys, tmp_path):
     arguments = ["predict", str(run), str(folder / "last.cif")]
     assert cli.main(arguments) == 0
     (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
-    assert list(row) == ["id", "energy", "volume"]
+    assert list(row) == ["id", "energy", "volume", "outside"]
     assert row["id"] == "last"
     from pymatgen.core import Structure
 
@@ -197,7 +197,8 @@ def test_out_is_none_of_the_files_that_are_read(run, folder, capsys, tmp_path):
     before = out.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert cli.main(["predict", str(run), str(source), "--out", str(out)]) in (1, 2)
+        arguments = ["evaluate", str(run), "--data", str(folder / "salts.csv"), "--out", str(out)]
+        assert cli.main(arguments) in (1, 2)
         assert "No space left" in capsys.readouterr().err.splitlines()[-1]
     assert out.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"crystals", "soft.csv", "hard.csv", "out.csv"}

@@ -68,6 +68,8 @@ def test_wrong_options_are_refused_in_one_line(alone, model, capsys, tmp_path):
         ((*train, "--nodes", "2"), "nodes must be 1, not 2, where nothing says how to find the others"),
         ((*train, "--accelerator", "mps"), "accelerator must be cpu or auto, not mps: lists are certified in fp64"),
         ((*train, "--accelerator", "abacus"), "accelerator must be auto, cpu or gpu, not 'abacus'"),
+        ((*predict, "--workers", 10**6), "workers must be an integer, at least 0 and at most 1024, not 1000000"),
+        ((*predict, "--resume"), "out must be a file with resume, not -"),
         ((*predict, "--device", "mps"), "device must be cpu, not 'mps': lists are certified in fp64"),
         ((*train, "--seed", 10**22), "seed must be an integer, at least 0 and at most"),
         ((*train, "--workers", 10**6), "workers must be an integer, at least 0 and at most 1024, not 1000000"),
@@ -166,8 +168,8 @@ def test_ctrl_c_and_sigterm_wherever_they_come(model, capsys, monkeypatch, tmp_p
             time.sleep(9)
 
         for place, arguments, kept in (
-            ("crystalformer.data.readers.read_table", ["predict", *model], ""),
-            ("crystalformer.app.predictor.build_crystals", ["predict", *model], ""),
+            ("crystalformer.data.streams.read_table", ["predict", *model], ""),
+            ("crystalformer.app.predictor.expected_images", ["predict", *model], ""),
             ("crystalformer.app.train.read_samples", train, nothing),
             ("crystalformer.app.report.plots.parity", train, resume),
         ):

@@ -158,7 +158,7 @@ def test_a_model_on_orbits_is_the_model_on_atoms(domain):
     torch.testing.assert_close(found[0], exact[0], rtol=0.0, atol=1e-9 * float(exact[0].abs().max()))
     for one, other in zip(found[1:], exact[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=1e-9 * scale)
-    atoms = cf.app.predictor.Predictor(network).encode(structures, atoms=True)
+    atoms = cf.app.predictor.Predictor(network, 1e-5).encode(structures, atoms=True)
     for one, other in zip(atoms, cf.app.predictor.Predictor(network, 0.0).encode(structures, atoms=True), strict=True):
         torch.testing.assert_close(one, other, rtol=0.0, atol=1e-9 * float(other.abs().max()))
 

@@ -55,7 +55,7 @@ def test_readme():
     Path("salts.csv").rename("crystals.csv")
     run([commands], {}, ("--epochs=1", "--model.num_blocks=1"))
     lines = Path("predictions.csv").read_text().splitlines()
-    assert lines[0] == "id,energy"
+    assert lines[0] == "id,energy,outside"
     assert len(lines) == 121
 
 

@@ -149,7 +149,7 @@ def test_files_that_are_no_model(tmp_path):
         ('{"num_blocks": 10000000}', "num_blocks must be an integer, at least 1 and at most 128, not 10000000"),
         ('{"num_blocks": 100}', r"model.safetensors must hold weights that fit its config, but has no blocks\.1\."),
         ('{"model_dim": 10000}', r"model.safetensors must hold weights that fit its config, where .* not \(2, 2\)"),
-        ('{"colour": "red"}', "config must have names among activation, basis_width, .*, not colour"),
+        ('{"colour": "red"}', "config must have names among activation, atom_volumes, .*, not colour"),
         ('{"format": 2, "crystalformer": "9.1"}', r"not 2, written by .* pip install 'crystalformer==9.1'"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from command_line import SIZES
 
 import crystalformer
-from crystalformer.app import cli, metrics, plots
+from crystalformer.app import cli, metrics, plots, prediction_commands
 from crystalformer.common import backends, words
 from crystalformer.common.elements import NUM_ELEMENTS, SYMBOLS
 from crystalformer.data.ionic import ionic_crystals
@@ -150,9 +150,9 @@ def test_elements_that_the_training_never_saw(run, data, capsys, tmp_path):
 def test_predict_looks_at_each_structure_once(run, data, monkeypatch):
     seen, look = [], structures._pymatgen_mixtures
     samples, _ = read_samples(data)
-    monkeypatch.setattr(cli, "_bar", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(prediction_commands, "_bar", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(structures, "_pymatgen_mixtures", lambda x, name: seen.append(name) or look(x, name))
-    cli._predictions(crystalformer.load(run), samples.ids, samples.structures)
+    prediction_commands._predictions(crystalformer.load(run), samples.ids, samples.structures)
     assert seen == list(samples.ids)
 
 
@@ -178,7 +178,7 @@ def test_predictions_that_are_not_finite(run, data, capsys, monkeypatch):
         with pytest.raises(ValueError, match="decay_min"):  # no fault of a crystal
             predictor.predict(samples.structures)
 
-    monkeypatch.setattr(cli, "_load", lambda *_: predictor)
+    monkeypatch.setattr(prediction_commands, "load_model", lambda *_: predictor)
     for arguments, end in (
         (["predict", str(run), str(data)], f"crystalformer: {len(spoiled)} of 30 rows could not be predicted"),
         (["evaluate", str(run), "--data", str(data), "--out", "-"], ""),

@@ -5,6 +5,7 @@ model.predict(structures)           # (C,T), in the units of the targets
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,32 @@ from torch import Tensor
 
 from ..common import checks, storage
 from ..common.checks import NotFinite
-from ..common.elements import NUM_ELEMENTS
+from ..common.storage import sha256
 from ..common.words import one_line
 from ..data import CrystalBatch
-from ..data.crystals import build_crystals
-from ..data.dataset import BoundedBatches, sizes
+from ..data.crystals import ImageSettings, expected_images
+from ..data.dataset import BoundedBatches
+from ..data.equivalent_atoms import orbits_of_all
 from ..geometry.limits import NO_MPS
 from ..geometry.orbits import SYMMETRY_TOL
 from ..model.layers import mean_pool
 from ..model.model import WEIGHTS_FILE, Crystalformer
-from ..model.structures import read_structure
+from ..model.structures import Crystal, read_structure
+from .outside import Outside
 
 MODEL_FOLDER = "model"
 ENSEMBLE = "ensemble.json"
 BATCH_SIZE, MAX_IMAGES = 256, 1 << 22
-# Structures whose images are in memory at once, some 15,000 for each.
+# Structures of which batches are made at once.
 STRUCTURES_AT_ONCE = 1024
+
+
+class Refused(ValueError):
+    """A structure of which the model's lists cannot be made: `place` among those that were given, and the reason."""
+
+    def __init__(self, place: int, reason: object) -> None:
+        super().__init__(f"structures[{place}]: {reason}")
+        self.place, self.reason = place, str(reason)
 
 
 class Predictor:
@@ -39,7 +50,9 @@ class Predictor:
         members: all models of an ensemble, whose mean predicts; else that one.
         names, units: of its T targets; a unit is "" where it is not known.
         labels: the names with their units, as "energy (eV)", where these are known.
-        symmetry_tol: Å, within which atoms are equivalent: those have one row; 0 gives every atom its own.
+        symmetry_tol: Å, within which atoms are equivalent and have one row; 0 gives every atom its own. 0 by default,
+            for finding the symmetry takes longer than it saves, but 1e-5 for models with reciprocal heads, as in
+            training: to these a supercell is not quite its primitive cell.
         deviation_scale: (T), what the deviation of the members is multiplied by, see `app/calibration.py`.
 
     Raises:
@@ -49,18 +62,27 @@ class Predictor:
     def __init__(
         self,
         model: Crystalformer | Sequence[Crystalformer],
-        symmetry_tol: float = SYMMETRY_TOL,
+        symmetry_tol: float | None = None,
         deviation_scale: Tensor | None = None,
     ) -> None:
         self.members = (model.eval(),) if isinstance(model, Crystalformer) else tuple(x.eval() for x in model)
-        self.model, self.symmetry_tol = self.members[0], symmetry_tol
         _check_alike(self.members)
-        self.deviation_scale = torch.ones(self.model.config.num_targets) if deviation_scale is None else deviation_scale
+        self.model = self.members[0]
         config = self.model.config
+        if symmetry_tol is None:
+            symmetry_tol = SYMMETRY_TOL if config.needs_wave_vectors else 0.0
+        self.symmetry_tol = symmetry_tol
+        self.deviation_scale = torch.ones(config.num_targets) if deviation_scale is None else deviation_scale
         self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
         self.units = config.target_units or ("",) * config.num_targets
         pairs = zip(self.names, self.units, strict=True)
         self.labels = tuple(f"{name} ({unit})" if unit else name for name, unit in pairs)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the model: its configuration and weights, of all members."""
+        found = [sha256(asdict(x.config), {name: y.cpu() for name, y in x.state_dict().items()}) for x in self.members]
+        return found[0] if len(found) == 1 else sha256({"members": found, "scale": self.deviation_scale.tolist()})
 
     def predict(self, structures: Sequence[Any], progress: Callable[[int], object] | None = None) -> Tensor:
         """(C,T) fp64, the predictions, in the units of the targets, on the CPU; NaN where the model has none.
@@ -95,34 +117,37 @@ class Predictor:
     def _of_members(self, structures: Sequence[Any], progress: Callable[[int], object] | None) -> Tensor:
         """(M,C,T) fp64."""
         results = []
-        for crystals in self._batches(structures):
-            results.append(self._outputs(crystals))
+        for crystals, batch in self._batches(structures):
+            results.append(self._outputs(crystals, batch))
             if progress is not None:
                 progress(len(crystals))
         return torch.cat(results, 1)
 
-    def _outputs(self, crystals: Sequence[CrystalBatch]) -> Tensor:
+    def _outputs(self, crystals: Sequence[Crystal], batch: CrystalBatch) -> Tensor:
         """(M,C,T) fp64. A crystal whose features are not finite gets NaN; the others are predicted all the same."""
         try:
-            batch = self._joined(crystals)
             return torch.stack([model(batch).cpu().double() for model in self.members])
         except NotFinite:
             pass
         if len(crystals) == 1:
             return torch.full((len(self.members), 1, len(self.names)), torch.nan, dtype=torch.float64)
-        return torch.cat([self._outputs([crystal]) for crystal in crystals], 1)
+        return torch.cat([self._outputs([x], self._prepared([x])) for x in crystals], 1)
 
-    def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
-        """For each structure its elements, as atomic numbers, that no crystal of the training had.
+    def outside(self, structures: Sequence[Any]) -> list[Outside]:
+        """For each structure what no crystal of the training had: what the model predicts for those is a guess.
 
-        What the model predicts for those is a guess. Empty where the model does not know which elements it has seen.
+        Elements, more atoms in the primitive cell, less or more volume for an atom; of these what the model knows of
+        its training. As strings they are the words of `crystalformer predict`, "" for those as in the training.
 
         Args:
             structures: as for `predict`.
         """
-        seen = {*self.model.config.elements} or {*range(NUM_ELEMENTS + 1)}
         crystals = (read_structure(x, f"structures[{i}]") for i, x in enumerate(structures))
-        return [tuple(sorted({z for mixture in x.mixtures for z in mixture} - seen)) for x in crystals]
+        return [Outside.of(x, self.model.config) for x in crystals]
+
+    def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
+        """For each structure its elements, as atomic numbers, that no crystal of the training had: of `outside`."""
+        return [x.elements for x in self.outside(structures)]
 
     @torch.no_grad()
     def encode(self, structures: Sequence[Any], atoms: bool = False) -> Any:
@@ -133,7 +158,7 @@ class Predictor:
             atoms: give those of the atoms instead, a list of (n, model_dim), one for each crystal.
         """
         crystals: list[Tensor] = []
-        for batch in map(self._joined, self._batches(structures)):
+        for _, batch in self._batches(structures):
             features = self.model.encode(batch)
             if atoms:
                 orbits = batch.orbit_atoms
@@ -143,20 +168,40 @@ class Predictor:
                 crystals += mean_pool(features, batch.ptr, batch.multiplicity).cpu()
         return crystals if atoms else torch.stack(crystals)
 
-    def _joined(self, crystals: Sequence[CrystalBatch]) -> CrystalBatch:
-        """One batch, on the model's device."""
-        return CrystalBatch.cat(crystals).to(next(self.model.parameters()).device)
-
-    def _batches(self, structures: Sequence[Any]) -> Iterator[list[CrystalBatch]]:
+    def _batches(self, structures: Sequence[Any]) -> Iterator[tuple[list[Crystal], CrystalBatch]]:
         """The crystals in order, as many at once as memory is for."""
         if not len(structures):
             raise ValueError("structures must hold at least one structure, not none")
-        dtype = next(self.model.parameters()).dtype
         for start in range(0, len(structures), STRUCTURES_AT_ONCE):
             chunk = structures[start : start + STRUCTURES_AT_ONCE]
-            crystals = build_crystals(chunk, self.model, dtype=dtype, first=start, symmetry_tol=self.symmetry_tol)
-            for batch in BoundedBatches(sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
-                yield [crystals[i] for i in batch]
+            crystals = [read_structure(x, f"structures[{i}]") for i, x in enumerate(chunk, start)]
+            for batch in BoundedBatches(self._sizes(crystals), BATCH_SIZE, MAX_IMAGES).batches:
+                yield from self._together([crystals[i] for i in batch], start + batch[0])
+
+    def _sizes(self, crystals: Sequence[Crystal]) -> list[int]:
+        """About the images of each crystal; where the model has no use for them its pairs of atoms."""
+        settings = ImageSettings.of(self.model.config)
+        if settings is None:
+            return [len(x.positions) ** 2 for x in crystals]
+        return expected_images(CrystalBatch.pack(crystals), settings).clamp(max=MAX_IMAGES).long().tolist()
+
+    def _together(self, crystals: list[Crystal], first: int) -> Iterator[tuple[list[Crystal], CrystalBatch]]:
+        """In one batch; if they are refused, each in one of its own, so that the error names the structure."""
+        try:
+            batch = self._prepared(crystals)
+        except ValueError as error:
+            if len(crystals) == 1:
+                raise Refused(first, error) from error
+            for i, crystal in enumerate(crystals, first):
+                yield from self._together([crystal], i)
+        else:
+            yield crystals, batch
+
+    def _prepared(self, crystals: Sequence[Crystal]) -> CrystalBatch:
+        """With its lists, on the model's device."""
+        weight = next(self.model.parameters())
+        orbits = orbits_of_all(crystals, self.symmetry_tol) if self.symmetry_tol else None
+        return self.model.prepare(CrystalBatch.pack(crystals, weight.dtype, orbits)).to(weight.device)
 
 
 def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:
@@ -168,7 +213,7 @@ def load(
     path: str | Path | Sequence[str | Path],
     device: str | torch.device = "auto",
     backend: str = "auto",
-    symmetry_tol: float = SYMMETRY_TOL,
+    symmetry_tol: float | None = None,
 ) -> Predictor:
     """A trained model: of the folder of a training (`crystalformer train --out`), or one with config.json and weights.
 
@@ -176,14 +221,16 @@ def load(
         path: the folder, also of an ensemble (`--ensemble`); or several, for an ensemble of them.
         device: "auto" is the GPU if there is one, else the CPU; any other as torch names it.
         backend: of the attention, see `periodic_attention`.
-        symmetry_tol: Å, within which atoms are equivalent, see `CrystalBatch.from_structures`; 0 for no reduction.
+        symmetry_tol: Å, within which atoms are equivalent, see `CrystalBatch.from_structures`; 0 for no reduction, None
+            for what `Predictor` has by default.
 
     Raises:
         FileNotFoundError: if there is no model.
         ValueError: for a model of another version, or a damaged one, and a device that is not there.
     """
-    device, symmetry_tol = _device(device), checks.check_number("symmetry_tol", symmetry_tol, closed=True)
-    scale = None
+    device, scale = _device(device), None
+    if symmetry_tol is not None:
+        symmetry_tol = checks.check_number("symmetry_tol", symmetry_tol, closed=True)
     folders = [Path(path)] if isinstance(path, (str, Path)) else [Path(x) for x in path]
     if not folders:
         raise ValueError("path must be the folder of a model, or several, not none")

@@ -277,6 +277,8 @@ def _train(
             elements=(),
             probabilities=recipe.loss == "bce",
             element_energies=(),
+            largest_cell=0,
+            atom_volumes=(),
         )
         checks.check_integer("seed", seed, 0, MOST_SEED)
         checks.check_workers("loaders", loaders)

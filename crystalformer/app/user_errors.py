@@ -1,5 +1,6 @@
 """Errors that the user can correct: one line on stderr, and an exit code."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,11 @@ class Stop(Exception):
     def __init__(self, message: object, code: int = 2) -> None:
         super().__init__(one_line(message))
         self.code = code
+
+
+def say(message: object) -> None:
+    """A line on stderr."""
+    print(f"{PROG}: {one_line(message)}", file=sys.stderr)
 
 
 @contextmanager

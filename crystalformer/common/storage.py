@@ -191,7 +191,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
 
 
 def sha256(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
-    """Of JSON values and of tensors on the CPU, in hexadecimal."""
+    """Of JSON values and tensors."""
     state = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, x in sorted((tensors or {}).items()):
         state.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..common import checks
 from ..common.process import memory
@@ -86,9 +87,9 @@ def build_crystals(
     read = [read_structure(structure, f"structures[{i}]") for i, structure in enumerate(structures, first)]
     if symmetry_tol:
         orbits = orbits_of_all(read, symmetry_tol, cache)
-        crystals = [CrystalBatch._pack([x], dtype, [found]) for x, found in zip(read, orbits, strict=True)]
+        crystals = [CrystalBatch.pack([x], dtype, [found]) for x, found in zip(read, orbits, strict=True)]
     else:
-        crystals = [CrystalBatch._pack([x], dtype) for x in read]
+        crystals = [CrystalBatch.pack([x], dtype) for x in read]
     if not isinstance(settings, ImageSettings):
         config = settings if isinstance(settings, CrystalformerConfig) else settings.config
         for i, crystal in enumerate(crystals if config.needs_wave_vectors else ()):
@@ -133,19 +134,21 @@ def build_crystals(
     return crystals
 
 
+def expected_images(batch: CrystalBatch, settings: ImageSettings) -> Tensor:
+    """(C) about how many images the list of each crystal will have."""
+    decay = torch.full((len(batch),), settings.decay_min, dtype=torch.float64)
+    geometry = (batch.positions.double(), batch.lattice.double(), batch.ptr)
+    if (x := batch.orbit_atoms) is not None:
+        geometry = (x.positions, x.lattice, x.ptr)
+    extent = Extent.of(*geometry, decay, settings.tol, settings.logit_range, None, settings.every_pair, all_pairs=False)
+    return extent.images * (batch.ptr.diff() / geometry[2].diff())  # of orbits, if none of their images were merged
+
+
 def _check_memory(index: Sequence[int], crystals: Sequence[CrystalBatch], settings: ImageSettings) -> None:
     """Refuses lists that memory cannot hold all at once, before time goes into the first of them."""
     number = 0.0
     for chunk in _chunks(index, crystals):
-        batch = CrystalBatch.cat([crystals[i] for i in chunk])
-        decay = torch.full((len(batch),), settings.decay_min, dtype=torch.float64)
-        geometry = (batch.positions.double(), batch.lattice.double(), batch.ptr)
-        if (x := batch.orbit_atoms) is not None:
-            geometry = (x.positions, x.lattice, x.ptr)
-        images = Extent.of(
-            *geometry, decay, settings.tol, settings.logit_range, None, settings.every_pair, all_pairs=False
-        ).images
-        images *= batch.ptr.diff() / geometry[2].diff()  # of orbits, if none of their images were merged
+        images = expected_images(CrystalBatch.cat([crystals[i] for i in chunk]), settings)
         number += float(images[images <= MAX_IMAGES].sum())  # a crystal with more is refused by its name
     if number * BYTES_PER_IMAGE > memory():
         needed, there = (x / 2**30 for x in (number * BYTES_PER_IMAGE, memory()))

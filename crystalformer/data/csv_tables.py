@@ -2,46 +2,71 @@
 
 import csv
 import io
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .files import unpacked_name
+from .parsing import Source
 from .records import EXTRA, FILE_COLUMNS, STRUCTURE_COLUMNS, from_records
-from .rows import ID_COLUMNS, Table, missing
+from .rows import ID_COLUMNS, Part, Table, in_parts, missing
 from .samples import DataError
 from .structure_files import StructureFiles
 
 
 def read_csv(path: Path, text: str, targets: Sequence[str], id_column: str | None) -> Table:
     """The rows of a CSV file; `targets` name its columns where the first line does not."""
-    delimiter = "\t" if unpacked_name(path.name).lower().endswith(".tsv") else ","
-    try:
-        with _long_fields():
-            cells = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
-    except csv.Error as error:
-        raise DataError(f"{path}: not a CSV table: {error}") from error
-    if not cells:
+    header, records, read = _records(path, io.StringIO(text, newline=""), targets, id_column)
+    return from_records(list(records), path.name, id_column, header, read)
+
+
+def stream_csv(path: Path, lines: Iterable[str], id_column: str | None) -> Iterator[Part]:
+    """The rows of a CSV file, some at once."""
+    header, records, read = _records(path, lines, (), id_column)
+    for first, part in in_parts(records):
+        yield partial(list, from_records(part, path.name, id_column, header, read, first=first).rows)
+
+
+def _records(
+    path: Path, lines: Iterable[str], targets: Sequence[str], id_column: str | None
+) -> tuple[list[str], Iterator[dict[str, Any]], Callable[[str], Source] | None]:
+    """Header and records of a table, and what reads the files that it names, if it does."""
+    cells = _cells(path, lines)
+    first = next(cells, None)
+    if first is None:
         raise DataError(f"{path}: empty")
-    if any(name in cells[0] for name in STRUCTURE_COLUMNS):
-        header, body, read = cells[0], cells[1:], None
-    else:
+    header, read = first, None
+    if not any(name in first for name in STRUCTURE_COLUMNS):
         files = StructureFiles(path.parent)
         read = files.read
-        named = _has_names(cells[0], files, id_column)
-        header, body = (cells[0], cells[1:]) if named else (_names(path, cells, targets, id_column), cells)
+        if not _has_names(first, files, id_column):
+            header, cells = _names(path, first, targets, id_column), itertools.chain([first], cells)
     header = [name.strip() for name in header]
     for name in targets:
         if header.count(name) > 1:
             raise DataError(f"{path}: has {header.count(name)} columns named {name!r}")
-    records = []
-    for row in body:
-        record: dict[str, Any] = dict(zip(header, row, strict=False))
-        record[EXTRA] = len(row) - len(header)
-        records.append(record)
-    return from_records(records, path.name, id_column, header, read)
+    records = (dict(zip(header, row, strict=False)) | {EXTRA: len(row) - len(header)} for row in cells)
+    return header, records, read
+
+
+def _cells(path: Path, lines: Iterable[str]) -> Iterator[list[str]]:
+    """Of each line that is not empty."""
+    delimiter = "\t" if unpacked_name(path.name).lower().endswith(".tsv") else ","
+    reader = csv.reader(lines, delimiter=delimiter)
+    while True:
+        try:
+            with _long_fields():
+                row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}: not a CSV table: {error}") from error
+        if row is None:
+            return
+        if row:
+            yield row
 
 
 @contextmanager
@@ -63,11 +88,11 @@ def _has_names(first: list[str], files: StructureFiles, id_column: str | None) -
     return len(first) > 1 and not any(missing(x) or _is_number(x) for x in first[1:])
 
 
-def _names(path: Path, cells: list[list[str]], targets: Sequence[str], id_column: str | None) -> list[str]:
+def _names(path: Path, first: list[str], targets: Sequence[str], id_column: str | None) -> list[str]:
     """The columns of id_prop.csv: the id, then one for each target, in their order."""
     if id_column is not None:
         raise DataError(f"{path}: has no column {id_column!r}: its first line does not name the columns")
-    number = len(cells[0]) - 1
+    number = len(first) - 1
     if targets and number != len(targets):
         raise DataError(
             f"{path}: has {number} columns of numbers without names: targets must name each of them in order, or a "

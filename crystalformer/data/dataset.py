@@ -157,6 +157,15 @@ class CrystalDataset(Dataset[Example]):
             found.update((species if species.dim() == 1 else species.sum(0).nonzero()[:, 0] + 1).tolist())
         return tuple(sorted(found))
 
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What the crystals have, by the names of `CrystalformerConfig`: elements, largest_cell, atom_volumes."""
+        cells = [x if x.orbit_atoms is None else x.orbit_atoms for x in self.crystals]
+        atoms = torch.tensor([len(x.positions) for x in cells])
+        volumes = torch.cat([x.lattice for x in cells]).double().det().abs() / atoms
+        least, largest = torch.stack(volumes.aminmax()).tolist()
+        return {"elements": self.elements, "largest_cell": int(atoms.max()), "atom_volumes": (least, largest)}
+
     def __getitem__(self, shard: Shard) -> Example:
         indices = list(shard.indices)
         crystals = CrystalBatch.cat([self.crystals[index] for index in indices])

@@ -54,24 +54,35 @@ def _file(path: Path, targets: Sequence[str], id_column: str | None) -> Table:
 
 
 def _folder(folder: Path, targets: Sequence[str], id_column: str | None) -> Table:
+    table, files = listed_in(folder, targets)
+    if table is not None:
+        return read_csv(table, read_text(table), targets, id_column)
+    tables = [read_file_of(folder, name) for name in files]
+    columns = dict.fromkeys(name for x in tables for name in x.columns)
+    return Table([row for x in tables for row in x.rows], list(columns))
+
+
+def listed_in(folder: Path, targets: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The table of a folder of structures, if it has one, and the names of the files of structures.
+
+    Raises:
+        DataError: if there is neither, or several tables may be meant.
+    """
     names = sorted(x.name for x in folder.iterdir() if x.is_file())
     tables = [x for x in names if kind_of(Path(x)) == "csv"]
     listed = [x for x in tables if unpacked_name(x) == ID_PROP] or (tables if targets else [])
     if len(listed) > 1:
         raise DataError(f"{folder}: has the tables {', '.join(listed)}: give the one that is meant")
-    if listed:
-        return read_csv(folder / listed[0], read_text(folder / listed[0]), targets, id_column)
     files = [x for x in names if kind_of(Path(x)) in STRUCTURE_KINDS and x != "atom_init.json"]
-    if not files:
+    if not listed and not files:
         raise DataError(f"{folder}: has no files of structures: they must be {STRUCTURE_FORMATS}")
-    rows: list[Row] = []
-    columns: dict[str, None] = {}
-    for name in files:
-        path = folder / name
-        try:
-            table = read_structures(path, str(kind_of(path)), read_text(path), None)
-            rows += table.rows
-            columns |= dict.fromkeys(table.columns)
-        except DataError as error:
-            rows.append(Row(stem_of(path), name, reason=reason_of(error)))
-    return Table(rows, list(columns))
+    return folder / listed[0] if listed else None, files
+
+
+def read_file_of(folder: Path, name: str) -> Table:
+    """The crystals of one of many files; a bad row, if it cannot be read."""
+    path = folder / name
+    try:
+        return read_structures(path, str(kind_of(path)), read_text(path), None)
+    except DataError as error:
+        return Table([Row(stem_of(path), name, reason=reason_of(error))], [])

@@ -1,6 +1,7 @@
 """JSON as rows: structures, records, and the data frames of pandas, Matbench, MEGNet and JARVIS."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from .ase_tables import read_database
 from .files import stem_of, unpacked_name
 from .parsing import Source, reason_of
 from .records import STRUCTURE_COLUMNS, from_records
-from .rows import Row, Table, listed
+from .rows import Part, Row, Table, find_id_column, in_parts, listed
 from .samples import DataError
 
 
@@ -42,9 +43,60 @@ def read_json(path: Path, text: str, id_column: str | None) -> Table:
     return _entries(path, found, id_column)
 
 
+def stream_json_lines(path: Path, lines: Iterable[str], id_column: str | None) -> Iterator[Part]:
+    """The rows of a file with a record or a structure in each line, some at once.
+
+    The first of these parts say which columns there are. A line that cannot be read is a bad row.
+    """
+    columns = None
+    for first, part in in_parts(line for line in lines if line.strip()):
+        if columns is None:
+            records, _ = _parsed(part)
+            bare = _bare(records)
+            columns = ["structure"] if bare else list(dict.fromkeys(key for record in records for key in record))
+            find_id_column(columns, id_column, path.name, ())
+        yield partial(_rows_of_lines, path, part, first, columns, bare, id_column)
+    if columns is None:
+        raise DataError(f"{path}: empty")
+
+
+def _rows_of_lines(
+    path: Path, lines: Sequence[str], first: int, columns: Sequence[str], bare: bool, id_column: str | None
+) -> list[Row]:
+    records, reasons = _parsed(lines)
+    index = None
+    if bare:
+        index = [f"{stem_of(path)}:{first + i}" for i in range(len(records))]
+        records = [{"structure": record} for record in records]
+    rows = from_records(records, path.name, id_column, columns, index=index, first=first).rows
+    for i, reason in reasons.items():
+        rows[i].structure, rows[i].reason = None, reason
+    return rows
+
+
+def _parsed(lines: Sequence[str]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """The record of each line, an empty one where it cannot be read, and why that is."""
+    records, reasons = list[dict[str, Any]](), dict[int, str]()
+    for i, line in enumerate(lines):
+        record: Any = {}
+        try:
+            record = parse_json(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"must be a dictionary, not {type(record).__name__}")
+        except ValueError as error:
+            record, reasons[i] = {}, f"the line is no record in JSON: {reason_of(error)}"
+        records.append(record)
+    return records, reasons
+
+
+def _bare(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are structures, not records with a structure in each."""
+    return any("sites" in x or "lattice_mat" in x for x in records)
+
+
 def _entries(path: Path, found: list[Any], id_column: str | None, index: list[str] | None = None) -> Table:
     """Records, or bare structures, which are records of nothing else."""
-    if any("sites" in x or "lattice_mat" in x for x in found):
+    if _bare(found):
         index = index or [f"{stem_of(path)}:{i}" for i in range(len(found))]
         found = [{"structure": x} for x in found]
     return from_records(found, path.name, id_column, index=index)

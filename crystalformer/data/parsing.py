@@ -28,7 +28,8 @@ LONGEST = 300
 
 @dataclass(frozen=True)
 class Source:
-    """What a structure is read from: kind "cif" or "poscar" with a text, "dict" of pymatgen or JARVIS, "ase" Atoms."""
+    """What a structure is read from: kind "cif" or "poscar" with a text, "dict" of pymatgen or JARVIS, "ase" Atoms,
+    "frame" with the lines of extxyz, "row" of an ase database."""
 
     kind: str
     content: Any
@@ -120,6 +121,8 @@ _READERS: dict[str, Callable[[Any], list[Parsed]]] = {
     "poscar": _poscar,
     "dict": _dict,
     "ase": lambda atoms: [Parsed(atoms)],
+    "frame": lambda lines: [Parsed(read_xyz("\n".join(lines) + "\n"))],
+    "row": lambda row: [Parsed(row.toatoms())],
 }
 
 
@@ -132,10 +135,7 @@ def _checked(parsed: Parsed, primitive: bool) -> Parsed:
     """Refuses what the model would refuse, atoms that are there twice, and cells too small for what they hold."""
     try:
         crystal = read_structure(parsed.structure, "the structure")
-        volume = abs(float(np.linalg.det(crystal.lattice))) / len(crystal.positions)
-        if volume < DENSEST:
-            raise ValueError(f"the structure must have at least {DENSEST:g} Å³ an atom, not {volume:.3g}")
-        _check_distances(crystal)
+        check_spacing(crystal)
         if not primitive:
             return parsed
         return Parsed(_primitive(parsed.structure, crystal), note=parsed.note)
@@ -143,7 +143,11 @@ def _checked(parsed: Parsed, primitive: bool) -> Parsed:
         return Parsed(None, reason_of(error))
 
 
-def _check_distances(crystal: Crystal) -> None:
+def check_spacing(crystal: Crystal) -> None:
+    """Refuses atoms that are there twice, and cells too small for what they hold."""
+    volume = abs(float(np.linalg.det(crystal.lattice))) / len(crystal.positions)
+    if volume < DENSEST:
+        raise ValueError(f"the structure must have at least {DENSEST:g} Å³ an atom, not {volume:.3g}")
     fractional = crystal.positions @ np.linalg.inv(crystal.lattice)
     for first in range(0, len(fractional), 256):
         apart = fractional[first : first + 256, None] - fractional

@@ -15,7 +15,7 @@ from .bulk_parsing import parse_all
 from .forces import FORCES, STRESS, read_forces
 from .formats import read_table
 from .rows import Row, Table, listed, missing
-from .samples import DataError, Problem, Samples, first_repeated
+from .samples import DataError, Problem, Samples, first_repeated, writable
 
 log = logging.getLogger("crystalformer.data")
 # As tables of programs have them, pandas' floats beside values that are missing included.
@@ -110,7 +110,7 @@ def read_samples(
     problems: list[Problem] = []
 
     def report(id: str, row: Row, reason: str) -> None:
-        problem = Problem(*map(_writable, (id, row.source, reason)))
+        problem = Problem(*map(writable, (id, row.source, reason)))
         if strict:
             raise DataError(str(problem))
         problems.append(problem)
@@ -160,14 +160,9 @@ def _check_columns(path: str | Path, table: Table, names: Sequence[str]) -> None
         raise DataError(f"{path}: has no column {', '.join(map(repr, unknown))}; it has {listed(table.columns)}")
 
 
-def _writable(text: str) -> str:
-    """What no file in UTF-8 can hold, as half of a surrogate pair, by its number."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _fault(id: str, values: list[float] | str) -> str:
     """What is wrong with a row's id or targets, "" for nothing."""
-    if _writable(id) != id:
+    if writable(id) != id:
         return "the id must be text that UTF-8 can hold"
     return values if isinstance(values, str) else ""
 
@@ -185,7 +180,7 @@ def _values(row: Row, names: Sequence[str], classes: bool) -> list[float] | str:
             wanted = "0 or 1, true or false, yes or no" if classes else "a number"
             reason = f"{name} must be {wanted}, not {str(value)[:60]!r}"
             if classes:  # of another kind: no crystal of it may be left out
-                raise DataError(str(Problem(_writable(row.id), _writable(row.source), _writable(reason))))
+                raise DataError(str(Problem(writable(row.id), writable(row.source), writable(reason))))
             return reason
         if not math.isfinite(number):
             return f"{name} must be finite, not {value}"

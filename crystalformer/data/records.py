@@ -21,8 +21,13 @@ def from_records(
     columns: Iterable[str] | None = None,
     read: Callable[[str], Source] | None = None,
     index: Sequence[Any] | None = None,
+    first: int = 0,
 ) -> Table:
-    """The rows of records with a structure each, or with the name of a file each that `read` reads."""
+    """The rows of records with a structure each, or with the name of a file each that `read` reads.
+
+    Args:
+        first: number of the first record, where they are not all of the table.
+    """
     if columns is None:
         columns = dict.fromkeys(key for record in records for key in record)
     columns = list(columns)
@@ -38,8 +43,8 @@ def from_records(
     else:
         place = next((x for x in FILE_COLUMNS if x in columns), str(key))
     rows = []
-    for i, record in enumerate(records):
-        value = record.get(key) if key is not None else index[i] if index is not None else i
+    for i, record in enumerate(records, first):
+        value = record.get(key) if key is not None else index[i - first] if index is not None else i
         row = Row(f"#{i + 1}" if missing(value) else str(value).strip(), f"{name}, row {i + 1}", values=record)
         rows.append(row)
         try:

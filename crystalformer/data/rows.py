@@ -1,15 +1,19 @@
 """Rows of a table: an id, what the structure is read from, and the values beside it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from .parsing import Source
 from .samples import DataError
 
 ID_COLUMNS = ("material_id", "jid", "id", "cif_id", "mp_id", "mpid", "entry_id", "identifier")
 MISSING = ("", "na", "n/a", "nan", "none", "null")
+# Of a file that is read as a stream.
+ROWS_AT_ONCE = 256
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -32,6 +36,10 @@ class Table:
     columns: list[str]
 
 
+# Some rows of a file, which another process can make: a function and what it is called with.
+Part = Callable[[], list[Row]]
+
+
 def missing(value: Any) -> bool:
     """Whether a table says that it has no value here."""
     if isinstance(value, str):
@@ -51,3 +59,20 @@ def listed(columns: Iterable[str]) -> str:
     """Names of columns as an error shows them."""
     columns = [x for x in columns if x]
     return ", ".join(columns[:60]) + (", ..." if len(columns) > 60 else "") if columns else "none"
+
+
+def in_parts(items: Iterable[Item], number: int = ROWS_AT_ONCE) -> Iterator[tuple[int, list[Item]]]:
+    """Items, so many at once, each part with the place of its first; an error behind the items before it."""
+    first, part = 0, list[Item]()
+    try:
+        for item in items:
+            part.append(item)
+            if len(part) == number:
+                yield first, part
+                first, part = first + number, []
+    except Exception:
+        if part:
+            yield first, part
+        raise
+    if part:
+        yield first, part

@@ -90,3 +90,8 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
 def first_repeated(ids: Iterable[str]) -> str | None:
     seen: set[str] = set()
     return next((id for id in ids if id in seen or seen.add(id)), None)  # type: ignore[func-returns-value]
+
+
+def writable(text: str) -> str:
+    """What no file in UTF-8 can hold, as half of a surrogate pair, by its number."""
+    return text.encode("utf-8", "backslashreplace").decode()

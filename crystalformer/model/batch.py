@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,24 +108,28 @@ class CrystalBatch:
         orbits = None
         if symmetry_tol > 0:
             orbits = [find_orbits(x.lattice, x.positions, x.species, symmetry_tol) for x in crystals]
-        return cls._pack(crystals, dtype or torch.get_default_dtype(), orbits)
+        return cls.pack(crystals, dtype, orbits)
 
     @classmethod
-    def _pack(
-        cls, crystals: Sequence[Crystal], dtype: torch.dtype, orbits: Sequence[Orbits] | None = None
+    def pack(
+        cls, crystals: Sequence[Crystal], dtype: torch.dtype | None = None, orbits: Sequence[Orbits] | None = None
     ) -> "CrystalBatch":
+        """`from_structures` of what `read_structure` made of them; with their orbits, a row for each orbit."""
         if orbits is not None:
             crystals, behind = zip(*map(reduce_crystal, crystals, orbits), strict=True)
-            orbit_atoms = OrbitAtoms.cat(behind)
-            return replace(cls._pack(crystals, dtype), orbit_atoms=orbit_atoms)
-        ordered = all(x.numbers is not None for x in crystals)
-        species = [torch.from_numpy(x.numbers if ordered else x.occupancies()) for x in crystals]
-        size = torch.tensor([0] + [len(x.positions) for x in crystals])
+            return replace(cls.pack(crystals, dtype), orbit_atoms=OrbitAtoms.cat(behind))
+        dtype = dtype or torch.get_default_dtype()
+        numbers = [x.numbers for x in crystals]
+        ordered = [x for x in numbers if x is not None]
+        if len(ordered) == len(numbers):
+            species = torch.from_numpy(np.concatenate(ordered))
+        else:
+            species = torch.from_numpy(np.concatenate([x.occupancies() for x in crystals])).to(dtype)
         return cls(
-            species=torch.cat(species) if ordered else torch.cat(species).to(dtype),
-            positions=torch.cat([torch.from_numpy(x.positions) for x in crystals]).to(dtype),
-            lattice=torch.stack([torch.from_numpy(x.lattice) for x in crystals]).to(dtype),
-            ptr=size.cumsum(0),
+            species=species,
+            positions=torch.from_numpy(np.concatenate([x.positions for x in crystals])).to(dtype),
+            lattice=torch.from_numpy(np.stack([x.lattice for x in crystals])).to(dtype),
+            ptr=torch.tensor([0] + [len(x.positions) for x in crystals]).cumsum(0),
         )
 
     @staticmethod

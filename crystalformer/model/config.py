@@ -35,6 +35,8 @@ FROM_TRAINING = (
     "elements",
     "probabilities",
     "element_energies",
+    "largest_cell",
+    "atom_volumes",
 )
 
 
@@ -73,6 +75,10 @@ class CrystalformerConfig:
         probabilities: predictions are the probabilities of class 1 of classes 0 and 1, the sigmoids of the outputs.
         element_energies: of a model of energies of an atom, that of each of `elements`, eV: their mean over the atoms
             of a crystal is added to the output. None for other models.
+        largest_cell: the most atoms in a cell of the training, a primitive cell if it had a symmetry_tol; 0 if it is
+            not known.
+        atom_volumes: the least and the largest volume for an atom, Å³, of the crystals of the training; none if they
+            are not known.
     """
 
     num_targets: int = 1
@@ -100,6 +106,8 @@ class CrystalformerConfig:
     elements: tuple[int, ...] = ()
     probabilities: bool = False
     element_energies: tuple[float, ...] = ()
+    largest_cell: int = 0
+    atom_volumes: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_targets", "model_dim", "num_heads", "ff_dim"):
@@ -130,7 +138,8 @@ class CrystalformerConfig:
         checks.check_choice("activation", self.activation, ACTIVATIONS)
         if not isinstance(self.probabilities, bool):
             raise TypeError(f"probabilities must be True or False, not {self.probabilities!r}")
-        for name in ("target_names", "target_units", "target_mean", "target_deviation", "elements", "element_energies"):
+        targets = ("target_names", "target_units", "target_mean", "target_deviation")
+        for name in (*targets, "elements", "element_energies", "atom_volumes"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)):
                 raise TypeError(f"{name} must be a sequence, not {value!r}")
@@ -159,6 +168,12 @@ class CrystalformerConfig:
             )
         for energy in self.element_energies:
             checks.check_number("element_energies", energy, low=-math.inf)
+        checks.check_integer("largest_cell", self.largest_cell, 0)
+        if self.atom_volumes and (len(self.atom_volumes) != 2 or self.atom_volumes[0] > self.atom_volumes[1]):
+            listed = ", ".join(map(str, self.atom_volumes))
+            raise ValueError(f"atom_volumes must be two numbers, the least first, not {listed}")
+        for volume in self.atom_volumes:
+            checks.check_number("atom_volumes", volume)
         if self.model_dim % self.num_heads:
             raise ValueError(f"model_dim must be a multiple of num_heads={self.num_heads}, not {self.model_dim}")
         if self.domain == "multihead" and self.num_heads % 2:

@@ -66,6 +66,16 @@ def read_structure(structure: Any, name: str) -> Crystal:
     if not all(periodic):
         raise ValueError(f"{name} must be periodic in all three directions, not pbc={[bool(p) for p in periodic]}")
     positions, lattice = np.array(positions, dtype=np.float64), np.array(lattice, dtype=np.float64)
+    check_arrays(positions, lattice, name)
+    for site, mixture in enumerate(mixtures):
+        if not (all(x >= 0 for x in mixture.values()) and 0 < sum(mixture.values()) <= MOST_OCCUPIED):
+            shares = list(mixture.values())
+            raise ValueError(f"{name} must have shares from 0 that add up to at most 1, not {shares} in site {site}")
+    return Crystal(mixtures, positions, lattice)
+
+
+def check_arrays(positions: np.ndarray, lattice: np.ndarray, name: str) -> None:
+    """Refuses what is no crystal, or what fp32 cannot hold."""
     if not len(positions):
         raise ValueError(f"{name} must have at least one atom, not none")
     for what, x in (("positions", positions), ("lattice", lattice)):
@@ -73,14 +83,9 @@ def read_structure(structure: Any, name: str) -> Crystal:
             raise ValueError(f"{name} must have finite {what}, not {x[~np.isfinite(x)][0]}")
         if np.abs(x).max() > FARTHEST:
             raise ValueError(f"{name} must have {what} within {FARTHEST:g} Å, not {np.abs(x).max():g}")
-    for site, mixture in enumerate(mixtures):
-        if not (all(x >= 0 for x in mixture.values()) and 0 < sum(mixture.values()) <= MOST_OCCUPIED):
-            shares = list(mixture.values())
-            raise ValueError(f"{name} must have shares from 0 that add up to at most 1, not {shares} in site {site}")
     edges = np.linalg.norm(lattice, axis=1)
     if not abs(np.linalg.det(lattice)) > FLATTEST * edges.prod():
         raise ValueError(f"{name} must have a volume, but its lattice is {lattice.tolist()}")
-    return Crystal(mixtures, positions, lattice)
 
 
 def _pymatgen_mixtures(structure: Any, name: str) -> list[dict[int, float]]:

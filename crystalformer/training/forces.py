@@ -113,9 +113,11 @@ class ForceRegression(Regression):
         self._log(stage, metrics, [(losses.detach(), counted[0]), *zip(logged, counted, strict=True)])
         return losses @ weight.to(losses.dtype)
 
-    def finish(self, elements: Iterable[int] = ()) -> Crystalformer:
-        """The model, predicting eV/atom from now on, in eval mode; `elements` as for `Regression`."""
-        model = super().finish(elements)
+    def finish(
+        self, elements: Iterable[int] = (), largest_cell: int = 0, atom_volumes: Sequence[float] = ()
+    ) -> Crystalformer:
+        """The model, predicting eV/atom from now on, in eval mode; arguments as for `Regression`."""
+        model = super().finish(elements, largest_cell, atom_volumes)
         known = tuple(sorted({*model.config.elements, *self.elements, *elements}))
         energies = (model.element_energies + self.energies)[torch.tensor(known) - 1]
         known_energies = tuple(energies.tolist())

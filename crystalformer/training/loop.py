@@ -49,7 +49,7 @@ def fit(
     history_file: Path | None = None,
     tensorboard: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Trains, validating after each epoch, and gives the model units and elements (`Regression.finish`).
+    """Trains, validating after each epoch, and gives the model units and what it has seen (`Regression.finish`).
 
     With several devices or nodes, or under torchrun, every process computes its share of each batch: the training is
     the same as on one process, up to rounding.
@@ -81,7 +81,7 @@ def fit(
     device = accelerator if isinstance(accelerator, torch.device) else check_machine(accelerator, devices, nodes)
     with _only_one(checkpoints):
         assert isinstance(train.dataset, CrystalDataset)
-        elements = train.dataset.elements
+        seen = train.dataset.seen
         history = History(history_file)
         path = None
         more: list[Callback] = [SeedEpochs(seed)]
@@ -96,7 +96,7 @@ def fit(
                 except RuntimeError as error:
                     raise CheckpointError(f"{path} must hold the weights of this model: {one_line(error)}") from error
                 if len(history.rows) >= epochs or _out_of_patience(callbacks, content):  # it is complete
-                    task.finish(elements)
+                    task.finish(**seen)
                     return history.rows
         # Lightning starts to draw the first epoch's batches before it says which epoch it is.
         assert isinstance(train.sampler, BoundedBatches)
@@ -128,7 +128,7 @@ def fit(
                 enable_model_summary=False,
             )
             trainer.fit(task, train, val, ckpt_path=path, weights_only=True)
-        task.finish(elements)
+        task.finish(**seen)
         return history.rows
 
 

@@ -170,16 +170,25 @@ class Regression(lightning.LightningModule):
         if not self.rate_held or self.schedule in WHOLE:
             scheduler.step()
 
-    def finish(self, elements: Iterable[int] = ()) -> Crystalformer:
+    def finish(
+        self, elements: Iterable[int] = (), largest_cell: int = 0, atom_volumes: Sequence[float] = ()
+    ) -> Crystalformer:
         """The model, predicting in the units of the targets from now on, in eval mode.
 
         Args:
-            elements: atomic numbers in the training crystals, for `config.elements`.
+            elements, largest_cell, atom_volumes: of the training crystals, for `config`.
         """
         model, before = self.model, self.model.config
         model.rescale_(self.mean, self.deviation)
-        if before.elements or not before.target_mean:  # else it was trained before on elements that are not known
+        seen: dict[str, Any] = {}
+        first = not before.target_mean  # else it was trained before, on crystals that may not be known
+        if first or before.elements:
             known = sorted({*before.elements, *elements})
             energies = [float(model.element_energies[z - 1]) for z in known] if before.element_energies else ()
-            model.config = replace(model.config, elements=tuple(known), element_energies=tuple(energies))
+            seen |= {"elements": tuple(known), "element_energies": tuple(energies)}
+        if first or before.largest_cell:
+            seen["largest_cell"] = max(before.largest_cell, largest_cell)
+        if (first or before.atom_volumes) and (volumes := (*before.atom_volumes, *atom_volumes)):
+            seen["atom_volumes"] = (min(volumes), max(volumes))
+        model.config = replace(model.config, **seen)
         return model.eval()
