@@ -17,12 +17,13 @@ from ..data.samples import DataError
 from ..data.splits import read_split, write_split
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
+from .data_source import DataSource
 from .ensemble import check_members, combine, labels_of, members_of
 from .metrics import METRICS, Score, cell, kind_of, known_values, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
 from .report import CARD, draw, duration, row_of_table, rows_of_settings
 from .run_folder import CONFIG
-from .train import DataSource, check_cache, check_types, settings_of
+from .train import check_cache, check_types, settings_of
 from .trainings import Training, check_jobs, folder_of_trainings, train_all, write_settings
 
 # Of a DataSource: crossval makes the sets itself.

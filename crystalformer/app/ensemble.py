@@ -17,13 +17,14 @@ from ..data.samples import DataError
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
 from . import calibration, plots
+from .data_source import DataSource
 from .fine_tuning import Start, read_model
 from .metrics import METRICS, REGRESSION, Score, cell, kind_of, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
 from .predictor import ENSEMBLE
 from .report import CARD, draw, duration, file_stems, row_of_table, rows_of_settings
 from .run_folder import CONFIG
-from .train import DataSource, check_cache, check_types, settings_of
+from .train import check_cache, check_types, settings_of
 from .trainings import Training, check_jobs, folder_of_trainings, settings_of_start, train_all, write_settings
 
 MOST_MEMBERS = 1000

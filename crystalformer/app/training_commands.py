@@ -55,9 +55,10 @@ def _read(
     with user_errors():
         from ..model.config import FROM_TRAINING, CrystalformerConfig
         from ..training import PRESETS, Recipe
+        from .data_source import DataSource
         from .fine_tuning import Start, read_model
         from .run_folder import CONFIG, check_folder
-        from .train import MACHINE, DataSource
+        from .train import MACHINE
     parser = make_parser(name, command)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the results, new or empty")

@@ -23,10 +23,11 @@ from ..common.process import PROG, uninterrupted
 from ..data.samples import DataError
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
+from .data_source import DataSource
 from .fine_tuning import Start
 from .metrics import METRICS
 from .run_folder import CHECKPOINTS, has_checkpoint, run_folder
-from .train import MACHINE, DataSource, settings_of, train
+from .train import MACHINE, settings_of, train
 
 # What may change when they are resumed.
 FREE = (*MACHINE, "jobs", "workers", "cache", "strict")
