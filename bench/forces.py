@@ -65,7 +65,7 @@ def measure(seconds: float, smoke: bool) -> Iterator[dict[str, Any]]:
                 batch.crystals.images.layouts.clear()
                 spent.append(0.0)
                 start = time.perf_counter()
-                task._step("train", task.train_means, batch).backward()
+                task._step("train", task.train_metrics, batch).backward()
                 steps.append(time.perf_counter() - start)
         finally:
             ops.differentiate_along = before

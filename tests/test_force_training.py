@@ -91,7 +91,7 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences():
             weight.data *= 3  # else the attention hardly matters yet
         example = learner.on_before_batch_transfer(next(iter(data.loader(3))), 0)
         learner.log = lambda *_, **__: None
-        learner._step("train", learner.train_means, example).backward()
+        learner._step("train", learner.train_metrics, example).backward()
         for name in ("blocks.0.attention.q_proj.weight", "blocks.0.attention.edge_weight", "embedding.weight"):
             weight = learner.model.get_parameter(name)
             place = tuple(int(x) for x in (weight.grad.abs() == weight.grad.abs().max()).nonzero()[0])
@@ -99,7 +99,7 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences():
             for step in (1e-5, -2e-5):
                 with torch.no_grad():
                     weight[place] += step
-                ends.append(learner._step("train", learner.train_means, example).item())
+                ends.append(learner._step("train", learner.train_metrics, example).item())
             with torch.no_grad():
                 weight[place] += 1e-5
             slope = (ends[0] - ends[1]) / 2e-5
@@ -143,7 +143,7 @@ def test_a_training_reports_forces_and_stress(run, file, capsys):
         assert (run / f"parity_{name}.png").is_file()
         assert (run / f"learning_curve_{name}.png").is_file()
     card = (run / "README.md").read_text()
-    assert "| forces (eV/Å) | test | 4 |" in card
+    assert f"| forces (eV/Å) | test | {metrics['values']['test']['forces']} |" in card
     assert "![Predictions of stress](parity_stress.png)" in card
     rows = [x for x in table(run / "forces.csv") if x["set"] == "test"]
     errors = [abs(float(row[i]) - float(row[f"{i}_predicted"])) for row in rows for i in "xyz"]

@@ -31,7 +31,9 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("files", nargs="+", type=str, help="CIF, POSCAR, extxyz, CSV, JSON, folders, ...")
     parser.add_argument("--out", type=str, default="-", help="CSV file to write; - is stdout")
     parser.add_argument("--resume", action="store_true", help="go on after the last row of --out")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes that read, where reading takes seconds")
+    parser.add_argument(
+        "--workers", type=int, default=max(0, cores() - 2), help="processes that read, where reading takes seconds"
+    )
     _add_prediction_options(parser)
     options = parse(parser, arguments)
     _check_file(options.out, options.model, *options.files, *config_files(arguments))

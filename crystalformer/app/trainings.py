@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import yaml
 
-import crystalformer
-
 from ..common import checks, storage
 from ..common.process import PROG, uninterrupted
 from ..data.samples import DataError
@@ -141,7 +139,7 @@ def check_jobs(jobs: int) -> None:
 
 def _train_in_processes(trainings: Sequence[Training], settings: Sequence[dict[str, Any]], jobs: int) -> None:
     # Where this library was imported from, also if that is not installed.
-    path = [str(Path(crystalformer.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs)),
         "PYTHONPATH": os.pathsep.join(path),
