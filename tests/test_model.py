@@ -11,7 +11,7 @@ from problems import problem
 from torch.nn import functional as F
 
 import crystalformer as cf
-from crystalformer.model.layers import Decay, mean_pool, rho
+from crystalformer.model.layers import Decay, max_pool, mean_pool, rho
 
 SMALL = cf.CrystalformerConfig(num_blocks=2, model_dim=16, num_heads=4, ff_dim=32, num_basis=8, readout_dims=(8, 4))
 
@@ -117,6 +117,15 @@ def test_mean_pool():
     torch.testing.assert_close(mean_pool(x, torch.tensor([0, 2, 5])), torch.stack([x[:2].mean(0), x[2:].mean(0)]))
 
 
+def test_max_pool():
+    x = torch.randn(5, 3, requires_grad=True)
+    found = max_pool(x, torch.tensor([0, 2, 5]))
+    torch.testing.assert_close(found, torch.stack([x[:2].amax(0), x[2:].amax(0)]))
+    torch.testing.assert_close(max_pool(x[[0, 0]], torch.tensor([0, 2])), x[:1])
+    (slope,) = torch.autograd.grad(max_pool(x[[1, 1, 1]], torch.tensor([0, 3])).sum(), x)
+    assert slope.sum(1).tolist() == [0, 3, 0, 0, 0]
+
+
 def test_rescale():
     model, x = cf.Crystalformer(dataclasses.replace(SMALL, num_targets=2)), batch()
     before = model(x)
@@ -210,6 +219,7 @@ def test_images_are_built_once_and_checked():
         ({"dropout": -0.1}, r"dropout must be at least 0 and smaller than 1, not -0\.1"),
         ({"tol": 2.0}, r"tol must be at least 1e-16 and smaller than 1, not 2\.0"),
         ({"logit_range": 800.0}, r"logit_range must be at least 0 and smaller than 500, not 800\.0"),
+        ({"pooling": "sum"}, "pooling must be one of mean, max, not 'sum'"),
         ({"activation": "tanh"}, "activation must be one of relu, silu, not 'tanh'"),
         ({"domain": "fourier"}, "domain must be one of real, reciprocal, multihead, real_reciprocal, not 'fourier'"),
         ({"num_heads": 3}, "model_dim must be a multiple of num_heads=3, not 128"),

@@ -25,18 +25,18 @@ EXACT = 1e-9  # of lists with tol 1e-11
 
 
 @functools.cache
-def model() -> cf.Crystalformer:
+def model(pooling: str = "mean") -> cf.Crystalformer:
     """Half of its heads in reciprocal space."""
     torch.manual_seed(0)
     sizes = dict(num_blocks=2, model_dim=16, num_heads=4, ff_dim=16, num_basis=16)
-    network = cf.Crystalformer(cf.CrystalformerConfig(domain="multihead", tol=1e-11, **sizes)).double()
+    network = cf.Crystalformer(cf.CrystalformerConfig(domain="multihead", tol=1e-11, pooling=pooling, **sizes)).double()
     network.calibrate(cf.CrystalBatch.from_structures(aflow_prototypes(limit=TOGETHER), torch.float64))
     return network
 
 
-def results(batch: cf.CrystalBatch) -> Iterator[tuple[str, Tensor]]:
+def results(batch: cf.CrystalBatch, pooling: str) -> Iterator[tuple[str, Tensor]]:
     """Outputs, features of all atoms as they were given, and gradients of all weights as one vector."""
-    network = model()
+    network = model(pooling)
     features = network.encode(batch)
     output = network(batch)
     yield "outputs", output.detach()
@@ -45,7 +45,7 @@ def results(batch: cf.CrystalBatch) -> Iterator[tuple[str, Tensor]]:
     yield "gradients", torch.cat([x.flatten() for x in gradients])
 
 
-def check(structures: Sequence[Any], bound: float, symmetry_tol: float = 1e-5) -> tuple[int, int]:
+def check(structures: Sequence[Any], bound: float, pooling: str = "mean", symmetry_tol: float = 1e-5) -> tuple[int, int]:
     """Atoms, and the rows that they became."""
     atoms = rows = 0
     for start in range(0, len(structures), TOGETHER):
@@ -53,7 +53,7 @@ def check(structures: Sequence[Any], bound: float, symmetry_tol: float = 1e-5) -
         every = cf.CrystalBatch.from_structures(part, torch.float64)
         few = cf.CrystalBatch.from_structures(part, torch.float64, symmetry_tol)
         atoms, rows = atoms + every.num_atoms, rows + few.num_atoms
-        for (name, exact), (_, found) in zip(results(every), results(few), strict=True):
+        for (name, exact), (_, found) in zip(results(every, pooling), results(few, pooling), strict=True):
             error = float((found - exact).abs().max() / exact.abs().max())
             assert error < bound, (name, start, error)
     return atoms, rows
@@ -61,6 +61,11 @@ def check(structures: Sequence[Any], bound: float, symmetry_tol: float = 1e-5) -
 
 def test_all_prototypes():
     assert check(aflow_prototypes(max_atoms=60), EXACT) == (3028, 966)
+
+
+def test_max_pooling():
+    """Equivalent atoms share the gradient of the largest feature, which their orbit has alone."""
+    check(aflow_prototypes(limit=4 * TOGETHER, max_atoms=20), EXACT, "max")
 
 
 @pytest.mark.parametrize("cell", [(2, 1, 1), (2, 2, 1), (3, 2, 2)])

@@ -22,7 +22,6 @@ from ..data.dataset import BoundedBatches
 from ..data.equivalent_atoms import orbits_of_all
 from ..geometry.limits import NO_MPS
 from ..geometry.orbits import SYMMETRY_TOL
-from ..model.layers import mean_pool
 from ..model.model import WEIGHTS_FILE, Crystalformer
 from ..model.structures import Crystal, read_structure
 from .outside import Outside
@@ -151,7 +150,8 @@ class Predictor:
 
     @torch.no_grad()
     def encode(self, structures: Sequence[Any], atoms: bool = False) -> Any:
-        """Features for other models, on the CPU: (C, model_dim), the means over the atoms of each crystal.
+        """Features for other models, on the CPU: (C, model_dim), pooled over the atoms of each crystal as the
+        model pools them.
 
         Args:
             structures: pymatgen Structures or ase Atoms.
@@ -165,7 +165,7 @@ class Predictor:
                 ptr, rows = (batch.ptr, features) if orbits is None else (orbits.row_ptr, features[orbits.row])
                 crystals += rows.cpu().split(ptr.diff().tolist())
             else:
-                crystals += mean_pool(features, batch.ptr, batch.multiplicity).cpu()
+                crystals += self.model.pool(features, batch).cpu()
         return crystals if atoms else torch.stack(crystals)
 
     def _batches(self, structures: Sequence[Any]) -> Iterator[tuple[list[Crystal], CrystalBatch]]:

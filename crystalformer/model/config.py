@@ -25,6 +25,7 @@ MAX_WEIGHTS = 10**9
 LENGTHS = (1e-6, 1e6)
 DOMAINS = ("real", "reciprocal", "multihead", "real_reciprocal")
 ACTIVATIONS = ("relu", "silu")
+POOLINGS = ("mean", "max")
 # Attributes that a user does not choose: they come from the data of a training, or from the training itself.
 FROM_TRAINING = (
     "num_targets",
@@ -54,6 +55,8 @@ class CrystalformerConfig:
         dropout: probability, after both layers of each block.
         activation: between the feed-forward layers and between those after the pooling: "relu", as in the paper, or
             "silu", which is smooth: with "relu" the forces on atoms jump where one of its kinks is passed.
+        pooling: of the atoms' features: "mean", as in the paper, or "max", for a property that is an extreme over the
+            crystal, as its highest phonon frequency is.
         domain: where the attention's weight decays: "real" space, "reciprocal" space, "multihead" (the first half of
             the heads real, the second half reciprocal) or "real_reciprocal" (the blocks alternate, real first).
         num_basis: K, functions of the value encoding of real heads, at most 65,536; 0 is the paper's simplified model
@@ -89,6 +92,7 @@ class CrystalformerConfig:
     readout_dims: tuple[int, ...] = (128,)
     dropout: float = 0.0
     activation: str = "relu"
+    pooling: str = "mean"
     domain: str = "real"
     num_basis: int = 64
     r_max: float | None = None
@@ -136,6 +140,7 @@ class CrystalformerConfig:
         checks.check_number("dropout", self.dropout, high=1.0, closed=True)
         checks.check_choice("domain", self.domain, DOMAINS)
         checks.check_choice("activation", self.activation, ACTIVATIONS)
+        checks.check_choice("pooling", self.pooling, POOLINGS)
         if not isinstance(self.probabilities, bool):
             raise TypeError(f"probabilities must be True or False, not {self.probabilities!r}")
         targets = ("target_names", "target_units", "target_mean", "target_deviation")

@@ -163,6 +163,14 @@ def mean_pool(x: Tensor, ptr: Tensor, multiplicity: Tensor | None = None) -> Ten
     return times.to(x.dtype) @ x / times.sum(1)[:, None]
 
 
+def max_pool(x: Tensor, ptr: Tensor) -> Tensor:
+    """(C,d), the largest of each feature of x (N,d) over each crystal. Equal rows share its gradient, so that those of
+    equivalent atoms have together what the row of their orbit has."""
+    crystal = torch.arange(len(ptr) - 1, device=x.device).repeat_interleave(ptr.diff(), output_size=len(x))
+    found = x.new_full((len(ptr) - 1, x.shape[1]), -torch.inf)
+    return found.scatter_reduce(0, crystal[:, None].expand_as(x), x, "amax")
+
+
 def mean_of_elements(batch: CrystalBatch, energies: Tensor) -> Tensor:
     """(C,1) fp64, the mean over the atoms of each crystal of what `energies` (98) fp64 has for their elements."""
     species, energies = batch.species, energies.to(batch.species.device)

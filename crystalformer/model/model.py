@@ -23,7 +23,7 @@ from ..geometry.orbit_images import build_orbit_images
 from ..geometry.wave_vectors import WaveVectors
 from .batch import CrystalBatch
 from .config import CrystalformerConfig
-from .layers import ACTIVATIONS, Block, Embedding, mean_of_elements, mean_pool
+from .layers import ACTIVATIONS, Block, Embedding, max_pool, mean_of_elements, mean_pool
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -68,7 +68,7 @@ class Crystalformer(nn.Module):
 
     def outputs(self, batch: CrystalBatch) -> Tensor:
         """(C, num_targets), what a loss takes: the predictions, or the logits of those that are probabilities."""
-        y = self.in_units(self.readout(mean_pool(self.encode(batch), batch.ptr, batch.multiplicity)))
+        y = self.in_units(self.readout(self.pool(self.encode(batch), batch)))
         return y + mean_of_elements(batch, self.element_energies) if self.config.element_energies else y
 
     def in_units(self, y: Tensor) -> Tensor:
@@ -93,6 +93,12 @@ class Crystalformer(nn.Module):
         for block in self.blocks:
             x = block(x, batch)
         return x
+
+    def pool(self, x: Tensor, batch: CrystalBatch) -> Tensor:
+        """(C, model_dim), the features of the crystals of a batch, of those of its rows, x (N, model_dim)."""
+        if self.config.pooling == "max":
+            return max_pool(x, batch.ptr)
+        return mean_pool(x, batch.ptr, batch.multiplicity)
 
     @torch.no_grad()
     def calibrate(self, batch: CrystalBatch) -> None:
