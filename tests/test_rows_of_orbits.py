@@ -45,7 +45,9 @@ def results(batch: cf.CrystalBatch, pooling: str) -> Iterator[tuple[str, Tensor]
     yield "gradients", torch.cat([x.flatten() for x in gradients])
 
 
-def check(structures: Sequence[Any], bound: float, pooling: str = "mean", symmetry_tol: float = 1e-5) -> tuple[int, int]:
+def check(
+    structures: Sequence[Any], bound: float, pooling: str = "mean", symmetry_tol: float = 1e-5
+) -> tuple[int, int]:
     """Atoms, and the rows that they became."""
     atoms = rows = 0
     for start in range(0, len(structures), TOGETHER):
