@@ -1,7 +1,9 @@
 """Ensembles: trained, combined, loaded; their deviations held against their errors."""
 
 import csv
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from crystal_files import cif, write_csv
 
 import crystalformer
 from crystalformer.app import calibration, cli
+from crystalformer.app.predictor import Predictor
 from crystalformer.data.ionic import ionic_crystals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -148,3 +151,46 @@ def test_classes_from_a_trained_model(run, data, tmp_path):
     members = [crystalformer.load(out / f"member-{i}").model for i in range(2)]
     assert all(torch.equal(x.embedding.weight, begun) for x in members)
     assert not torch.equal(*(x.readout[-1].weight for x in members))
+
+
+def test_what_an_ensemble_is_no_model_for(run, data, tmp_path, capsys):
+    arguments = ["train", "--data", str(data), "--target", "energy", "--from", str(run), "--out", str(tmp_path / "out")]
+    assert "the model to start from must be a single one, not an ensemble" in refused(capsys, *arguments)
+    arguments = ["train", "--out", str(run), "--resume", "--ensemble", "1"]
+    assert f"out must be the folder of a single training, not {run}" in refused(capsys, *arguments)
+    with pytest.raises(ValueError, match="the model of a calculator must be a single one"):
+        crystalformer.ase.Calculator(run)
+    with pytest.raises(ValueError, match=r"path must be folders of single models, not .*run, which"):
+        crystalformer.load([run, run / "member-0"])
+    assert "target must not be energy_deviation beside energy" in refused(
+        capsys, *command(data, tmp_path / "out", "--target", "energy", "energy_deviation")
+    )
+
+
+def test_damaged_ensembles(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "member-1")
+    with pytest.raises(FileNotFoundError, match="must have all members of its ensemble, but member-1 is not there"):
+        crystalformer.load(copy)
+    for text in ("3", "{}", '{"members": [1], "deviation_scale": 2}'):
+        (copy / "ensemble.json").write_text(text)
+        with pytest.raises(ValueError, match="must say members and deviation_scale of an ensemble"):
+            crystalformer.load(copy)
+    about = {"members": ["member-0", "member-2"], "deviation_scale": {"volume": 2.0}}
+    (copy / "ensemble.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"ensemble.json must have the targets energy, not volume"):
+        crystalformer.load(copy)
+    (copy / "ensemble.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"of a complete ensemble, but that in .* was stopped"):
+        crystalformer.load(copy)
+
+
+def test_outside_is_what_one_member_has_not_seen(run):
+    known = crystalformer.load(run)
+    first, other = known.members[:2]
+    few = dataclasses.replace(other.config, elements=other.config.elements[1:])
+    other.config = few
+    both = Predictor([first, other])
+    assert both.seen.elements == few.elements
+    assert Predictor([other, first]).seen.elements == few.elements

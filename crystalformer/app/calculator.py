@@ -88,7 +88,7 @@ class Calculator(AseCalculator):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
         self.dtype, self.predictor = dtype, predictor
-        self.model = copy.deepcopy(predictor.model).to(dtype).eval().requires_grad_(False)
+        self.model = copy.deepcopy(predictor.single("of a calculator")).to(dtype).eval().requires_grad_(False)
         self.kept: CrystalBatch | None = None
         self.lists_built = 0
 

@@ -16,11 +16,13 @@ EXPECTED = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
 
 
 def scale(errors: Tensor, deviations: Tensor) -> float:
-    """What deviations (C) are to be multiplied by to fit the errors (C).
+    """What deviations (C) are to be multiplied by to fit the errors (C); 1 where there are none.
 
     Raises:
         ValueError: if no two members differ.
     """
+    if not len(errors):
+        return 1.0
     apart = deviations > 0
     if not apart.any():
         raise ValueError("the members of an ensemble must differ, but all predict the same")
@@ -39,7 +41,7 @@ def coverage(errors: Tensor, deviations: Tensor) -> Tensor:
 
 
 def summary(errors: Tensor, deviations: Tensor) -> dict[str, float]:
-    """What metrics.json says of errors (C) and deviations (C) fp64.
+    """What metrics.json says of errors (C) and deviations (C) fp64, of at least one crystal.
 
     within_1, within_2: the shares of errors within one and two deviations, of normal ones 0.683 and 0.954.
     miscalibration: the mean difference of `coverage` from EXPECTED.

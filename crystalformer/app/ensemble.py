@@ -68,6 +68,10 @@ def train_ensemble(
     units = (unit,) if isinstance(unit, str) else tuple(unit)
     check_types(source, recipe, model)
     check_members(ensemble)
+    if twice := [name for name in names if f"{name}_deviation" in names]:
+        raise DataError(f"target must not be {twice[0]}_deviation beside {twice[0]}, whose deviation is called so")
+    if start is not None and start.sha256 is None:  # so that all members start from the same
+        start = dataclasses.replace(start, sha256=storage.sha256({}, read_model(start.folder).state_dict()))
     check_jobs(jobs)
     check_cache(source, out, resume)
     recipe, model = recipe or Recipe(), model or (read_model(start.folder).config if start else CrystalformerConfig())
@@ -118,7 +122,11 @@ def combine(out: Path, names: tuple[str, ...], units: tuple[str, ...], settings:
     pictures = draw(out, kind, names, labels, parts[shown].true, parts[shown].predicted)
     if kind is REGRESSION:
         metrics["calibration"] = {
-            part: {name: calibration.summary(*_errors(x, column)) for column, name in enumerate(names)}
+            part: {
+                name: calibration.summary(*_errors(x, column))
+                for column, name in enumerate(names)
+                if metrics["values"][part][name]
+            }
             for part, x in parts.items()
         }
         pictures |= _draw_calibration(out, names, parts[shown], scales)
@@ -155,6 +163,8 @@ def _draw_calibration(
     pictures, stems = {}, file_stems(names)
     for column, name in enumerate(names):
         errors, deviations = _errors(tested, column)
+        if not len(errors):
+            continue
         curves = {"as they are": deviations / scales[name], f"times {short(scales[name])}": deviations}
         observed = {text: calibration.coverage(errors, x) for text, x in curves.items()}
         file = f"calibration_{stems[name]}.png"
@@ -227,6 +237,8 @@ def _calibration_of(metrics: Mapping[str, Any], names: Sequence[str], labels: Se
     rows = []
     for name, label in zip(names, labels, strict=True):
         for part, of_targets in metrics.get("calibration", {}).items():
+            if name not in of_targets:
+                continue
             x = of_targets[name]
             shares = (f"{x[key]:.3f}" for key in ("within_1", "within_2", "miscalibration"))
             ranks = f"{x['rank_correlation']:.2f}" if "rank_correlation" in x else "-"

@@ -82,26 +82,28 @@ class Start:
 def read_model(folder: str | Path) -> Crystalformer:
     """The trained model of a folder of a training or a model; DataError where there is none."""
     try:
-        return load(folder, "cpu").model
+        return load(folder, "cpu").single("to start from")
     except (OSError, ValueError) as error:
         raise DataError(f"from must be the folder of a training or a model: {error}") from error
 
 
 @torch.no_grad()
-def take_weights(network: Crystalformer, trained: Crystalformer, mean: Tensor, deviation: Tensor) -> None:
+def take_weights(
+    network: Crystalformer, trained: Crystalformer, mean: Tensor, deviation: Tensor, forces: bool = False
+) -> None:
     """Gives a network the weights of a trained model of its sizes, the scales of the decays included.
 
     Args:
         mean, deviation: (T) fp64, by which the network's targets are standardised. Where they are the targets of the
             trained model, in the same units, the network predicts what that does; else its last layer stays new.
+        forces: the network is trained with forces, beside energies of the elements; so must the model have been.
     """
     last, kept = network.readout[-1], trained.config
     assert isinstance(last, nn.Linear)
     weights = trained.state_dict()
-    same = kept.target_mean and all(
-        getattr(kept, name) == getattr(network.config, name)
-        for name in ("target_names", "target_units", "probabilities")
-    )
+    names = ("target_names", "target_units", "probabilities")
+    same = kept.target_mean and all(getattr(kept, name) == getattr(network.config, name) for name in names)
+    same = same and bool(kept.element_energies) == forces
     if not same:
         weights = {
             name: x for name, x in weights.items() if not name.startswith(f"readout.{len(network.readout) - 1}.")

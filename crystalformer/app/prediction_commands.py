@@ -71,6 +71,10 @@ def evaluate(arguments: list[str]) -> int:
     of_atoms = bool(predictor.model.config.element_energies)
     if options.forces and not of_atoms:
         raise Stop(f"forces must not be given for {options.model}, which was trained without them")
+    if options.stress and not options.forces:
+        raise Stop("forces must be given with stress")
+    with user_errors():
+        model = predictor.single("of forces") if options.forces else predictor.model
     columns = options.target or list(predictor.names)
     if len(columns) != len(predictor.names):
         number = count(len(predictor.names), "column")
@@ -108,19 +112,19 @@ def evaluate(arguments: list[str]) -> int:
     means = torch.tensor([baseline.get(name, torch.nan) for name in predictor.names], dtype=torch.float64)
     of_means = scores(kind, predictor.names, means, targets)
     words = [*(score.word for score in kind), *(f"mean's {score.word}" for score in kind), "values"]
-    print(f"{'target':24}" + "".join(f"{x:>12}" for x in words) + "    (the mean: of the training set)", file=stream)
+    print(f"{'target':24}" + "".join(f" {x:>11}" for x in words) + "    (the mean: of the training set)", file=stream)
     for name, label in zip(predictor.names, predictor.labels, strict=True):
         numbers = [*(cell(x[score.key], name) for x in (found, of_means) for score in kind), f"{known[name]:,}"]
-        print(f"{label:24}" + "".join(f"{x:>12}" for x in numbers), file=stream)
+        print(f"{label:24}" + "".join(f" {x:>11}" for x in numbers), file=stream)
     if options.forces:
         with user_errors():
             from .force_report import LABELS, evaluate_forces
 
-            for quantity, (true, errors) in evaluate_forces(predictor.model, samples).items():
+            for quantity, (true, errors) in evaluate_forces(model, samples).items():
                 both = (errors, true)  # the mean of forces is 0
                 numbers = [short(float(score.of(x, torch.zeros_like(x)))) for x in both for score in kind]
                 numbers.append(f"{len(true):,}")
-                print(f"{LABELS[quantity]:24}" + "".join(f"{x:>12}" for x in numbers), file=stream)
+                print(f"{LABELS[quantity]:24}" + "".join(f" {x:>11}" for x in numbers), file=stream)
     for name in predictor.names:
         if classes and known[name] and name not in found[AUC.key]:
             say(f"there is one class only of {name}: it has no AUC")
@@ -160,7 +164,7 @@ def _predictions(predictor: "Predictor", ids: Sequence[str], structures: Sequenc
     say(describe_backend(weight.device, weight.dtype))
     with user_errors():
         crystals = [read_structure(x, id) for id, x in zip(ids, structures, strict=True)]  # once for what follows
-        guesses = Guesses(predictor.model.config)
+        guesses = Guesses(predictor.seen)
         guesses.add(ids, predictor.outside(crystals))
         for line in guesses.lines():
             say(line)

@@ -28,14 +28,14 @@ def predict_files(
         How many rows could not be predicted, and how many there are.
     """
     columns = list(predictor.names)
-    if len(predictor.members) > 1:
-        columns += [f"{name}_deviation" for name in predictor.names]
-    outside = "outside"
-    while outside in columns:
-        outside += "_"
+    deviations = [f"{name}_deviation" for name in predictor.names] if len(predictor.members) > 1 else []
+    for column in (*deviations, "outside"):
+        while column in columns:
+            column += "_"
+        columns.append(column)
     made_with = {"model": predictor.digest, "symmetry_tol": predictor.symmetry_tol}
     made_with |= {"files": list(files), "id_column": id_column}
-    table = PredictionFile(out, ["id", *columns, outside], made_with, resume)
+    table = PredictionFile(out, ["id", *columns], made_with, resume)
     complete = False
     try:
         prefixed = len(files) > 1 and _repeat_an_id(files, id_column, workers)
@@ -79,7 +79,7 @@ class _Run:
         self.number = self.bad = self.left_out_before = self.notes = 0
         self.first_note, self.described = "", False
         self.pending: list[tuple[str, Crystal]] = []
-        self.guesses = Guesses(predictor.model.config)
+        self.guesses = Guesses(predictor.seen)
 
     def add(self, id: str, read: Read) -> None:
         """Takes a row, which is predicted in its turn."""

@@ -5,7 +5,7 @@ model.predict(structures)           # (C,T), in the units of the targets
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..data.dataset import BoundedBatches
 from ..data.equivalent_atoms import orbits_of_all
 from ..geometry.limits import NO_MPS
 from ..geometry.orbits import SYMMETRY_TOL
+from ..model.config import CrystalformerConfig
 from ..model.model import WEIGHTS_FILE, Crystalformer
 from ..model.structures import Crystal, read_structure
 from .outside import Outside
@@ -76,6 +77,33 @@ class Predictor:
         self.units = config.target_units or ("",) * config.num_targets
         pairs = zip(self.names, self.units, strict=True)
         self.labels = tuple(f"{name} ({unit})" if unit else name for name, unit in pairs)
+
+    def single(self, use: str) -> Crystalformer:
+        """The model, where an ensemble has no meaning yet.
+
+        Raises:
+            ValueError: for an ensemble.
+        """
+        if len(self.members) > 1:
+            raise ValueError(f"the model {use} must be a single one, not an ensemble: give the folder of a member")
+        return self.model
+
+    @property
+    def seen(self) -> CrystalformerConfig:
+        """A config that says what all members have seen in their trainings."""
+        configs = [x.config for x in self.members]
+        if len(configs) == 1:
+            return configs[0]
+        elements = set.intersection(*({*x.elements} for x in configs))
+        least, largest = (max(x.atom_volumes[:1] for x in configs), min(x.atom_volumes[1:] for x in configs))
+        volumes = (*least, *largest) if all(x.atom_volumes for x in configs) else ()
+        return replace(
+            configs[0],
+            elements=tuple(sorted(elements)),
+            element_energies=(),
+            largest_cell=min(x.largest_cell for x in configs),
+            atom_volumes=volumes if volumes == tuple(sorted(volumes)) else (),
+        )
 
     @property
     def digest(self) -> str:
@@ -142,7 +170,8 @@ class Predictor:
             structures: as for `predict`.
         """
         crystals = (read_structure(x, f"structures[{i}]") for i, x in enumerate(structures))
-        return [Outside.of(x, self.model.config) for x in crystals]
+        seen = self.seen
+        return [Outside.of(x, seen) for x in crystals]
 
     def unseen_elements(self, structures: Sequence[Any]) -> list[tuple[int, ...]]:
         """For each structure its elements, as atomic numbers, that no crystal of the training had: of `outside`."""
@@ -234,10 +263,17 @@ def load(
     folders = [Path(path)] if isinstance(path, (str, Path)) else [Path(x) for x in path]
     if not folders:
         raise ValueError("path must be the folder of a model, or several, not none")
-    if len(folders) == 1 and (about := read_ensemble(folders[0])) is not None:
-        folders = [folders[0] / member for member in about["members"]]
-        scale = torch.tensor([*about["deviation_scale"].values()], dtype=torch.float64)
+    scales: dict[str, float] | None = None
+    if len(folders) == 1:
+        folders, scales = read_ensemble(folders[0])
+    elif among := [x for x in folders if (x / ENSEMBLE).is_file()]:
+        raise ValueError(f"path must be folders of single models, not {among[0]}, which is one of an ensemble")
     models = [Crystalformer.from_pretrained(_model_folder(x), backend).to(device) for x in folders]
+    if scales is not None:
+        names = models[0].config.target_names
+        if scales.keys() != {*names}:
+            raise ValueError(f"{path}: {ENSEMBLE} must have the targets {', '.join(names)}, not {', '.join(scales)}")
+        scale = torch.tensor([scales[name] for name in names], dtype=torch.float64)
     return Predictor(models, symmetry_tol, scale)
 
 
@@ -248,6 +284,11 @@ def _model_folder(path: Path) -> Path:
     elif not (path / WEIGHTS_FILE).is_file() and (path / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"path must be the folder of a complete training, but that in {path} was stopped; go on with: "
+            f"crystalformer train --out {path} --resume"
+        )
+    elif not (path / WEIGHTS_FILE).is_file() and (path / "member-0").is_dir():
+        raise FileNotFoundError(
+            f"path must be the folder of a complete ensemble, but that in {path} was stopped; go on with: "
             f"crystalformer train --out {path} --resume"
         )
     return path
@@ -268,20 +309,27 @@ def _check_alike(members: Sequence[Crystalformer]) -> None:
                 )
 
 
-def read_ensemble(path: Path) -> dict[str, Any] | None:
-    """The members of the ensemble in a folder and the scale of their deviations; None where there is no ensemble.
+def read_ensemble(path: Path) -> tuple[list[Path], dict[str, float] | None]:
+    """The folders of the members of the ensemble in a folder, and the scales of their deviations by target; the folder
+    itself, and None, where there is no ensemble.
 
     Raises:
+        FileNotFoundError: if a member is not there.
         ValueError: for a damaged file.
     """
     file = path / ENSEMBLE
     if not file.is_file():
-        return None
+        return [path], None
     about = storage.read_json(file)
-    shape = isinstance(about, dict) and {"members": list, "deviation_scale": dict}
-    if not shape or any(not isinstance(about.get(name), kind) or not about[name] for name, kind in shape.items()):
-        raise ValueError(f"{file} must say the members and the deviation_scale of an ensemble, as a training writes it")
-    return about
+    try:
+        members, scales = [*map(str, about["members"])], {str(x): float(y) for x, y in about["deviation_scale"].items()}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file} must say members and deviation_scale of an ensemble, as a training writes it"
+        ) from error
+    if missing := [x for x in members if not (path / x).is_dir()]:
+        raise FileNotFoundError(f"{path} must have all members of its ensemble, but {', '.join(missing)} is not there")
+    return [path / x for x in members], scales
 
 
 def _device(device: str | torch.device) -> torch.device:

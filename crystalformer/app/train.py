@@ -104,6 +104,8 @@ def train(
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
     machine["tensorboard"] = tensorboard
     check_cache(source, out, resume)
+    if resume and (out / "member-0").is_dir():
+        raise DataError(f"out must be the folder of a single training, not {out}, which is one of an ensemble")
     with run_folder(out, resume) if process_rank() == 0 else nullcontext():
         recipe = Recipe() if recipe is None else recipe
         return _train(out, names, units, source, recipe, model, start, seed, resume, machine)
@@ -208,7 +210,7 @@ def _train(
         scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
         task = Regression(network, *scale, names, **chosen)
     if trained is not None:
-        take_weights(network, trained, task.mean, task.deviation)
+        take_weights(network, trained, task.mean, task.deviation, isinstance(task, ForceRegression))
     elif start is None:
         first_batch = datasets["train"][next(iter(batches["train"].sampler))]
         try:
