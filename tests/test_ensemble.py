@@ -159,7 +159,7 @@ def test_what_an_ensemble_is_no_model_for(run, data, tmp_path, capsys):
     arguments = ["train", "--out", str(run), "--resume", "--ensemble", "1"]
     assert f"out must be the folder of a single training, not {run}" in refused(capsys, *arguments)
     with pytest.raises(ValueError, match="the model of a calculator must be a single one"):
-        crystalformer.ase.Calculator(run)
+        crystalformer.ase.Calculator(run, per_atom=True, factor=1.0)
     with pytest.raises(ValueError, match=r"path must be folders of single models, not .*run, which"):
         crystalformer.load([run, run / "member-0"])
     assert "target must not be energy_deviation beside energy" in refused(
