@@ -219,8 +219,15 @@ def test_several_at_once_end_on_a_signal_and_go_on(run, folder, number):
     """All processes end, with what their last epoch has written."""
     out = folder / f"stopped-{number}"
     arguments = command(folder, out, folder / "salts.jsonl", "--unit", "eV", "--jobs", "3", "--epochs", "100")
-    program = [sys.executable, "-m", "crystalformer"]
-    process = subprocess.Popen(program + arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    program = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which jobs in the background do not have
+        "from crystalformer.app import cli\n"
+        "sys.exit(cli.program())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not all((out / f"fold-{i}" / "checkpoints" / "last.ckpt").exists() for i in range(3)):
         assert process.poll() is None
         time.sleep(0.05)

@@ -205,6 +205,7 @@ sys.exit(program())
 def test_a_signal_while_torch_is_imported(number, code):
     program = f"""
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background do not have
 sys.argv = ["crystalformer"]
 class Hook:
     @staticmethod
