@@ -16,7 +16,7 @@ from crystal_files import cif, pair
 
 import crystalformer
 from crystalformer.app import cli
-from crystalformer.common.process import DEFAULTS, _is_program, _wait_without_spinning, uninterrupted
+from crystalformer.common.process import DEFAULTS, _is_program, uninterrupted
 from crystalformer.training.machine import check_machine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:pymatgen.*")
@@ -243,18 +243,6 @@ import crystalformer
 )
 def test_which_program_runs(argv, options, expected):
     assert _is_program(argv, ["python", *options]) is expected
-
-
-@pytest.mark.parametrize(("argv", "policy"), [(["predict"], "PASSIVE"), (["train", "predict"], None), ([], None)])
-def test_threads_of_a_prediction_do_not_spin(argv, policy, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that what was there comes back
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setattr(sys, "argv", ["crystalformer", *argv])
-    _wait_without_spinning()
-    assert os.environ.get("OMP_WAIT_POLICY") == policy
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # the user's own choice
-    _wait_without_spinning()
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_module_of_the_package_keeps_its_ctrl_c(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from ..common.backends import describe_backend
+from ..common.process import cores
 from ..common.words import count
 from ..data.samples import Problem
 from ..data.streams import Read, read_ids, read_stream
@@ -35,8 +36,11 @@ def predict_files(
         columns.append(column)
     made_with = {"model": predictor.digest, "symmetry_tol": predictor.symmetry_tol}
     made_with |= {"files": list(files), "id_column": id_column}
+    threads = torch.get_num_threads()
     table = PredictionFile(out, ["id", *columns], made_with, resume)
     complete = False
+    if workers:  # their cores are not the network's, whose threads would wait for each other
+        torch.set_num_threads(max(1, min(threads, cores() - workers)))
     try:
         prefixed = len(files) > 1 and _repeat_an_id(files, id_column, workers)
         with tqdm(desc="predicting", unit=" crystals", disable=not sys.stderr.isatty(), leave=False) as bar:
@@ -47,6 +51,7 @@ def predict_files(
         run.say_at_the_end()
         complete = True
     finally:
+        torch.set_num_threads(threads)
         table.close(complete)
     return run.bad, run.number
 

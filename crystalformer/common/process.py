@@ -59,17 +59,6 @@ def _leave_while_importing() -> None:
                 signal.signal(number, leave)
 
 
-def _wait_without_spinning() -> None:
-    """Threads of OpenMP that wait for others leave their core to those who have work, in a prediction of this program.
-
-    Else they spin, and where other processes have the cores, such as those that read, all take several times as long.
-    OpenMP looks at the environment when it is loaded, with torch.
-    """
-    arguments = getattr(sys, "argv", [])
-    if _is_program(arguments, sys.orig_argv) and arguments[1:2] in (["predict"], ["evaluate"]):
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """The first Ctrl-C raises KeyboardInterrupt, the first SIGTERM `Terminated`.
@@ -156,4 +145,3 @@ def finish_output() -> None:
 
 
 _leave_while_importing()
-_wait_without_spinning()
