@@ -117,6 +117,9 @@ def test_a_resumed_training_needs_the_model_no_more(salts, base, tmp_path, monke
     capsys.readouterr()
     line = refused(capsys, "train", "--out", out, "--resume", "--from", base)
     assert f"from must be {moved}, as when the training in {out} began, not {base}" in line
+    line = refused(capsys, "train", "--out", out, "--resume", "--from_sha256", "abc")
+    assert "from_sha256 must be " in line
+    assert line.endswith("began, not abc\n")
     assert cli.main(["train", "--out", str(out), "--resume", "--freeze", "embedding"]) == 2
     assert "freeze must be ['blocks'], as when the training" in capsys.readouterr().err
     assert cli.main(["train", "--out", str(out), "--resume"]) == 0
@@ -133,6 +136,7 @@ def test_what_a_training_cannot_start_from(salts, base, tmp_path, capsys):
         (("--from", base, "--model.num_blocks", "2"), f"model.num_blocks must be 1, as of the model in {base}, not 2"),
         (("--from", base, "--freeze", "head"), "freeze must name parts among embedding, blocks, readout, not 'head'"),
         (("--from", base, "--freeze", "embedding", "blocks", "readout"), "freeze must leave a part of"),
+        (("--from", base, "--freeze", "readout"), "freeze must not name readout, whose last layer is new"),
         (("--freeze", "blocks"), "from must be given with freeze"),
         (("--from", base, "--from_sha256", "abc"), "from must have the weights of SHA-256 abc, as from_sha256 says"),
     ):

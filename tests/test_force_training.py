@@ -220,6 +220,28 @@ def test_rows_without_usable_forces_are_problems(tmp_path):
         read_samples(path, forces=True, primitive=True)
 
 
+def test_a_training_begins_with_the_energies_that_the_model_knew(run, tmp_path):
+    """Also where other crystals would have others of the elements, and one element is new."""
+    others = alloys(12)
+    for atoms in others:
+        forces, stress = atoms.get_forces(), atoms.get_stress()
+        energy = atoms.get_potential_energy() + 7.0 * (atoms.numbers == 29).sum()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
+    strange = others[0].copy()
+    strange.numbers[0] = 47
+    zero = np.zeros((len(strange), 3))
+    strange.calc = SinglePointCalculator(strange, energy=5.0, forces=zero, stress=np.zeros(6))
+    io.write(tmp_path / "others.extxyz", [*others, *[strange] * 6])
+    out = tmp_path / "out"
+    still = ["--epochs=1", "--lr=1e-12", "--weight_decay=0", "--bias_decay=0", "--average_epochs=0"]
+    options = ["--data", str(tmp_path / "others.extxyz"), "--target", "energy", "--forces", "--stress", *still]
+    assert cli.main(["train", *options, "--from", str(run), "--out", str(out)]) == 0
+    one, two = cf.load(run), cf.load(out)
+    assert set(two.model.config.elements) == {29, 47, 79}
+    torch.testing.assert_close(two.predict(others), one.predict(others), rtol=0, atol=1e-4)
+    assert one.predict(others).std() > 1
+
+
 def test_options_that_do_not_go_together(run, file, capsys, tmp_path):
     def training(*more) -> str:
         return refused(capsys, "train", "--data", file, "--out", tmp_path / "out", *more)
@@ -228,8 +250,16 @@ def test_options_that_do_not_go_together(run, file, capsys, tmp_path):
     assert "primitive must not be given with forces" in training("--target", "energy", "--forces", "--primitive")
     assert "unit must be eV/atom with forces, not eV" in training("--target", "energy", "--forces", "--unit", "eV")
     assert "target must be the energy alone with forces" in training("--target", "energy", "free", "--forces")
-    with pytest.raises(ValueError, match=r"^energy_weight, forces_weight and stress_weight must not all be 0$"):
+    assert "target must be the energy alone with forces, not forces" in training("--target", "forces", "--forces")
+    assert "loss must be of numbers with forces" in training("--target", "energy", "--forces", "--loss", "bce")
+    told = training("--target", "energy", "--forces_weight", "3")
+    assert "forces must be given with forces_weight=3" in told
+    told = training("--target", "energy", "--forces", "--stress_weight", "3")
+    assert "stress must be given with stress_weight=3" in told
+    with pytest.raises(ValueError, match=r"^energy_weight, forces_weight, stress_weight must not all be 0$"):
         task(3, energy_weight=0, forces_weight=0, stress_weight=0)
+    with pytest.raises(ValueError, match="loss must be of numbers, not bce"):
+        task(3, loss="bce")
     model = cf.load(run).model
     model.config = replace(model.config, element_energies=())
     model.save_pretrained(tmp_path / "plain")

@@ -18,12 +18,13 @@ from ..data.splits import read_split, write_split
 from ..model.config import CrystalformerConfig
 from ..training import Recipe
 from .data_source import DataSource
-from .ensemble import check_members, combine, labels_of, members_of
+from .ensemble import check_members, combine, members_of
 from .metrics import METRICS, Score, cell, kind_of, known_values, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
+from .predictor import labels_of
 from .report import CARD, draw, duration, row_of_table, rows_of_settings
 from .run_folder import CONFIG
-from .train import check_cache, check_types, settings_of
+from .train import check_arguments, check_cache, settings_of
 from .trainings import Training, check_jobs, folder_of_trainings, train_all, write_settings
 
 # Of a DataSource: crossval makes the sets itself.
@@ -69,9 +70,8 @@ def crossval(
         DataError: for data or folds that cannot be used, or a fold that failed.
         Otherwise as `train`.
     """
-    out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
-    units = (unit,) if isinstance(unit, str) else tuple(unit)
-    check_types(source, recipe, model)
+    out = Path(out)
+    names, units = check_arguments(target, unit, source, recipe, model, None)
     for name in ("devices", "nodes"):
         if machine.get(name, 1) != 1:
             raise DataError(f"{name} must be 1 in a cross-validation, not {machine[name]}")

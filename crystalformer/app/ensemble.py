@@ -21,10 +21,10 @@ from .data_source import DataSource
 from .fine_tuning import Start, read_model
 from .metrics import METRICS, REGRESSION, Score, cell, kind_of, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
-from .predictor import ENSEMBLE
+from .predictor import ENSEMBLE, labels_of
 from .report import CARD, draw, duration, file_stems, row_of_table, rows_of_settings
 from .run_folder import CONFIG
-from .train import check_cache, check_types, settings_of
+from .train import check_arguments, check_cache, settings_of
 from .trainings import Training, check_jobs, folder_of_trainings, settings_of_start, train_all, write_settings
 
 MOST_MEMBERS = 1000
@@ -64,9 +64,8 @@ def train_ensemble(
     Raises:
         As `train`; DataError for a member that failed in a process of its own.
     """
-    out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
-    units = (unit,) if isinstance(unit, str) else tuple(unit)
-    check_types(source, recipe, model)
+    out = Path(out)
+    names, units = check_arguments(target, unit, source, recipe, model, start)
     check_members(ensemble)
     if twice := [name for name in names if f"{name}_deviation" in names]:
         raise DataError(f"target must not be {twice[0]}_deviation beside {twice[0]}, whose deviation is called so")
@@ -171,11 +170,6 @@ def _draw_calibration(
         pictures[file] = f"Calibration of {name}"
         plots.calibration(out / file, calibration.EXPECTED, observed)
     return pictures
-
-
-def labels_of(names: Sequence[str], units: Sequence[str]) -> list[str]:
-    """Names of targets with their units, where these are known."""
-    return [f"{name} ({unit})" if unit else name for name, unit in zip(names, units or [""] * len(names), strict=True)]
 
 
 def _mean(part: str, of_members: Sequence[Mapping[str, Predictions]]) -> Predictions:

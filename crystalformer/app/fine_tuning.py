@@ -60,10 +60,13 @@ class Start:
         """
         if resume and has_checkpoint(out):
             before = yaml.safe_load((out / CONFIG).read_text())
-            if before.get("from") != str(self.folder):
-                raise CheckpointError(
-                    f"from must be {before.get('from')}, as when the training in {out} began, not {self.folder}"
-                )
+            if "from" not in before:
+                raise CheckpointError(f"from must not be given: the training in {out} did not start from a model")
+            for name, value in (("from", str(self.folder)), ("from_sha256", self.sha256 or before["from_sha256"])):
+                if before[name] != value:
+                    raise CheckpointError(
+                        f"{name} must be {before[name]}, as when the training in {out} began, not {value}"
+                    )
             return model or CrystalformerConfig(**before["model"]), None, before["from_sha256"]
         trained = read_model(self.folder)
         digest = storage.sha256({}, trained.state_dict())
@@ -87,6 +90,14 @@ def read_model(folder: str | Path) -> Crystalformer:
         raise DataError(f"from must be the folder of a training or a model: {error}") from error
 
 
+def keeps_last_layer(trained: CrystalformerConfig, new: CrystalformerConfig, forces: bool) -> bool:
+    """Whether a training keeps the last layer of the model it starts from: of the same targets in the same units, both
+    or neither of them trained with forces, beside energies of the elements. Else it is new."""
+    names = ("target_names", "target_units", "probabilities")
+    same = all(getattr(trained, name) == getattr(new, name) for name in names)
+    return same and bool(trained.target_mean) and bool(trained.element_energies) == forces
+
+
 @torch.no_grad()
 def take_weights(
     network: Crystalformer, trained: Crystalformer, mean: Tensor, deviation: Tensor, forces: bool = False
@@ -94,21 +105,19 @@ def take_weights(
     """Gives a network the weights of a trained model of its sizes, the scales of the decays included.
 
     Args:
-        mean, deviation: (T) fp64, by which the network's targets are standardised. Where they are the targets of the
-            trained model, in the same units, the network predicts what that does; else its last layer stays new.
-        forces: the network is trained with forces, beside energies of the elements; so must the model have been.
+        mean, deviation: (T) fp64, by which the network's targets are standardised. Where the last layer is kept, the
+            network predicts what the trained model does.
+        forces: the network is trained with forces.
     """
     last, kept = network.readout[-1], trained.config
     assert isinstance(last, nn.Linear)
     weights = trained.state_dict()
-    names = ("target_names", "target_units", "probabilities")
-    same = kept.target_mean and all(getattr(kept, name) == getattr(network.config, name) for name in names)
-    same = same and bool(kept.element_energies) == forces
+    same = keeps_last_layer(kept, network.config, forces)
     if not same:
         weights = {
             name: x for name, x in weights.items() if not name.startswith(f"readout.{len(network.readout) - 1}.")
         }
-    network.load_state_dict(weights, strict=bool(same))
+    network.load_state_dict(weights, strict=same)
     if same:
         before, factor = (torch.tensor(x, dtype=torch.float64) for x in (kept.target_mean, kept.target_deviation))
         last.weight.copy_(last.weight * (factor / deviation)[:, None])

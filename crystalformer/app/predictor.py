@@ -75,8 +75,7 @@ class Predictor:
         self.deviation_scale = torch.ones(config.num_targets) if deviation_scale is None else deviation_scale
         self.names = config.target_names or tuple(f"target_{i}" for i in range(1, config.num_targets + 1))
         self.units = config.target_units or ("",) * config.num_targets
-        pairs = zip(self.names, self.units, strict=True)
-        self.labels = tuple(f"{name} ({unit})" if unit else name for name, unit in pairs)
+        self.labels = labels_of(self.names, self.units)
 
     def single(self, use: str) -> Crystalformer:
         """The model, where an ensemble has no meaning yet.
@@ -231,6 +230,12 @@ class Predictor:
         weight = next(self.model.parameters())
         orbits = orbits_of_all(crystals, self.symmetry_tol) if self.symmetry_tol else None
         return self.model.prepare(CrystalBatch.pack(crystals, weight.dtype, orbits)).to(weight.device)
+
+
+def labels_of(names: Sequence[str], units: Sequence[str]) -> tuple[str, ...]:
+    """The names of targets with their units, where these are known."""
+    pairs = zip(names, units or ("",) * len(names), strict=True)
+    return tuple(f"{name} ({unit})" if unit else name for name, unit in pairs)
 
 
 def not_finite(ids: Sequence[str], predictions: Tensor) -> list[str]:

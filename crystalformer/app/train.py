@@ -31,10 +31,11 @@ from ..training.forces import UNIT
 from ..training.machine import check_machine
 from . import report
 from .data_source import MOST_SEED, DataSource, process_rank, progress_bar
-from .fine_tuning import Start, take_weights
+from .fine_tuning import Start, keeps_last_layer, take_weights
+from .force_report import UNITS
 from .metrics import known_values, notes
 from .predictor import MODEL_FOLDER, Predictor
-from .run_folder import CHECKPOINTS, CONFIG, HISTORY, PROBLEMS, SPLIT, TENSORBOARD, run_folder
+from .run_folder import CHECKPOINTS, CONFIG, HISTORY, PROBLEMS, SPLIT, TENSORBOARD, has_checkpoint, run_folder
 
 # What a training runs on, and what it shows; its numbers do not depend on it.
 MACHINE = ("accelerator", "devices", "nodes", "loaders", "tensorboard")
@@ -84,21 +85,8 @@ def train(
         CheckpointError: if the training cannot be resumed.
         TypeError: for a source, recipe, model or start that is none.
     """
-    out, names = Path(out), (target,) if isinstance(target, str) else tuple(target)
-    units = (unit,) if isinstance(unit, str) else tuple(unit)
-    check_types(source, recipe, model)
-    if not isinstance(start, Start | None):
-        raise TypeError(f"start must be a Start, not {type(start).__name__}")
-    if not names:
-        raise DataError("target must name at least one column")
-    if source.forces:
-        if len(names) > 1:
-            raise DataError(f"target must be the energy alone with forces, not {', '.join(names)}")
-        if units and units != (UNIT,):
-            raise DataError(f"unit must be {UNIT} with forces, not {', '.join(units)}")
-        units = (UNIT,)
-    if units and len(units) != len(names):
-        raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
+    out = Path(out)
+    names, units = check_arguments(target, unit, source, recipe, model, start)
     if tensorboard and find_spec("tensorboard") is None:
         raise DataError("tensorboard must be installed to write its files: pip install 'crystalformer[tensorboard]'")
     machine = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "loaders": loaders}
@@ -117,11 +105,44 @@ def check_cache(source: DataSource, out: Path, resume: bool) -> None:
         raise DataError(f"cache must be a folder outside of out, which is this training's alone, not {source.cache}")
 
 
-def check_types(source: Any, recipe: Any, model: Any) -> None:
-    kinds = {"source": DataSource, "recipe": Recipe, "model": CrystalformerConfig}
-    for (name, kind), value in zip(kinds.items(), (source, recipe, model), strict=True):
+def check_arguments(
+    target: str | Sequence[str],
+    unit: str | Sequence[str],
+    source: DataSource,
+    recipe: Recipe | None,
+    model: CrystalformerConfig | None,
+    start: Start | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Checks what every training is told; the names of the targets and their units, none if they are not known."""
+    kinds = {"source": DataSource, "recipe": Recipe, "model": CrystalformerConfig, "start": Start}
+    for (name, kind), value in zip(kinds.items(), (source, recipe, model, start), strict=True):
         if not isinstance(value, kind) and (value is not None or name == "source"):
             raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    names, units = ((x,) if isinstance(x, str) else tuple(x) for x in (target, unit))
+    if not names:
+        raise DataError("target must name at least one column")
+    _check_forces(names, units, source, recipe or Recipe())
+    units = (UNIT,) if source.forces else units
+    if units and len(units) != len(names):
+        raise DataError(f"unit must be one for each target, {', '.join(names)}, not {', '.join(units)}")
+    return names, units
+
+
+def _check_forces(names: tuple[str, ...], units: tuple[str, ...], source: DataSource, recipe: Recipe) -> None:
+    """Refuses what makes no sense with forces, or without them."""
+    for name, there in (("energy", source.forces), ("forces", source.forces), ("stress", source.stress)):
+        weight = getattr(recipe, f"{name}_weight")
+        if not there and weight != getattr(Recipe, f"{name}_weight"):
+            needed = "stress" if name == "stress" else "forces"
+            raise DataError(f"{needed} must be given with {name}_weight={weight:g}, which weighs what is learnt of it")
+    if not source.forces:
+        return
+    if len(names) > 1 or names[0] in UNITS:
+        raise DataError(f"target must be the energy alone with forces, not {', '.join(names)}")
+    if units and units != (UNIT,):
+        raise DataError(f"unit must be {UNIT} with forces, not {', '.join(units)}")
+    if recipe.loss == "bce":
+        raise DataError("loss must be of numbers with forces, not bce, which is of classes")
 
 
 def _train(
@@ -160,6 +181,8 @@ def _train(
         device = check_machine(machine["accelerator"], machine["devices"], machine["nodes"])
     except ValueError as error:
         raise DataError(str(error)) from error
+    if trained and "readout" in began["freeze"] and not keeps_last_layer(trained.config, config, source.forces):
+        raise DataError("freeze must not name readout, whose last layer is new, for other targets than the model's")
     parts, problems = source.read(names, seed, config.probabilities)
     if unknown := [name for name, number in known_values(names, parts["train"].targets).items() if not number]:
         raise DataError(f"train must hold a known value of each target, but none of {', '.join(unknown)}")
@@ -203,14 +226,15 @@ def _train(
     if isinstance(data := datasets["train"], ForceDataset):
         weights = {name: getattr(recipe, name) for name in ("energy_weight", "forces_weight", "stress_weight")}
         try:
-            task: Regression = ForceRegression(network, data, names, **weights, **chosen)
+            known = None if trained is None else trained.config
+            task: Regression = ForceRegression(network, data, names, known=known, **weights, **chosen)
         except ValueError as error:
             raise DataError(str(error)) from error
     else:
         scale = (torch.zeros_like(mean), torch.ones_like(mean)) if config.probabilities else (mean, deviation)
         task = Regression(network, *scale, names, **chosen)
     if trained is not None:
-        take_weights(network, trained, task.mean, task.deviation, isinstance(task, ForceRegression))
+        take_weights(network, trained, task.mean, task.deviation, source.forces)
     elif start is None:
         first_batch = datasets["train"][next(iter(batches["train"].sampler))]
         try:
@@ -220,7 +244,7 @@ def _train(
     for part in start.freeze if start else ():
         network.get_submodule(part).requires_grad_(False)
     if first:
-        if not resume:
+        if not (resume and has_checkpoint(out)):
             storage.write(out / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         if problems:
             write_problems(out / PROBLEMS, problems)

@@ -1,6 +1,6 @@
 """What is learnt of energies, forces and stresses: one model of the energy, and its derivatives."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..common.elements import NUM_ELEMENTS
 from ..data import CrystalBatch
 from ..data.dataset import BoundedBatches, Example
 from ..data.forces import FORCES, STRESS, ForceDataset
+from ..model.config import CrystalformerConfig
 from ..model.forces import differentiate
 from ..model.layers import mean_of_elements, mean_pool
 from ..model.model import Crystalformer
@@ -24,15 +25,23 @@ UNIT = "eV/atom"
 EQUAL = 1e-6
 
 
-def fit_element_energies(data: ForceDataset) -> Tensor:
+def fit_element_energies(data: ForceDataset, known: Mapping[int, float] | None = None) -> Tensor:
     """(98) fp64, eV, an energy of each element: those whose means over the atoms are nearest to the crystals' energies.
 
     By least squares, the smallest where the data do not tell. An element that no crystal has gets the others' mean.
+
+    Args:
+        known: energies of elements, by atomic number, that stay as they are.
     """
     shares = torch.stack([x.occupancies().double().mean(0) for x in data.crystals])
-    known = shares.any(0).nonzero()[:, 0]
-    found = torch.linalg.lstsq(shares[:, known], data.targets, driver="gelsd").solution[:, 0]
-    return found.mean().repeat(NUM_ELEMENTS).index_copy(0, known, found)
+    fixed, energies = torch.zeros(NUM_ELEMENTS, dtype=torch.bool), torch.zeros(NUM_ELEMENTS, dtype=torch.float64)
+    for number, energy in (known or {}).items():
+        fixed[number - 1], energies[number - 1] = True, energy
+    new = shares.any(0) & ~fixed
+    rest = data.targets - shares @ energies[:, None]
+    if new.any():
+        energies[new] = torch.linalg.lstsq(shares[:, new], rest, driver="gelsd").solution[:, 0]
+    return energies.where(fixed | new, energies[fixed | new].mean())
 
 
 class ForceRegression(Regression):
@@ -51,6 +60,7 @@ class ForceRegression(Regression):
         names: of the energy, for the log.
         energy_weight, forces_weight, stress_weight: of the errors in the loss; the last one counts where data have
             stresses.
+        known: of a trained model that this one starts from, whose energies of elements stay as they are.
         recipe: lr and others, as for `Regression`.
 
     Raises:
@@ -65,23 +75,28 @@ class ForceRegression(Regression):
         energy_weight: float = 1.0,
         forces_weight: float = 1.0,
         stress_weight: float = 1.0,
+        known: CrystalformerConfig | None = None,
         **recipe: Any,
     ) -> None:
         quantities = (*names, FORCES, STRESS)[: 3 if data.stress else 2]
-        weights = (energy_weight, forces_weight, stress_weight)[: len(quantities)]
-        for name, weight in zip(("energy_weight", "forces_weight", "stress_weight"), weights, strict=False):
+        weights = {"energy_weight": energy_weight, "forces_weight": forces_weight, "stress_weight": stress_weight}
+        for name, weight in weights.items():
             checks.check_number(name, weight, closed=True)
-        if not sum(weights) > 0:
-            raise ValueError("energy_weight, forces_weight and stress_weight must not all be 0")
-        energies = fit_element_energies(data)
+        used = dict(list(weights.items())[: len(quantities)])
+        if not sum(used.values()) > 0:
+            raise ValueError(f"{', '.join(used)} must not all be 0")
+        if recipe.get("loss") == "bce":
+            raise ValueError("loss must be of numbers, not bce, which is of classes")
+        fixed = dict(zip(known.elements, known.element_energies, strict=False)) if known is not None else None
+        energies = fit_element_energies(data, fixed)
         rest = data.targets - torch.cat([mean_of_elements(x, energies) for x in data.crystals])
         deviation = rest.std(0, correction=0)
         deviation = torch.where(deviation > EQUAL, deviation, 1.0)
-        super().__init__(model, torch.zeros(1), deviation, names, **recipe)
+        measured = [f"mae/{name}" for name in quantities]
+        super().__init__(model, torch.zeros(1), deviation, names, measured=measured, **recipe)
         self.energies, self.elements = energies, data.elements
-        self.weights = [x / sum(weights) for x in weights]
+        self.weights = [x / sum(used.values()) for x in used.values()]
         self.units = [_root_mean_square(x) for x in (data.forces, data.stress) if x]
-        self._measure([f"mae/{name}" for name in quantities])
 
     def forward(self, batch: CrystalBatch) -> Tensor:
         """(C,1) fp64, eV/atom."""

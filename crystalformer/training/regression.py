@@ -58,6 +58,7 @@ class Regression(lightning.LightningModule):
         mean, deviation: (T) fp64, of the training targets; of classes, which are 0 or 1, they are 0 and 1.
         names: of the targets, for the log.
         lr, betas, weight_decay, decay_steps, bias_decay, loss, schedule: see `Recipe`.
+        measured: what is logged beside the loss, where that is not the errors of the targets alone.
 
     Raises:
         ValueError: if names, mean and deviation are not as many as the model's targets, or the loss does not fit it.
@@ -76,6 +77,7 @@ class Regression(lightning.LightningModule):
         bias_decay: float = Recipe.bias_decay,
         loss: str = Recipe.loss,
         schedule: str = Recipe.schedule,
+        measured: Sequence[str] = (),
     ) -> None:
         super().__init__()
         number = model.config.num_targets
@@ -93,15 +95,10 @@ class Regression(lightning.LightningModule):
         # No buffers: on the CPU, where they are needed, and in fp64, whatever the network is cast to.
         self.mean, self.deviation = mean.double().cpu(), deviation.double().cpu()
         self.scales = tuple(self.deviation.tolist())
-        self._measure(
-            [f"{kind}/{name}" for name in names for kind in (("auc", "accuracy") if loss == "bce" else ("mae",))]
-        )
-
-    def _measure(self, measured: Sequence[str]) -> None:
-        """Sets what is logged beside the loss."""
-        self.measured = tuple(measured)
+        kinds = ("auc", "accuracy") if loss == "bce" else ("mae",)
+        self.measured = tuple(measured or (f"{kind}/{name}" for name in names for kind in kinds))
         self.train_metrics, self.val_metrics = (
-            nn.ModuleList([Mean(), *(Auc() if name.startswith("auc/") else Mean() for name in measured)])
+            nn.ModuleList([Mean(), *(Auc() if name.startswith("auc/") else Mean() for name in self.measured)])
             for _ in range(2)
         )
 
