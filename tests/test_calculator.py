@@ -10,6 +10,7 @@ import torch
 from small_training import SMALL
 
 import crystalformer as cf
+from crystalformer.app.predictor import Predictor
 
 pytest.importorskip("ase", reason="the calculator is one of ase")
 from ase import Atoms
@@ -116,7 +117,10 @@ def test_what_an_energy_is_of():
         4e-3 * expected, rel=1e-6
     )
     two = model(replace(CONFIG, num_targets=2, target_names=("gap", "energy"), target_units=("eV", "eV/atom")))
-    assert np.isfinite(energy(cf.ase.Calculator(two, target="energy", dtype=torch.float32), atoms))
+    second = 4 * float(Predictor(two).predict([atoms])[0, 1])
+    for dtype, rounding in ((torch.float32, 1e-4), (torch.float64, 1e-6)):
+        found = energy(cf.ase.Calculator(two, target="energy", dtype=dtype), atoms)
+        assert found == pytest.approx(second, rel=rounding)
     for bad, options, message in (
         (two, {}, r"^target must say which of gap, energy is the energy$"),
         (two, {"target": "volume"}, r"^target must be one of gap, energy, not volume$"),

@@ -1,4 +1,5 @@
-"""Structures of the usual forms as plain arrays, without the objects of pymatgen and ase, which take ten times as long.
+"""Structures of the usual forms as plain arrays, without the objects of pymatgen and ase, which take three to five
+times as long.
 
 What is not of a usual form is None, and left to those libraries.
 """
