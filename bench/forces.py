@@ -41,7 +41,7 @@ def learner(cells: int, crystals: int) -> tuple[ForceRegression, Any]:
     batch = next(iter(data.loader(crystals)))
     model.calibrate(batch.crystals)
     task = ForceRegression(model, data)
-    task.log = lambda *_, **__: None  # type: ignore[method-assign]
+    task.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer
     return task, task.on_before_batch_transfer(batch, 0)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class ForceRegression(Regression):
         crystals, targets, weight, forces, stress = example
         size = crystals.ptr.diff()
         with self._finite_features():
-            found = differentiate(lambda x: self.model(x)[:, 0] * size, crystals, create_graph=stage == "train")
+            energy = partial(_energy_of_cells, self.model)
+            found = differentiate(energy, crystals, create_graph=stage == "train")
         scale = self.scales[0]
         pairs = [(found.energy / size, targets[:, 0]), (found.forces * (scale / self.units[0]), forces)]
         if len(self.units) > 1:
@@ -138,6 +140,11 @@ class ForceRegression(Regression):
         known_energies = tuple(energies.tolist())
         model.config = replace(model.config, elements=known, element_energies=known_energies, target_units=(UNIT,))
         return model
+
+
+def _energy_of_cells(model: Crystalformer, batch: CrystalBatch) -> Tensor:
+    """(C), of a model of the energy of an atom."""
+    return model(batch)[:, 0] * batch.ptr.diff()
 
 
 def _of_crystals(x: Tensor, crystals: CrystalBatch) -> Tensor:
@@ -165,8 +172,7 @@ def predict_forces(model: Crystalformer, loader: DataLoader[Example]) -> dict[st
     found: dict[str, list[Tensor]] = {FORCES: [], STRESS: []}
     for batch in sampler.batches:
         crystals = loader.dataset[sampler.shard(batch, 0, 1)].crystals.to(device)
-        size = crystals.ptr.diff()
-        _, forces, stress = differentiate(lambda x, size=size: model(x)[:, 0] * size, crystals)  # type: ignore[misc]
-        found[FORCES] += forces.double().cpu().split(size.tolist())
+        _, forces, stress = differentiate(partial(_energy_of_cells, model), crystals)
+        found[FORCES] += forces.double().cpu().split(crystals.ptr.diff().tolist())
         found[STRESS] += stress.double().cpu().unbind()
     return found
