@@ -18,7 +18,19 @@ def ordinals(count: Tensor, segment: Tensor) -> Tensor:
 
 def cat_ptr(ptrs: Sequence[Tensor]) -> Tensor:
     """Offsets of parts, each from 0 on, as offsets into the parts joined."""
-    return offsets(torch.cat([ptr.diff() for ptr in ptrs]))
+    joined = torch.cat(list(ptrs))
+    begins = torch.tensor([len(ptr) for ptr in ptrs[:-1]], dtype=torch.int64).cumsum(0)
+    within = torch.ones(len(joined) - 1, dtype=torch.bool, device=joined.device)
+    within[begins - 1] = False  # from the end of one part to the beginning of the next
+    return offsets(joined.diff()[within])
+
+
+def cat_numbers(parts: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:
+    """Numbers of atoms or of rows joined: each part counts them from 0 on, and its first one becomes `firsts` (S)."""
+    joined = torch.cat(list(parts))
+    count = torch.tensor([len(part) for part in parts], device=joined.device)
+    first = torch.tensor(firsts, dtype=joined.dtype, device=joined.device)
+    return joined + first.repeat_interleave(count, output_size=len(joined))
 
 
 def crystal_of_atom(ptr: Tensor, num_atoms: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common import checks
-from ..common.ragged import cat_ptr, crystal_of_atom, ordinals
+from ..common.ragged import cat_numbers, cat_ptr, crystal_of_atom, ordinals
 from ..common.tensor_struct import TensorStruct, cat_known, check_parts, join_words, split_words, weakest
 from .lattice import triangular
 from .movement import Geometry
@@ -213,10 +213,10 @@ class ImageList(TensorStruct):
         if len({x.of_orbits for x in lists}) > 1:
             raise ValueError("lists must be all of orbits or all of atoms")
         waves = [x.wave_vectors for x in lists if x.wave_vectors is not None]
-        first = [0, *itertools.accumulate(x.num_atoms for x in lists)]
+        first = [0, *itertools.accumulate(x.num_atoms for x in lists[:-1])]
         return ImageList(
             row_ptr=cat_ptr([x.row_ptr for x in lists]),
-            col=torch.cat([x.col + n for x, n in zip(lists, first, strict=False)]),
+            col=cat_numbers([x.col for x in lists], first),
             shift=torch.cat([x.shift for x in lists]),
             ptr=cat_ptr([x.ptr for x in lists]),
             cutoff=torch.cat([x.cutoff for x in lists]),

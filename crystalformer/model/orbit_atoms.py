@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.ragged import cat_ptr
+from ..common.ragged import cat_numbers, cat_ptr
 from ..common.tensor_struct import TensorStruct
 from ..geometry.orbits import Orbits
 from .structures import Crystal
@@ -46,15 +46,15 @@ class OrbitAtoms(TensorStruct):
     @staticmethod
     def cat(parts: Sequence["OrbitAtoms"]) -> "OrbitAtoms":
         """Joins those of batches, in order."""
-        row = [0, *itertools.accumulate(len(x.first) for x in parts)]
-        atom = [0, *itertools.accumulate(len(x.orbit) for x in parts)]
+        row = [0, *itertools.accumulate(len(x.first) for x in parts[:-1])]
+        atom = [0, *itertools.accumulate(len(x.orbit) for x in parts[:-1])]
         return OrbitAtoms(
             positions=torch.cat([x.positions for x in parts]),
             lattice=torch.cat([x.lattice for x in parts]),
             ptr=cat_ptr([x.ptr for x in parts]),
-            orbit=torch.cat([x.orbit + n for x, n in zip(parts, row, strict=False)]),
-            first=torch.cat([x.first + n for x, n in zip(parts, atom, strict=False)]),
-            row=torch.cat([x.row + n for x, n in zip(parts, row, strict=False)]),
+            orbit=cat_numbers([x.orbit for x in parts], row),
+            first=cat_numbers([x.first for x in parts], atom),
+            row=cat_numbers([x.row for x in parts], row),
             row_ptr=cat_ptr([x.row_ptr for x in parts]),
             symmetry_tol=max(x.symmetry_tol for x in parts),
         )
