@@ -24,7 +24,7 @@ from ..data.samples import DataError, write_problems
 from ..data.splits import SETS, write_split
 from ..model.config import FROM_TRAINING, CrystalformerConfig
 from ..model.model import Crystalformer
-from ..training import ForceRegression, Progress, Recipe, Regression, fit, standardisation
+from ..training import ForceRegression, Progress, Recipe, Regression, embed_properties, fit, standardisation
 from ..training.callbacks import weight_callbacks
 from ..training.checkpoints import latest
 from ..training.forces import UNIT
@@ -236,6 +236,8 @@ def _train(
     if trained is not None:
         take_weights(network, trained, task.mean, task.deviation, source.forces)
     elif start is None:
+        if recipe.embedding == "properties":
+            embed_properties(network)
         first_batch = datasets["train"][next(iter(batches["train"].sampler))]
         try:
             network.calibrate(first_batch.crystals)

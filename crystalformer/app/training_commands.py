@@ -101,7 +101,7 @@ def _read(
     in_file = read_yaml(known.config) if known.config else {}
     preset, start = (getattr(known, name) or in_file.get(name) for name in ("preset", "from"))
     if preset in PRESETS:
-        parser.set_defaults(dataclasses.asdict(PRESETS[preset]))
+        parser.set_defaults(_as_defaults(dataclasses.asdict(PRESETS[preset])))
     if known.resume and known.out:
         with user_errors():
             check_folder(Path(known.out), resume=True)
@@ -109,8 +109,7 @@ def _read(
     elif start and not left_out:
         with user_errors():
             sizes = dataclasses.asdict(read_model(start).config)
-        names = (name for name in sizes if name not in FROM_TRAINING)
-        parser.set_defaults({f"model.{x}": list(sizes[x]) if isinstance(sizes[x], tuple) else sizes[x] for x in names})
+        parser.set_defaults(_as_defaults({f"model.{x}": sizes[x] for x in sizes if x not in FROM_TRAINING}))
 
     options = parse(parser, arguments)
     with user_errors():
@@ -126,3 +125,8 @@ def _read(
             inputs["start"] = None if folder is None else Start(folder, tuple(freeze), sha256)
     inputs |= {"unit": options.unit or (), **{x: options[x] for x in ("seed", "resume", *MACHINE) if x in options}}
     return options, inputs
+
+
+def _as_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """With lists for tuples, which jsonargparse writes into."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

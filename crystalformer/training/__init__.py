@@ -12,6 +12,7 @@ history = fit(task, loader, validation.loader(128), epochs=500)    # then the mo
 from ..data.dataset import CrystalDataset
 from ..data.forces import ForceDataset
 from .callbacks import AverageLastEpochs, History, Progress
+from .element_properties import embed_properties
 from .forces import ForceRegression
 from .loop import fit, predict
 from .recipe import PRESETS, Recipe
@@ -27,6 +28,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "Regression",
+    "embed_properties",
     "fit",
     "predict",
     "standardisation",
