@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import SIZES, refused
 
-from crystalformer.app import cli, trainings
+from crystalformer.app import cli, crossval, trainings
 from crystalformer.data.folds import in_order, random_folds, read_folds
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.samples import DataError
@@ -90,7 +90,17 @@ def test_errors_are_those_of_the_predictions(run):
     )
     assert "| folds | salts.jsonl |" in card
     assert str(run.parent) not in card
-    assert (run / "parity_energy.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("parity_energy.png", "learning_curve_energy.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in card
+
+
+def test_the_learning_curve_is_the_mean_of_the_trainings(tmp_path):
+    """Over the values that are known, and as far as all trainings go."""
+    for name, text in (("one", "epoch,val_mae/x\n1,4.0\n2,nan\n3,8.0\n"), ("two", "epoch,val_mae/x\n1,2.0\n2,1.0\n")):
+        (tmp_path / name).write_text(text)
+    rows = crossval._mean_history([tmp_path / "one", tmp_path / "two"])
+    assert rows == [{"epoch": 1, "val_mae/x": 3.0}, {"epoch": 2, "val_mae/x": 1.0}]
 
 
 def test_targets_of_any_name(folder):

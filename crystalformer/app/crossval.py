@@ -1,5 +1,6 @@
 """Cross-validation: a training for each fold, whose crystals test it, and the means of their errors."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -22,8 +23,8 @@ from .ensemble import check_members, combine, members_of
 from .metrics import METRICS, Score, cell, kind_of, known_values, read_metrics, scores
 from .predictions import PREDICTIONS, Predictions, read_predictions, write_predictions
 from .predictor import labels_of
-from .report import CARD, draw, duration, row_of_table, rows_of_settings
-from .run_folder import CONFIG
+from .report import CARD, draw, draw_learning, duration, row_of_table, rows_of_settings
+from .run_folder import CONFIG, HISTORY
 from .train import check_arguments, check_cache, settings_of
 from .trainings import Training, check_jobs, folder_of_trainings, train_all, write_settings
 
@@ -51,7 +52,8 @@ def crossval(
 
     Args:
         out: a folder, new or empty unless resumed. It gets a folder of a training for each fold, fold-0, ...,
-            predictions.csv with what each crystal's own test gave, metrics.json, plots and README.md.
+            predictions.csv with what each crystal's own test gave, metrics.json, README.md and plots, of which the
+            learning curve is the mean of all trainings.
         target, recipe, model, unit, seed: as for `train`; the seed is also that of random folds.
         source: with `data`, not split.
         folds: how many, drawn at random; or a file with the columns id and `fold`, such as the data themselves.
@@ -106,7 +108,8 @@ def crossval(
         if ensemble > 1:
             for fold in order:
                 combine(out / f"fold-{fold}", names, units, settings)
-        return _report(out, names, units, order, settings)
+        history = _mean_history([x.out / HISTORY for x in trainings])
+        return _report(out, names, units, order, settings, history)
 
 
 def _folds(
@@ -155,8 +158,23 @@ def _write_sets(path: Path, sets: dict[str, list[str]]) -> None:
     write_split(path, sets)
 
 
+def _mean_history(paths: Sequence[Path]) -> list[dict[str, float]]:
+    """One row an epoch, the means over the trainings, as far as the shortest of them goes."""
+    epochs = zip(*(csv.DictReader(path.read_text("utf-8").splitlines()) for path in paths), strict=False)
+    return [{name: _known_mean([float(row[name]) for row in rows]) for name in rows[0]} for rows in epochs]
+
+
+def _known_mean(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).nanmean())
+
+
 def _report(
-    out: Path, names: tuple[str, ...], units: tuple[str, ...], folds: list[str], settings: dict[str, Any]
+    out: Path,
+    names: tuple[str, ...],
+    units: tuple[str, ...],
+    folds: list[str],
+    settings: dict[str, Any],
+    history: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
     tested = {fold: _tested(out / f"fold-{fold}", names) for fold in folds}
     write_predictions(out / PREDICTIONS, names, tested, "fold")
@@ -183,6 +201,7 @@ def _report(
         metrics[f"{key}_deviation"] = {name: statistics.stdev(x) for name, x in values.items() if len(x) > 1}
     labels = labels_of(names, units)
     pictures = draw(out, kind, names, labels, true, predicted)
+    pictures |= draw_learning(out, kind, names, labels, history, metrics[f"baseline_{kind[0].key}"])
     storage.write(out / CARD, _card(kind, metrics, labels, names, settings, pictures))
     storage.write(out / METRICS, json.dumps(storage.sealed(metrics), indent=2) + "\n")
     for name, label in zip(names, labels, strict=True):

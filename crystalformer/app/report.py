@@ -98,7 +98,7 @@ def write(
     tested = {part: Predictions(parts[part].ids, parts[part].targets, x) for part, x in predictions.items()}
     write_predictions(out / PREDICTIONS, names, tested)
     pictures = draw(out, kind, names, predictor.labels, parts[shown].targets, predictions[shown])
-    pictures |= _draw_learning(out, predictor, history, metrics)
+    pictures |= draw_learning(out, kind, names, predictor.labels, history, metrics[f"baseline_{kind[0].key}"]["val"])
     for name in (x for x in metrics[kind[0].key][shown] if x not in names):
         pictures |= {
             f"parity_{name}.png": f"Predictions of {name}",
@@ -129,16 +129,21 @@ def draw(
     return pictures
 
 
-def _draw_learning(
-    out: Path, predictor: Predictor, history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]
+def draw_learning(
+    out: Path,
+    kind: Sequence[Score],
+    names: Sequence[str],
+    labels: Sequence[str],
+    history: Sequence[Mapping[str, float]],
+    baseline: Mapping[str, float],
 ) -> dict[str, str]:
     """Draws the score of each target over the epochs; the titles of the pictures by their files."""
-    pictures, first = {}, kind_in(metrics)[0]
-    for name, label in zip(predictor.names, predictor.labels, strict=True):
-        file = f"learning_curve_{file_stems(predictor.names)[name]}.png"
+    pictures, first = {}, kind[0]
+    for name, label in zip(names, labels, strict=True):
+        file = f"learning_curve_{file_stems(names)[name]}.png"
         pictures[file] = f"Learning curve of {name}"
-        title, baseline = f"{first.title} of {label}", metrics[f"baseline_{first.key}"]["val"].get(name)
-        plots.learning_curve(out / file, history, f"{first.key}/{name}", title, baseline)
+        title = f"{first.title} of {label}"
+        plots.learning_curve(out / file, history, f"{first.key}/{name}", title, baseline.get(name))
     return pictures
 
 
