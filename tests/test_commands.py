@@ -25,7 +25,11 @@ def test_presets_and_print_config(capsys, tmp_path):
         assert (config["epochs"], config["batch_size"], config["average_epochs"]) == (epochs, batch_size, 50)
         assert (config["lr"], config["betas"], config["weight_decay"]) == (5e-4, [0.9, 0.98], 1e-5)
         assert config["bias_decay"] == 0.01  # as in the paper's code
+        assert (config["embedding"], config["model"]["r0"]) == ("random", [1.4])
     assert printed("--epochs", "7", "--preset=jarvis")["epochs"] == 7
+    small = printed("--preset", "small")
+    assert (small["epochs"], small["batch_size"], small["lr"], small["embedding"]) == (200, 32, 1e-3, "properties")
+    assert small["model"] == config["model"] | {"r0": [2.0]}
     file = tmp_path / "config.yaml"
     file.write_text("preset: jarvis-mbj\nbatch_size: 3\ntarget: energy\nmodel: {domain: multihead, r0: 0.9}\n")
     config = printed("--config", str(file))

@@ -54,7 +54,7 @@ def _read(
     """
     with user_errors():
         from ..model.config import FROM_TRAINING, CrystalformerConfig
-        from ..training import PRESETS, Recipe
+        from ..training import PRESET_MODELS, PRESETS, Recipe
         from .data_source import DataSource
         from .fine_tuning import Start, read_model
         from .run_folder import CONFIG, check_folder
@@ -75,7 +75,7 @@ def _read(
         add("--val_fraction", type=float, default=0.1, help="share of each training's crystals that validate it")
     add("--ensemble", type=int, default=1, help="models that differ in their seed; their mean predicts")
     add("--jobs", type=int, default=1, help="trainings at once, in processes that share the threads")
-    add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data")
+    add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data, or small, for some thousand crystals")
     add_fields(parser, Recipe)
     add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
     if not left_out:
@@ -101,7 +101,8 @@ def _read(
     in_file = read_yaml(known.config) if known.config else {}
     preset, start = (getattr(known, name) or in_file.get(name) for name in ("preset", "from"))
     if preset in PRESETS:
-        parser.set_defaults(_as_defaults(dataclasses.asdict(PRESETS[preset])))
+        model = {f"model.{name}": value for name, value in PRESET_MODELS.get(preset, {}).items()}
+        parser.set_defaults(_as_defaults(dataclasses.asdict(PRESETS[preset]) | model))
     if known.resume and known.out:
         with user_errors():
             check_folder(Path(known.out), resume=True)

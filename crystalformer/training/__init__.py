@@ -15,11 +15,12 @@ from .callbacks import AverageLastEpochs, History, Progress
 from .element_properties import embed_properties
 from .forces import ForceRegression
 from .loop import fit, predict
-from .recipe import PRESETS, Recipe
+from .recipe import PRESET_MODELS, PRESETS, Recipe
 from .regression import Regression, standardisation
 
 __all__ = [
     "PRESETS",
+    "PRESET_MODELS",
     "AverageLastEpochs",
     "CrystalDataset",
     "ForceDataset",
