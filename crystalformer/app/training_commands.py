@@ -75,7 +75,7 @@ def _read(
         add("--val_fraction", type=float, default=0.1, help="share of each training's crystals that validate it")
     add("--ensemble", type=int, default=1, help="models that differ in their seed; their mean predicts")
     add("--jobs", type=int, default=1, help="trainings at once, in processes that share the threads")
-    add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data, or small, for some thousand crystals")
+    add("--preset", choices=list(PRESETS), default="mp", help="the paper's recipe for these data; or small")
     add_fields(parser, Recipe)
     add_fields(parser, CrystalformerConfig, "model.", leave_out=FROM_TRAINING)
     if not left_out:
