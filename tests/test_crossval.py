@@ -190,6 +190,19 @@ def test_what_cannot_be_cross_validated(folder, capsys, tmp_path):
     assert not out.exists()
 
 
+def test_a_bad_row_that_repeats_an_id_costs_no_crystal(folder, capsys):
+    text, data, out = (folder / "salts.jsonl").read_text(), folder / "repeated.jsonl", folder / "repeated"
+    data.write_text(f"{text}\n{text.splitlines()[4]}")
+    assert cli.main([*command(folder, out, 2), "--data", str(data), "--epochs=1"]) == 0
+    found = {row["id"]: row["fold"] for row in rows(out / "predictions.csv")}
+    assert sorted(found) == sorted(f"salt-{i}" for i in range(1, NUMBER))
+    fold = f"fold-{found['salt-4']}"
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out / fold), "--data", str(data), "--split", str(out / f"{fold}.json")]) == 1
+    tested = sum(x == found["salt-4"] for x in found.values())
+    assert f"{tested} crystals, 2 rows left out" in capsys.readouterr().err
+
+
 def test_random_folds_depend_on_ids_and_seed_alone():
     ids = [f"mp-{i}" for i in range(23)]
     found = random_folds(ids, 5, seed=3)

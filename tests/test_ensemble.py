@@ -108,6 +108,7 @@ def test_what_is_no_ensemble(data, tmp_path, capsys):
     for more, message in (
         (("--ensemble", "0"), "ensemble must be an integer, at least 2 and at most 1000, not 0"),
         (("--jobs", "0"), "jobs must be an integer, at least 1"),
+        (("--ensemble", "1", "--jobs", "2"), "ensemble must be given with jobs=2"),
     ):
         assert message in refused(capsys, *command(data, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()

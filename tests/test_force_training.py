@@ -240,6 +240,8 @@ def test_a_training_begins_with_the_energies_that_the_model_knew(run, tmp_path):
     assert set(two.model.config.elements) == {29, 47, 79}
     torch.testing.assert_close(two.predict(others), one.predict(others), rtol=0, atol=1e-4)
     assert one.predict(others).std() > 1
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0  # which reads the model it started from no more
+    assert torch.equal(cf.load(out).predict(others), two.predict(others))
 
 
 def test_options_that_do_not_go_together(run, file, capsys, tmp_path):

@@ -236,6 +236,16 @@ def test_only_what_was_begun_is_gone_on_with(model, salts, tmp_path, monkeypatch
     assert len(list(whole_rows(out))) == 39
 
 
+def test_an_unfinished_file_is_not_taken_for_complete(model, salts, tmp_path, monkeypatch) -> None:
+    """By a later prediction that has no row to write."""
+    out, state = tmp_path / "out.csv", tmp_path / "out.csv.unfinished.json"
+    stopped(model, salts, out, monkeypatch)
+    kept = out.read_bytes(), state.read_bytes()
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"id": "a", "structure": {"sites": []}}])
+    assert cli.main(["predict", str(model), str(bad), "--out", str(out)]) == 1
+    assert (out.read_bytes(), state.read_bytes()) == kept
+
+
 def test_rows_of_ids_with_anything_in_them(tmp_path) -> None:
     path = tmp_path / "a.csv"
     rows = [["id", "x"], ["a\nb", "1"], ['a"b', "2"], ["a,b", "3"]]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..common import checks
 from ..data.forces import per_atom
 from ..data.readers import read_samples
-from ..data.samples import DataError, Problem, Samples
+from ..data.samples import DataError, Problem, Samples, usable
 from ..data.splits import read_split, split
 from ..geometry.orbits import SYMMETRY_TOL
 
@@ -128,8 +128,7 @@ class DataSource:
             everything = samples(self.data)
             seed = seed if self.split_seed is None else self.split_seed
             chosen = split(everything.ids, self.fractions, seed) if self.split is None else read_split(self.split)
-            bad = {problem.id for problem in problems}
-            good = {name: [id for id in ids if id not in bad] for name, ids in chosen.items()}
+            good = {name: usable(ids, everything, problems) for name, ids in chosen.items()}
             parts = {name: everything.select(ids) for name, ids in good.items() if ids}
         except ValueError as error:
             raise DataError(str(error)) from error

@@ -83,6 +83,7 @@ def evaluate(arguments: list[str]) -> int:
         import torch
 
         from ..data.readers import read_samples
+        from ..data.samples import usable
         from ..data.splits import read_split
 
         classes, wanted = predictor.model.config.probabilities, {"forces": options.forces, "stress": options.stress}
@@ -92,8 +93,7 @@ def evaluate(arguments: list[str]) -> int:
 
             samples = per_atom(samples)
         if options.split is not None:
-            bad = {problem.id for problem in problems}
-            samples = samples.select([x for x in read_split(options.split)[options.set or "test"] if x not in bad])
+            samples = samples.select(usable(read_split(options.split)[options.set or "test"], samples, problems))
         if not len(samples):
             raise Stop(f"{options.data}: no crystal can be used" + (f": {problems[0]}" if problems else ""))
         baseline = read_metrics(options.model).get("baseline", {})

@@ -74,10 +74,10 @@ class PredictionFile:
         return file
 
     def close(self, complete: bool) -> None:
-        """If it is complete, nothing says any more that it is not."""
+        """If it is complete, nothing says any more that it is not; an older file, if no row was written, stays."""
         if self._file is not None:
             self._file.close()
-        if complete and self._is_regular:
+        if complete and self._begun and self._is_regular:
             self.state.unlink(missing_ok=True)
 
     # Going on ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def train(arguments: list[str]) -> int:
     """Trains a model and writes it, its errors, predictions and plots into a folder."""
     options, inputs = _read("train", train, arguments)
+    if options.ensemble == 1 and options.jobs != 1:
+        raise Stop(f"ensemble must be given with jobs={options.jobs}: a single training has one job")
     with training_errors(options.out):
         if options.ensemble == 1:
             from .train import train as run

@@ -82,6 +82,12 @@ class Problem:
         return f"{self.source}: {self.id}: {self.reason}"
 
 
+def usable(ids: Iterable[str], samples: Samples, problems: Iterable[Problem]) -> list[str]:
+    """The ids of a set without those of bad rows; an id that a bad row repeats is that of a good one."""
+    bad = {problem.id for problem in problems} - {*samples.ids}
+    return [id for id in ids if id not in bad]
+
+
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
     """Writes the report of bad rows: CSV with the columns id, source, reason."""
     storage.write(path, storage.csv_text([("id", "source", "reason"), *((x.id, x.source, x.reason) for x in problems)]))

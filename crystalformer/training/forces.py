@@ -99,6 +99,14 @@ class ForceRegression(Regression):
         self.weights = [x / sum(used.values()) for x in used.values()]
         self.units = [_root_mean_square(x) for x in (data.forces, data.stress) if x]
 
+    # Checkpoints keep what energies are measured by: a resumed training does not read the model it started from.
+    def get_extra_state(self) -> Tensor:
+        return torch.cat([self.energies, self.deviation])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.energies, self.deviation = state.cpu().split([NUM_ELEMENTS, 1])
+        self.scales = tuple(self.deviation.tolist())
+
     def forward(self, batch: CrystalBatch) -> Tensor:
         """(C,1) fp64, eV/atom."""
         return super().forward(batch) + mean_of_elements(batch, self.energies)
