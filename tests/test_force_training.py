@@ -243,6 +243,18 @@ def test_a_training_begins_with_the_energies_that_the_model_knew(run, tmp_path):
     assert cli.main(["train", "--out", str(out), "--resume"]) == 0  # which reads the model it started from no more
     assert torch.equal(cf.load(out).predict(others), two.predict(others))
 
+    # The energy of gold stays where no crystal has any.
+    for atoms in others:
+        atoms.calc.atoms.numbers[:] = atoms.numbers[:] = 29
+    io.write(tmp_path / "copper.extxyz", others)
+    options[1], copper = str(tmp_path / "copper.extxyz"), tmp_path / "copper"
+    assert cli.main(["train", *options, "--from", str(run), "--out", str(copper)]) == 0
+    assert cli.main(["train", "--out", str(copper), "--resume"]) == 0
+    configs = (one.model.config, cf.load(copper).model.config)
+    energies = [dict(zip(x.elements, x.element_energies, strict=True)) for x in configs]
+    assert energies[0] == pytest.approx(energies[1], abs=1e-9)
+    assert energies[0][79] != pytest.approx(energies[0][29], abs=0.1)
+
 
 def test_options_that_do_not_go_together(run, file, capsys, tmp_path):
     def training(*more) -> str:

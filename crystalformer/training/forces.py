@@ -61,7 +61,8 @@ class ForceRegression(Regression):
         names: of the energy, for the log.
         energy_weight, forces_weight, stress_weight: of the errors in the loss; the last one counts where data have
             stresses.
-        known: of a trained model that this one starts from, whose energies of elements stay as they are.
+        known: of a trained model that this one starts from, whose energies of elements stay as they are, and which
+            therefore count as seen.
         recipe: lr and others, as for `Regression`.
 
     Raises:
@@ -95,16 +96,18 @@ class ForceRegression(Regression):
         deviation = torch.where(deviation > EQUAL, deviation, 1.0)
         measured = [f"mae/{name}" for name in quantities]
         super().__init__(model, torch.zeros(1), deviation, names, measured=measured, **recipe)
-        self.energies, self.elements = energies, data.elements
+        self.energies, self.elements = energies, torch.zeros(NUM_ELEMENTS, dtype=torch.bool)
+        self.elements[torch.tensor(sorted({*data.elements, *(fixed or {})})) - 1] = True
         self.weights = [x / sum(used.values()) for x in used.values()]
         self.units = [_root_mean_square(x) for x in (data.forces, data.stress) if x]
 
     # Checkpoints keep what energies are measured by: a resumed training does not read the model it started from.
     def get_extra_state(self) -> Tensor:
-        return torch.cat([self.energies, self.deviation])
+        return torch.cat([self.energies, self.deviation, self.elements])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.energies, self.deviation = state.cpu().split([NUM_ELEMENTS, 1])
+        self.energies, self.deviation, elements = state.cpu().split([NUM_ELEMENTS, 1, NUM_ELEMENTS])
+        self.elements = elements > 0
         self.scales = tuple(self.deviation.tolist())
 
     def forward(self, batch: CrystalBatch) -> Tensor:
@@ -143,7 +146,8 @@ class ForceRegression(Regression):
     ) -> Crystalformer:
         """The model, predicting eV/atom from now on, in eval mode; arguments as for `Regression`."""
         model = super().finish(elements, largest_cell, atom_volumes)
-        known = tuple(sorted({*model.config.elements, *self.elements, *elements}))
+        mine = (self.elements.nonzero()[:, 0] + 1).tolist()
+        known = tuple(sorted({*model.config.elements, *mine, *elements}))
         energies = (model.element_energies + self.energies)[torch.tensor(known) - 1]
         known_energies = tuple(energies.tolist())
         model.config = replace(model.config, elements=known, element_energies=known_energies, target_units=(UNIT,))

@@ -41,7 +41,8 @@ class Recipe:
         best_epoch: the model has the weights of the epoch with the smallest validation loss, instead of the mean.
         patience: stop behind this many epochs without a smaller validation loss; 0 for never.
         embedding: first weights of the elements' features: "random", as in the paper, or "properties", a random linear
-            map of the properties of the elements (`embed_properties`), so that similar ones begin alike.
+            map of the properties of the elements (`embed_properties`), so that similar ones begin alike. A training
+            that starts from a trained model keeps that one's.
         energy_weight: of the energy in the loss of a training with forces.
         forces_weight: of the forces in it.
         stress_weight: of the stress in it.
