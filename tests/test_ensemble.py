@@ -127,6 +127,7 @@ def test_calibration_of_normal_errors():
     assert found["miscalibration"] < 0.01
     assert calibration.summary(errors, deviations)["miscalibration"] > 0.2
     assert 0.3 < found["rank_correlation"] < 0.9
+    assert "rank_correlation" not in calibration.summary(errors, torch.ones_like(errors))  # which have no ranks
     with pytest.raises(ValueError, match="must differ"):
         calibration.scale(errors, torch.zeros_like(errors))
 

@@ -72,6 +72,8 @@ def test_wrong_options_are_refused_in_one_line(alone, model, capsys, tmp_path):
         ((*predict, "--resume"), "out must be a file with resume, not -"),
         ((*predict, "--device", "mps"), "device must be cpu, not 'mps': lists are certified in fp64"),
         ((*train, "--seed", 10**22), "seed must be an integer, at least 0 and at most"),
+        ((*train, "--split", "s.json", "--fractions", 0.6, 0.2, 0.2), "fractions must be of data without split"),
+        ((*train, "--split", "s.json", "--split_seed", 0), "split_seed must be of data without split"),
         ((*train, "--workers", 10**6), "workers must be an integer, at least 0 and at most 1024, not 1000000"),
         ((*train, "--loaders", 10**6), "loaders must be an integer, at least 0 and at most 1024, not 1000000"),
         ((*train, "--config"), "argument --config: expected one argument"),

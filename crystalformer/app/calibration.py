@@ -52,6 +52,6 @@ def summary(errors: Tensor, deviations: Tensor) -> dict[str, float]:
         "within_2": within(errors, deviations, 2),
         "miscalibration": float((coverage(errors, deviations) - EXPECTED).abs().mean()),
     }
-    if len(errors) > 1:  # else there is no rank
+    if len(errors.abs().unique()) > 1 and len(deviations.unique()) > 1:  # else there is no rank
         found["rank_correlation"] = float(spearman_corrcoef(deviations, errors.abs()))
     return found

@@ -65,12 +65,17 @@ class DataSource:
         for name in ("data", "train", "val", "test", "split", "cache"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
+        object.__setattr__(self, "fractions", tuple(self.fractions))
         if (self.data is None) == (self.train is None):
             raise DataError("give the crystals with either data or train, val and test")
         if self.data is None and self.val is None:
             raise DataError("val must be given with train: a training validates behind each epoch")
         if self.data is None and self.split is not None:
             raise DataError("split must be given with data: train and val are split already")
+        if self.data is None or self.split is not None:
+            for name, default in (("fractions", DataSource.fractions), ("split_seed", None)):
+                if (value := getattr(self, name)) != default:
+                    raise DataError(f"{name} must be of data without split, not {value} for sets that are chosen")
         if self.split_seed is not None:
             checks.check_integer("split_seed", self.split_seed, 0, MOST_SEED)
         if self.stress and not self.forces:

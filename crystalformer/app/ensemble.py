@@ -91,8 +91,9 @@ def check_members(ensemble: int, least: int = 2) -> None:
 
 def members_of(out: Path, source: DataSource, ensemble: int, seed: int) -> list[Training]:
     """The trainings of an ensemble in a folder, split as the first of them is."""
-    split = dataclasses.replace(source, split_seed=seed if source.split_seed is None else source.split_seed)
-    return [Training(out / f"member-{i}", split, seed + i) for i in range(ensemble)]
+    if source.data is not None and source.split is None and source.split_seed is None:
+        source = dataclasses.replace(source, split_seed=seed)
+    return [Training(out / f"member-{i}", source, seed + i) for i in range(ensemble)]
 
 
 def combine(out: Path, names: tuple[str, ...], units: tuple[str, ...], settings: Mapping[str, Any]) -> dict[str, Any]:

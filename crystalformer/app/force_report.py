@@ -66,6 +66,7 @@ def write_forces(
             f"{MAE.key}/{quantity}",
             error,
             zero["val"][MAE.key][quantity],
+            guess="0",
         )
     return mine, zero
 

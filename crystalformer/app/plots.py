@@ -59,7 +59,12 @@ def roc(path: str | Path, classes: Tensor, probabilities: Tensor, label: str) ->
 
 
 def learning_curve(
-    path: str | Path, rows: Sequence[Mapping[str, float]], name: str, label: str, baseline: float | None = None
+    path: str | Path,
+    rows: Sequence[Mapping[str, float]],
+    name: str,
+    label: str,
+    baseline: float | None = None,
+    guess: str = "the mean",
 ) -> None:
     """A score of training and validation crystals over the epochs.
 
@@ -67,7 +72,7 @@ def learning_curve(
         rows: one an epoch, as `training.fit` returns them.
         name: of the score in the rows, as "mae/energy"; an error has a logarithmic axis.
         label: of the score's axis, with its unit.
-        baseline: a score to compare with, that of predicting the mean.
+        baseline: a score to compare with, that of predicting the guess.
     """
     figure, axes = _axes((5.6, 3.8))
     epochs = [row["epoch"] for row in rows]
@@ -75,7 +80,7 @@ def learning_curve(
         values = [row[f"{stage}_{name}"] for row in rows]
         axes.plot(epochs, values, "o-", markersize=4, color=color, label=text)
     if baseline is not None:
-        axes.axhline(baseline, color=ORANGE, linestyle="--", linewidth=1.2, label="predicting the mean")
+        axes.axhline(baseline, color=ORANGE, linestyle="--", linewidth=1.2, label=f"predicting {guess}")
     axes.set(xlabel="epoch", ylabel=_plain(label))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if name.startswith("mae/"):
