@@ -64,6 +64,7 @@ def extension() -> dict:
             super().__init__(*args, **options, no_python_abi_suffix=True)
 
         def build_extension(self, ext: Extension) -> None:
+            ext.extra_objects = []  # setuptools may come here twice
             for source, flags in LEVELS.items() if HAS_LEVELS else ():
                 options: dict[str, Any] = {"output_dir": self.build_temp, "extra_postargs": FLAGS + flags}
                 ext.extra_objects += self.compiler.compile([source], **options)
