@@ -19,13 +19,13 @@ test: $(INSTALLED)
 SANITIZED := build/sanitized
 sanitize: $(INSTALLED)  ## the C++ kernels' tests on a build of csrc that stops at a wrong address or undefined behaviour
 	CRYSTALFORMER_SANITIZE=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	nm -D $(SANITIZED)/lib/crystalformer/_C*.so | grep -q __asan_init
+	nm -D $(SANITIZED)/lib/crystalformer/_C.so | grep -q __asan_init
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath $(SANITIZED))/lib CRYSTALFORMER_FROM=$(SANITIZED) $(BIN)/pytest \
 	--backends=cpu tests/contract/test_sums.py tests/contract/test_not_finite.py tests/contract/test_list_builders.py \
 	tests/contract/test_sums_of_orbits.py tests/contract/test_refused_lists.py tests/test_lists.py \
 	tests/test_cpu.py tests/test_shells.py tests/test_fuzz.py -k "not instruction_sets"
-	@echo "no wrong address and no undefined behaviour in $(SANITIZED)/lib/crystalformer/_C"
+	@echo "no wrong address and no undefined behaviour in $(SANITIZED)/lib/crystalformer/_C.so"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -73,7 +73,7 @@ aot-36:  ## the Triton kernels on Triton 3.6.0, without a GPU
 	$(VENV)-36/bin/pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
 	PYTHONPATH=. $(VENV)-36/bin/python -m pytest tests/test_aot.py tests/test_interpreter.py
 
-# The compiled kernels are built against the torch that is installed, so not in isolation.
+# The compiled kernels are built with the headers of the torch that is installed, so not in isolation.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel ninja

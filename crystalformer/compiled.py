@@ -1,37 +1,35 @@
-"""Loads the compiled kernels: `crystalformer._C` and `crystalformer.kernels`.
+"""Loads the compiled kernels: the library `_C.so` and `crystalformer.kernels`.
 
-Importing them implements the operators `crystalformer::cpu_...` and `crystalformer::triton_...`.
+Loading them implements the operators `crystalformer::cpu_...` and `crystalformer::triton_...`.
 """
 
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
 from .common.backends import AVAILABLE, DEVICE_TYPE
 
+LIBRARY = Path(__file__).with_name("_C.so")
+
 
 def _load_cpu() -> bool | str:
     try:
-        from . import _C  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError as error:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        reason = _reason(error.__cause__ or error)  # torch's own names the file alone
         return (
-            f"the compiled CPU kernels cannot be loaded: {_reason(Path(__file__).parent, error)}: install "
-            "crystalformer with `pip install --no-build-isolation .`, with torch and a C++20 compiler there, or use "
-            "'reference'"
+            f"the compiled CPU kernels cannot be loaded: {reason}: install crystalformer with `pip install "
+            "--no-build-isolation .`, with torch and a C++20 compiler there, or use 'reference'"
         )
     return True
 
 
-def _reason(folder: Path, error: ImportError) -> str:
-    """What is wrong with the file. Python's own message speaks of a circular import, which is not the cause."""
-    files = sorted(path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
-    if not files:
-        return f"there is no file _C{EXTENSION_SUFFIXES[0]} in {folder}, so they have not been built"
-    if not any(f"_C{suffix}" in files for suffix in EXTENSION_SUFFIXES):
-        return f"{files[0]} in {folder} was built for another Python than this, which needs _C{EXTENSION_SUFFIXES[0]}"
-    if "symbol" in str(error).lower():
-        return f"they were built for another torch than this, {torch.__version__} ({error})"
+def _reason(error: BaseException) -> str:
+    """What is wrong with the file."""
+    if not LIBRARY.exists():
+        return f"there is no file {LIBRARY.name} in {LIBRARY.parent}, so they have not been built"
+    if "undefined symbol" in str(error):
+        return f"they need torch 2.10 or later, and this is {torch.__version__} ({error})"
     return str(error)
 
 

@@ -15,15 +15,15 @@ namespace {
 // For a search that would never end; compiled code has no other check.
 void check_finite(const char* name, const Tensor& x) {
     const double* values = pointer<double>(x);
-    TORCH_CHECK_VALUE(std::all_of(values, values + x.numel(), [](double v) { return std::isfinite(v); }), name,
-                      " must be finite");
+    CHECK_VALUE(std::all_of(values, values + x.numel(), [](double v) { return std::isfinite(v); }), name,
+                " must be finite");
 }
 
 // What an operator is asked for, checked; the tensors are contiguous and outlive it.
 ImageRequest request_of(const Tensor& positions, const Tensor& lattice, const Tensor& ptr, const Tensor& decay_min,
                         double tol, double logit_range, double beyond, std::optional<double> cutoff, bool every_pair,
                         int64_t max_images) {
-    TORCH_CHECK_VALUE(positions.dim() == 2, "positions must have two dimensions, not shape ", positions.sizes());
+    CHECK_VALUE(positions.dim() == 2, "positions must have two dimensions, not shape ", positions.sizes());
     const int64_t atoms = positions.size(0), crystals = segments("ptr", ptr);
     check_shape("positions", positions, {atoms, 3});
     check_shape("lattice", lattice, {crystals, 3, 3});
@@ -31,7 +31,7 @@ ImageRequest request_of(const Tensor& positions, const Tensor& lattice, const Te
     check_offsets("ptr", pointer<int64_t>(ptr), crystals, atoms);
     check_finite("positions", positions);
     check_finite("lattice", lattice);
-    TORCH_CHECK_VALUE(tol > 0 && tol <= 1, "tol must be larger than 0 and at most 1, not ", tol);
+    CHECK_VALUE(tol > 0 && tol <= 1, "tol must be larger than 0 and at most 1, not ", tol);
     return {atoms,
             crystals,
             pointer<double>(positions),
@@ -56,22 +56,22 @@ int64_t sum_of_squares(const int64_t* ptr, int64_t segments) {
     return sum;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt> cpu_images(const Tensor& positions, const Tensor& lattice,
-                                                                   const Tensor& ptr, const Tensor& decay_min,
-                                                                   double tol, double logit_range, double beyond,
-                                                                   std::optional<double> cutoff, bool every_pair,
-                                                                   int64_t max_images) {
-    const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
+std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> cpu_images(const Tensor& positions, const Tensor& lattice,
+                                                               const Tensor& ptr, const Tensor& decay_min, double tol,
+                                                               double logit_range, double beyond,
+                                                               std::optional<double> cutoff, bool every_pair,
+                                                               int64_t max_images) {
+    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice), a = contiguous_of(decay_min);
     const ImageRequest request = request_of(p, l, ptr, a, tol, logit_range, beyond, cutoff, every_pair, max_images);
-    const Tensor row_ptr = at::empty({request.atoms + 1}, ptr.options());
-    const Tensor radius = at::empty({request.crystals}, positions.options());
+    const Tensor row_ptr = empty({request.atoms + 1}, ptr);
+    const Tensor radius = empty({request.crystals}, positions);
     Tensor col, shift;
     try {
         const ReleaseGil release;
         const ImageSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
         const int64_t images = output<int64_t>(row_ptr)[request.atoms];
-        col = at::empty({images}, ptr.options().dtype(at::kInt));
-        shift = at::empty({images, 3}, ptr.options().dtype(at::kInt));
+        col = empty({images}, aoti_torch_dtype_int32());
+        shift = empty({images, 3}, aoti_torch_dtype_int32());
         search.write(output<int64_t>(row_ptr), output<int32_t>(col), output<int32_t>(shift), torch_threads());
     } catch (const std::bad_alloc&) {
         throw no_memory();
@@ -85,27 +85,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_orbit_images(const Tensor
                                                                     double tol, double logit_range, double beyond,
                                                                     std::optional<double> cutoff, bool every_pair,
                                                                     int64_t max_images, double spread) {
-    const Tensor p = positions.contiguous(), l = lattice.contiguous(), a = decay_min.contiguous();
+    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice), a = contiguous_of(decay_min);
     ImageRequest request = request_of(p, l, ptr, a, tol, logit_range, beyond, cutoff, every_pair, max_images);
     check_shape("orbit", orbit, {request.atoms});
-    TORCH_CHECK_VALUE(spread >= 0, "spread must be at least 0, not ", spread);
+    CHECK_VALUE(spread >= 0, "spread must be at least 0, not ", spread);
     check_shape("orbit_ptr", orbit_ptr, {request.crystals + 1});
     request.orbits = Orbits{pointer<int64_t>(orbit), pointer<int64_t>(orbit_ptr), spread};
     const int64_t orbits = request.orbits->ptr[request.crystals];
-    TORCH_CHECK_VALUE(orbits <= request.atoms, "orbit_ptr must be of at most ", request.atoms, " orbits, as there are ",
-                      "atoms, not of ", orbits);
+    CHECK_VALUE(orbits <= request.atoms, "orbit_ptr must be of at most ", request.atoms, " orbits, as there are ",
+                "atoms, not of ", orbits);
     check_offsets("orbit_ptr", request.orbits->ptr, request.crystals, orbits);
     check_orbits(request);
-    const Tensor row_ptr = at::empty({orbits + 1}, ptr.options());
-    const Tensor radius = at::empty({request.crystals}, positions.options());
+    const Tensor row_ptr = empty({orbits + 1}, ptr);
+    const Tensor radius = empty({request.crystals}, positions);
     Tensor col, distance, count;
     try {
         const ReleaseGil release;
         const OrbitSearch search(request, torch_threads(), output<int64_t>(row_ptr), output<double>(radius));
         const int64_t entries = output<int64_t>(row_ptr)[orbits];
-        col = at::empty({entries}, ptr.options().dtype(at::kInt));
-        distance = at::empty({entries}, positions.options());
-        count = at::empty({entries}, positions.options().dtype(at::kFloat));
+        col = empty({entries}, aoti_torch_dtype_int32());
+        distance = empty({entries}, positions);
+        count = empty({entries}, aoti_torch_dtype_float32());
         search.write(output<int32_t>(col), output<double>(distance), output<float>(count));
     } catch (const std::bad_alloc&) {
         throw no_memory();
@@ -115,9 +115,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_orbit_images(const Tensor
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
-    m.impl("cpu_images", &cpu_images);
-    m.impl("cpu_orbit_images", &cpu_orbit_images);
+STABLE_TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
+    m.impl("cpu_images", TORCH_BOX(&cpu_images));
+    m.impl("cpu_orbit_images", TORCH_BOX(&cpu_orbit_images));
 }
 
 }  // namespace crystalformer

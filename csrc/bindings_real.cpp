@@ -16,7 +16,7 @@ namespace {
 
 // What rounding loses anyway may be left out even when `tol` asks for nothing to be.
 double at_least_rounding(double tol, const Tensor& x) {
-    return std::max(tol, x.scalar_type() == at::kFloat ? 0x1p-24 : 0x1p-53);
+    return std::max(tol, x.scalar_type() == ScalarType::Float ? 0x1p-24 : 0x1p-53);
 }
 
 // The radial basis of `num` functions, of which `smallest` is the smallest value that counts.
@@ -27,9 +27,9 @@ Window window_of(int64_t num, const Settings& settings, double smallest) {
 // The image list as ImageList.packed makes one tensor of it, and the geometry.
 template <class T>
 Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor& packed, const Settings& settings) {
-    TORCH_CHECK_VALUE(positions.dim() == 2 && lattice.dim() == 3,
-                      "positions must have two and lattice three dimensions, not shapes ", positions.sizes(), ", ",
-                      lattice.sizes());
+    CHECK_VALUE(positions.dim() == 2 && lattice.dim() == 3,
+                "positions must have two and lattice three dimensions, not shapes ", positions.sizes(), ", ",
+                lattice.sizes());
     const int64_t atoms = positions.size(0), crystals = lattice.size(0);
     check_shape("positions", positions, {atoms, 3});
     check_shape("lattice", lattice, {crystals, 3, 3});
@@ -49,25 +49,25 @@ Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor
 }
 
 Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& packed, int64_t num,
-                  at::ArrayRef<double> numbers, bool by_pair, bool merge) {
-    const Tensor p = positions.contiguous(), l = lattice.contiguous();
+                  List<double> numbers, bool by_pair, bool merge) {
+    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice);
     const Settings settings = Settings::read(numbers);
     const double tol = at_least_rounding(settings.tol, positions);
     const Window window = window_of(num, settings, tol);
     Tensor block;
-    AT_DISPATCH_FLOATING_TYPES(positions.scalar_type(), "cpu_layout", [&] {
+    for_dtype("positions", positions, [&]<class scalar_t>() {
         const auto images = images_of<scalar_t>(p, l, packed, settings);
         const Pairs pairs = find_pairs(images, by_pair);
         const LayoutHeader header = layout_header(images, window, by_pair, merge, pairs.number());
         int64_t bytes;
         place_layout<scalar_t>(header.sizes, nullptr, &bytes);
-        block = at::empty({bytes}, positions.options().dtype(at::kByte));
+        block = empty({bytes}, aoti_torch_dtype_uint8());
         // A shell's spread moves b, and log p by 2 a d times it, by less than tol as long as a d times the scale is
         // less than 32. Positions are rounded as much as the least spread anyway.
         const double scale = num ? std::min(1.0, window.spacing * window.width) : 1.0;
         const double spread = std::max(tol * scale / 64, sizeof(scalar_t) == 4 ? 2e-6 : 4e-15);
         const ReleaseGil release;
-        build_layout(images, pairs, spread, header, static_cast<char*>(block.data_ptr()), torch_threads());
+        build_layout(images, pairs, spread, header, static_cast<char*>(block.mutable_data_ptr()), torch_threads());
     });
     return block;
 }
@@ -77,18 +77,18 @@ Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& 
 template <class T>
 Layout<T> layout_of(const Tensor& block, const Images<T>& images, const Window& window, bool by_pair, bool merge) {
     LayoutHeader found{};
-    TORCH_CHECK_VALUE(merge || !images.orbits,
-                      "images must be of all atoms, not of orbits, for the gradients of positions and lattice");
-    TORCH_CHECK_VALUE(block.scalar_type() == at::kByte && block.dim() == 1 && block.is_contiguous() &&
-                          block.numel() >= int64_t(sizeof found),
-                      "layout must be what cpu_layout makes of the image list, not ", block.numel(), " elements of ",
-                      block.scalar_type());
-    char* memory = static_cast<char*>(block.data_ptr());
+    CHECK_VALUE(merge || !images.orbits,
+                "images must be of all atoms, not of orbits, for the gradients of positions and lattice");
+    CHECK_VALUE(block.scalar_type() == ScalarType::Byte && block.dim() == 1 && block.is_contiguous() &&
+                    block.numel() >= int64_t(sizeof found),
+                "layout must be what cpu_layout makes of the image list, not ", block.numel(), " elements of ",
+                block.scalar_type());
+    char* memory = static_cast<char*>(block.mutable_data_ptr());
     std::memcpy(&found, memory, sizeof found);
     check_header(layout_header(images, window, by_pair, merge, found.sizes.pairs), found);
     int64_t bytes;
     const Layout<T> layout = place_layout<T>(found.sizes, memory, &bytes);
-    TORCH_CHECK_VALUE(block.numel() == bytes, "layout must have ", bytes, " bytes, not ", block.numel());
+    CHECK_VALUE(block.numel() == bytes, "layout must have ", bytes, " bytes, not ", block.numel());
     return layout;
 }
 
@@ -101,9 +101,9 @@ struct AttentionArguments {
     // geometry: whether its gradients are wanted.
     template <class T>
     AttentionInputs<T> inputs(bool geometry) const {
-        TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3 && edge_weight.dim() == 3,
-                          "q, v and edge_weight must have three dimensions, not shapes ", q.sizes(), ", ", v.sizes(),
-                          ", ", edge_weight.sizes());
+        CHECK_VALUE(q.dim() == 3 && v.dim() == 3 && edge_weight.dim() == 3,
+                    "q, v and edge_weight must have three dimensions, not shapes ", q.sizes(), ", ", v.sizes(), ", ",
+                    edge_weight.sizes());
         const auto images = images_of<T>(positions, lattice, packed, settings);
         const int64_t atoms = images.atoms, heads = q.size(1), dim = q.size(2), value_dim = v.size(2);
         check_shape("q", q, {atoms, heads, dim});
@@ -138,20 +138,20 @@ struct AttentionArguments {
 std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay,
                                                  const Tensor& edge_weight, const Tensor& positions,
                                                  const Tensor& lattice, const Tensor& images, const Tensor& layout,
-                                                 at::ArrayRef<double> settings) {
-    const AttentionArguments x{q.contiguous(),
-                               k.contiguous(),
-                               v.contiguous(),
-                               decay.contiguous(),
-                               edge_weight.contiguous(),
-                               positions.contiguous(),
-                               lattice.contiguous(),
+                                                 List<double> settings) {
+    const AttentionArguments x{contiguous_of(q),
+                               contiguous_of(k),
+                               contiguous_of(v),
+                               contiguous_of(decay),
+                               contiguous_of(edge_weight),
+                               contiguous_of(positions),
+                               contiguous_of(lattice),
                                images,
                                layout,
                                Settings::read(settings)};
-    const Tensor y = at::empty(v.sizes(), v.options()), lse = at::empty(decay.sizes(), v.options());
-    const Tensor c = at::empty({v.size(0), v.size(1), edge_weight.size(2)}, v.options());
-    AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention", [&] {
+    const Tensor y = empty(v.sizes(), v), lse = empty(decay.sizes(), v);
+    const Tensor c = empty({v.size(0), v.size(1), edge_weight.size(2)}, v);
+    for_dtype("q", q, [&]<class scalar_t>() {
         const AttentionOutputs<scalar_t> out{output<scalar_t>(y), output<scalar_t>(lse), output<scalar_t>(c)};
         const auto inputs = x.inputs<scalar_t>(false);
         const ReleaseGil release;
@@ -165,20 +165,20 @@ using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
                                     const Tensor& v, const Tensor& decay, const Tensor& edge_weight,
                                     const Tensor& positions, const Tensor& lattice, const Tensor& images,
-                                    const Tensor& layout, at::ArrayRef<double> settings, const Tensor& y,
-                                    const Tensor& lse, const Tensor& c, bool geometry) {
-    const AttentionArguments x{q.contiguous(),
-                               k.contiguous(),
-                               v.contiguous(),
-                               decay.contiguous(),
-                               edge_weight.contiguous(),
-                               positions.contiguous(),
-                               lattice.contiguous(),
+                                    const Tensor& layout, List<double> settings, const Tensor& y, const Tensor& lse,
+                                    const Tensor& c, bool geometry) {
+    const AttentionArguments x{contiguous_of(q),
+                               contiguous_of(k),
+                               contiguous_of(v),
+                               contiguous_of(decay),
+                               contiguous_of(edge_weight),
+                               contiguous_of(positions),
+                               contiguous_of(lattice),
                                images,
                                layout,
                                Settings::read(settings)};
-    const Tensor grads[] = {grad_y.contiguous(), grad_lse.contiguous()};
-    const Tensor outputs[] = {y.contiguous(), lse.contiguous(), c.contiguous()};
+    const Tensor grads[] = {contiguous_of(grad_y), contiguous_of(grad_lse)};
+    const Tensor outputs[] = {contiguous_of(y), contiguous_of(lse), contiguous_of(c)};
     const SevenTensors result{like(q),
                               like(k),
                               like(v),
@@ -191,7 +191,7 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
     check_shape("y", outputs[0], v.sizes());
     check_shape("lse", outputs[1], decay.sizes());
     check_shape("c", outputs[2], {q.size(0), q.size(1), edge_weight.size(2)});
-    AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_attention_backward", [&] {
+    for_dtype("q", q, [&]<class scalar_t>() {
         const AttentionOutputs<const scalar_t> grad{pointer<scalar_t>(grads[0]), pointer<scalar_t>(grads[1]), nullptr};
         const AttentionOutputs<const scalar_t> saved{pointer<scalar_t>(outputs[0]), pointer<scalar_t>(outputs[1]),
                                                      pointer<scalar_t>(outputs[2])};
@@ -214,16 +214,16 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
 template <class T>
 EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight, const Images<T>& images,
                                   const Tensor& layout, int64_t num_pairs, const Settings& settings, bool geometry) {
-    TORCH_CHECK_VALUE(decay.dim() == 2 && edge_weight.dim() == 3,
-                      "decay must have two and edge_weight three dimensions, not shapes ", decay.sizes(), ", ",
-                      edge_weight.sizes());
+    CHECK_VALUE(decay.dim() == 2 && edge_weight.dim() == 3,
+                "decay must have two and edge_weight three dimensions, not shapes ", decay.sizes(), ", ",
+                edge_weight.sizes());
     const int64_t heads = decay.size(1), value_dim = edge_weight.size(1);
     check_shape("decay", decay, {images.atoms, heads});
     check_shape("edge_weight", edge_weight, {heads, value_dim, edge_weight.size(2)});
     const double bound = at_least_rounding(settings.tol, decay);
     const Window window = window_of(edge_weight.size(2), settings, bound);
     const Layout<T> found = layout_of(layout, images, window, true, !geometry);
-    TORCH_CHECK_VALUE(num_pairs == found.segments, "num_pairs must be ", found.segments, ", not ", num_pairs);
+    CHECK_VALUE(num_pairs == found.segments, "num_pairs must be ", found.segments, ", not ", num_pairs);
     return {
         .atoms = images.atoms,
         .crystals = images.crystals,
@@ -243,12 +243,12 @@ EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight
 
 std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
                                         const Tensor& lattice, const Tensor& images, const Tensor& layout,
-                                        int64_t num_pairs, at::ArrayRef<double> settings) {
-    const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
-    const Tensor p = positions.contiguous(), l = lattice.contiguous();
-    const Tensor alpha = at::empty({num_pairs, decay.size(1)}, decay.options());
-    const Tensor beta = at::empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay.options());
-    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding", [&] {
+                                        int64_t num_pairs, List<double> settings) {
+    const Tensor a = contiguous_of(decay), w = contiguous_of(edge_weight);
+    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice);
+    const Tensor alpha = empty({num_pairs, decay.size(1)}, decay);
+    const Tensor beta = empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay);
+    for_dtype("decay", decay, [&]<class scalar_t>() {
         const Settings told = Settings::read(settings);
         const auto list = images_of<scalar_t>(p, l, images, told);
         const auto in = encoding_inputs(a, w, list, layout, num_pairs, told, false);
@@ -262,12 +262,13 @@ std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor& grad_alpha, const Tensor& grad_beta, const Tensor& decay, const Tensor& edge_weight,
     const Tensor& positions, const Tensor& lattice, const Tensor& images, const Tensor& layout, int64_t num_pairs,
-    at::ArrayRef<double> settings, const Tensor& alpha, const Tensor& beta, bool geometry) {
-    const Tensor a = decay.contiguous(), w = edge_weight.contiguous();
-    const Tensor p = positions.contiguous(), l = lattice.contiguous();
-    const Tensor tensors[] = {grad_alpha.contiguous(), grad_beta.contiguous(), alpha.contiguous(), beta.contiguous()};
+    List<double> settings, const Tensor& alpha, const Tensor& beta, bool geometry) {
+    const Tensor a = contiguous_of(decay), w = contiguous_of(edge_weight);
+    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice);
+    const Tensor tensors[] = {contiguous_of(grad_alpha), contiguous_of(grad_beta), contiguous_of(alpha),
+                              contiguous_of(beta)};
     const auto result = std::make_tuple(like(a), like(w), like_if(geometry, p), like_if(geometry, l));
-    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_encoding_backward", [&] {
+    for_dtype("decay", decay, [&]<class scalar_t>() {
         const Settings told = Settings::read(settings);
         const auto list = images_of<scalar_t>(p, l, images, told);
         const auto in = encoding_inputs(a, w, list, layout, num_pairs, told, geometry);
@@ -292,12 +293,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
-    m.impl("cpu_layout", &cpu_layout);
-    m.impl("cpu_attention", &cpu_attention);
-    m.impl("cpu_attention_backward", &cpu_attention_backward);
-    m.impl("cpu_encoding", &cpu_encoding);
-    m.impl("cpu_encoding_backward", &cpu_encoding_backward);
+STABLE_TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
+    m.impl("cpu_layout", TORCH_BOX(&cpu_layout));
+    m.impl("cpu_attention", TORCH_BOX(&cpu_attention));
+    m.impl("cpu_attention_backward", TORCH_BOX(&cpu_attention_backward));
+    m.impl("cpu_encoding", TORCH_BOX(&cpu_encoding));
+    m.impl("cpu_encoding_backward", TORCH_BOX(&cpu_encoding_backward));
 }
 
 }  // namespace crystalformer

@@ -18,21 +18,20 @@ void check_total(const char* name, const Tensor& total, const ReciprocalInputs<T
 }
 
 // WaveVectors.largest has more numbers of a list of orbits.
-bool of_orbits(at::IntArrayRef largest) {
+bool of_orbits(Shape largest) {
     return largest.size() > 2;
 }
 
-void check_of_atoms(at::IntArrayRef largest) {
-    TORCH_CHECK_VALUE(!of_orbits(largest), "wave_vectors must be of all atoms, not of orbits, for the sums of pairs");
+void check_of_atoms(Shape largest) {
+    CHECK_VALUE(!of_orbits(largest), "wave_vectors must be of all atoms, not of orbits, for the sums of pairs");
 }
 
 // What the sums S read, of wave vectors as WaveVectors.packed makes one tensor of them; q, k and v are null.
 template <class T>
 ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& waves,
                                bool of_orbits) {
-    TORCH_CHECK_VALUE(decay.dim() == 2 && lattice.dim() == 3,
-                      "decay must have two and lattice three dimensions, not shapes ", decay.sizes(), ", ",
-                      lattice.sizes());
+    CHECK_VALUE(decay.dim() == 2 && lattice.dim() == 3, "decay must have two and lattice three dimensions, not shapes ",
+                decay.sizes(), ", ", lattice.sizes());
     const int64_t rows = decay.size(0), crystals = lattice.size(0);
     check_shape("positions", positions, {rows, 3});
     check_shape("lattice", lattice, {crystals, 3, 3});
@@ -43,9 +42,9 @@ ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, con
     if (of_orbits) {
         atom_ptr = words.take<int64_t>(rows + 1);
         const int64_t* end = atom_ptr + rows + 1;
-        TORCH_CHECK_VALUE(!atom_ptr[0] && std::adjacent_find(atom_ptr, end, std::greater_equal<>()) == end &&
-                              atom_ptr[rows] <= words.left(),
-                          "atom_ptr must run from 0 to the number of atoms and rise by at least one a row");
+        CHECK_VALUE(!atom_ptr[0] && std::adjacent_find(atom_ptr, end, std::greater_equal<>()) == end &&
+                        atom_ptr[rows] <= words.left(),
+                    "atom_ptr must run from 0 to the number of atoms and rise by at least one a row");
         atoms = words.take<double>(3 * atom_ptr[rows]);
     }
     const int64_t vectors = words.left() / 3;
@@ -54,7 +53,7 @@ ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, con
     check_offsets("ptr", first, crystals, rows);
     check_offsets("g_ptr", first_vector, crystals, vectors);
     for (int64_t m = 0; m < 3 * vectors; ++m)  // memory is taken for powers up to these
-        TORCH_CHECK_VALUE(std::abs(int64_t(n[m])) <= LARGEST, "g must hold integers within ", LARGEST, ", not ", n[m]);
+        CHECK_VALUE(std::abs(int64_t(n[m])) <= LARGEST, "g must hold integers within ", LARGEST, ", not ", n[m]);
     return {
         .rows = rows,
         .crystals = crystals,
@@ -79,8 +78,8 @@ struct ReciprocalArguments {
     template <class T>
     ReciprocalInputs<T> inputs() const {
         ReciprocalInputs<T> in = sum_inputs<T>(decay, positions, lattice, waves, of_orbits);
-        TORCH_CHECK_VALUE(q.dim() == 3 && v.dim() == 3, "q and v must have three dimensions, not shapes ", q.sizes(),
-                          ", ", v.sizes());
+        CHECK_VALUE(q.dim() == 3 && v.dim() == 3, "q and v must have three dimensions, not shapes ", q.sizes(), ", ",
+                    v.sizes());
         check_shape("q", q, {in.rows, in.heads, q.size(2)});
         check_shape("k", k, q.sizes());
         check_shape("v", v, {in.rows, in.heads, v.size(2)});
@@ -94,11 +93,17 @@ struct ReciprocalArguments {
 };
 
 Tensor cpu_reciprocal(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& positions,
-                      const Tensor& lattice, const Tensor& waves, at::IntArrayRef largest) {
-    const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                                positions.contiguous(), lattice.contiguous(), waves,          of_orbits(largest)};
-    const Tensor y = at::empty(v.sizes(), v.options());
-    AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal", [&] {
+                      const Tensor& lattice, const Tensor& waves, Shape largest) {
+    const ReciprocalArguments x{contiguous_of(q),
+                                contiguous_of(k),
+                                contiguous_of(v),
+                                contiguous_of(decay),
+                                contiguous_of(positions),
+                                contiguous_of(lattice),
+                                waves,
+                                of_orbits(largest)};
+    const Tensor y = empty(v.sizes(), v);
+    for_dtype("q", q, [&]<class scalar_t>() {
         const auto inputs = x.inputs<scalar_t>();
         scalar_t* to = output<scalar_t>(y);
         const ReleaseGil release;
@@ -111,16 +116,22 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& decay, const Tensor& positions, const Tensor& lattice,
-                                   const Tensor& waves, at::IntArrayRef largest, const Tensor&, bool geometry) {
-    const ReciprocalArguments x{q.contiguous(),         k.contiguous(),       v.contiguous(), decay.contiguous(),
-                                positions.contiguous(), lattice.contiguous(), waves,          of_orbits(largest)};
-    TORCH_CHECK_VALUE(!geometry || !x.of_orbits,
-                      "wave_vectors must be of all atoms, not of orbits, for the gradients of positions and lattice");
-    const Tensor grad = grad_y.contiguous();
+                                   const Tensor& waves, Shape largest, const Tensor&, bool geometry) {
+    const ReciprocalArguments x{contiguous_of(q),
+                                contiguous_of(k),
+                                contiguous_of(v),
+                                contiguous_of(decay),
+                                contiguous_of(positions),
+                                contiguous_of(lattice),
+                                waves,
+                                of_orbits(largest)};
+    CHECK_VALUE(!geometry || !x.of_orbits,
+                "wave_vectors must be of all atoms, not of orbits, for the gradients of positions and lattice");
+    const Tensor grad = contiguous_of(grad_y);
     check_shape("grad_y", grad, v.sizes());
     const SixTensors result{
         like(x.q), like(x.k), like(x.v), like(x.decay), like_if(geometry, x.positions), like_if(geometry, x.lattice)};
-    AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "cpu_reciprocal_backward", [&] {
+    for_dtype("q", q, [&]<class scalar_t>() {
         const ReciprocalGrads<scalar_t> to{
             output<scalar_t>(std::get<0>(result)),
             output<scalar_t>(std::get<1>(result)),
@@ -138,11 +149,11 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
 }
 
 Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& waves,
-                          at::IntArrayRef largest, int64_t num_pairs) {
+                          Shape largest, int64_t num_pairs) {
     check_of_atoms(largest);
-    const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
-    const Tensor total = at::empty({num_pairs, decay.size(1)}, decay.options());
-    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum", [&] {
+    const Tensor c = contiguous_of(decay), p = contiguous_of(positions), l = contiguous_of(lattice);
+    const Tensor total = empty({num_pairs, decay.size(1)}, decay);
+    for_dtype("decay", decay, [&]<class scalar_t>() {
         const auto inputs = sum_inputs<scalar_t>(c, p, l, waves, false);
         check_total("total", total, inputs);
         scalar_t* to = output<scalar_t>(total);
@@ -154,13 +165,13 @@ Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Te
 
 std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& grad_total, const Tensor& decay,
                                                                const Tensor& positions, const Tensor& lattice,
-                                                               const Tensor& waves, at::IntArrayRef largest, int64_t,
+                                                               const Tensor& waves, Shape largest, int64_t,
                                                                const Tensor&, bool geometry) {
     check_of_atoms(largest);
-    const Tensor c = decay.contiguous(), p = positions.contiguous(), l = lattice.contiguous();
-    const Tensor grad = grad_total.contiguous();
+    const Tensor c = contiguous_of(decay), p = contiguous_of(positions), l = contiguous_of(lattice);
+    const Tensor grad = contiguous_of(grad_total);
     const auto result = std::make_tuple(like(c), like_if(geometry, p), like_if(geometry, l));
-    AT_DISPATCH_FLOATING_TYPES(decay.scalar_type(), "cpu_reciprocal_sum_backward", [&] {
+    for_dtype("decay", decay, [&]<class scalar_t>() {
         const auto inputs = sum_inputs<scalar_t>(c, p, l, waves, false);
         const ReciprocalGrads<scalar_t> to{
             .decay = output<scalar_t>(std::get<0>(result)),
@@ -177,11 +188,11 @@ std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& gra
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
-    m.impl("cpu_reciprocal", &cpu_reciprocal);
-    m.impl("cpu_reciprocal_backward", &cpu_reciprocal_backward);
-    m.impl("cpu_reciprocal_sum", &cpu_reciprocal_sum);
-    m.impl("cpu_reciprocal_sum_backward", &cpu_reciprocal_sum_backward);
+STABLE_TORCH_LIBRARY_IMPL(crystalformer, CPU, m) {
+    m.impl("cpu_reciprocal", TORCH_BOX(&cpu_reciprocal));
+    m.impl("cpu_reciprocal_backward", TORCH_BOX(&cpu_reciprocal_backward));
+    m.impl("cpu_reciprocal_sum", TORCH_BOX(&cpu_reciprocal_sum));
+    m.impl("cpu_reciprocal_sum_backward", TORCH_BOX(&cpu_reciprocal_sum_backward));
 }
 
 }  // namespace crystalformer

@@ -1,7 +1,7 @@
 // What an operator of real space is told besides its tensors: the numbers of attention/settings.py, in their order.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "bindings.h"
 
 namespace crystalformer {
 
@@ -11,8 +11,8 @@ struct Settings {
     double r_max, width;  // of the radial basis
     double of_orbits;     // whether the image list is one of orbits
 
-    static Settings read(at::ArrayRef<double> numbers) {
-        TORCH_CHECK_VALUE(numbers.size() == 5, "settings must be tol, tf32, r_max, width, of_orbits, not ", numbers);
+    static Settings read(List<double> numbers) {
+        CHECK_VALUE(numbers.size() == 5, "settings must be tol, tf32, r_max, width, of_orbits, not ", numbers);
         return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
     }
 };

@@ -10,7 +10,6 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("common", "geometry", "attention", "model", "data", "training", "app")
 # Kernels stand outside the folders: those that build the list are of the layer of geometry.
 KERNELS = dict.fromkeys(("images", "launch", "device_functions"), "geometry")
-COMPILED = "crystalformer._C"
 
 
 def modules(folder: str, package: str) -> dict[str, Path]:
@@ -41,7 +40,7 @@ def imports(name: str, files: dict[str, Path]) -> set[str]:
             start = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             base = ".".join(x for x in (start, node.module) if x)
             names = {f"{base}.{alias.name}" for alias in node.names}
-            found |= {x if x in files or x == COMPILED else base for x in names}
+            found |= {x if x in files else base for x in names}
     return found & set(files)
 
 
