@@ -1,14 +1,13 @@
-"""Loads the compiled kernels: `crystalformer._C` and `crystalformer.kernels`.
+"""Loads the compiled kernels, `crystalformer._C` and `crystalformer.kernels`, and says why they are missing.
 
-Importing them implements the operators `crystalformer::cpu_...` and `crystalformer::triton_...`.
+Importing them implements the operators `crystalformer::cpu_...` and `crystalformer::triton_...`. This file comes
+without torch: the command line begins so.
 """
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch
-
-from .common.backends import AVAILABLE, DEVICE_TYPE
+from .common.loading import LOADERS
 
 
 def _load_cpu() -> bool | str:
@@ -31,13 +30,25 @@ def _reason(folder: Path, error: ImportError) -> str:
     if not any(f"_C{suffix}" in files for suffix in EXTENSION_SUFFIXES):
         return f"{files[0]} in {folder} was built for another Python than this, which needs _C{EXTENSION_SUFFIXES[0]}"
     if "symbol" in str(error).lower():
+        import torch
+
         return f"they were built for another torch than this, {torch.__version__} ({error})"
     return str(error)
 
 
 def _load_triton() -> bool | str:
+    import torch
+
+    from . import kernels
+    from .common.backends import DEVICE_TYPE
+
+    if not kernels.INTERPRETED and not torch.cuda.is_available():
+        return (
+            "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run "
+            "the kernels slowly on the CPU"
+        )
     try:
-        from . import kernels
+        from .kernels import attention_fwd  # noqa: F401  # and triton
     except ImportError as error:
         return (
             f"the Triton kernels, crystalformer.kernels, cannot be loaded ({error}): install triton, which is there "
@@ -45,12 +56,7 @@ def _load_triton() -> bool | str:
         )
     if kernels.INTERPRETED:
         DEVICE_TYPE["triton"] = "cpu"
-    if torch.cuda.is_available() or kernels.INTERPRETED:
-        return True
-    return (
-        "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run the "
-        "kernels slowly on the CPU"
-    )
+    return True
 
 
-AVAILABLE.update(triton=_load_triton(), cpu=_load_cpu())
+LOADERS.update(triton=_load_triton, cpu=_load_cpu)
