@@ -24,14 +24,16 @@ if not is_program():
     from .attention.functional import dual_space_attention, periodic_attention, periodic_encoding, reciprocal_attention
     from .common.checks import debug_checks
     from .common.loading import available_backends, load_backend
+    from .common.ptr import ptr_from_batch, ptr_from_sizes
     from .data import CrystalBatch
     from .data.equivalent_atoms import equivalent_atoms
+    from .geometry.edges import Edges
     from .geometry.image_list import ImageList
     from .geometry.images import build_images
     from .geometry.orbit_images import build_orbit_images
     from .geometry.wave_vectors import WaveVectors, build_wave_vectors
     from .model import convert
-    from .model.config import CrystalformerConfig
+    from .model.config import CrystalformerConfig, smallest_decay
     from .model.model import Crystalformer
 
     load_backend("cpu")  # implements its operators, which exported programs call by their names
@@ -40,6 +42,7 @@ __all__ = [
     "CrystalBatch",
     "Crystalformer",
     "CrystalformerConfig",
+    "Edges",
     "ImageList",
     "RadialBasis",
     "WaveVectors",
@@ -55,7 +58,10 @@ __all__ = [
     "load",
     "periodic_attention",
     "periodic_encoding",
+    "ptr_from_batch",
+    "ptr_from_sizes",
     "reciprocal_attention",
+    "smallest_decay",
 ]
 
 if TYPE_CHECKING:
