@@ -84,7 +84,7 @@ def test_edges_are_the_images():
 
 def test_edges_are_those_of_ase():
     neighborlist = pytest.importorskip("ase.neighborlist", reason="needs ase")
-    atoms = pytest.importorskip("ase").Atoms(positions=X.positions[1:4], cell=X.lattice[1].tolist(), pbc=True)
+    atoms = pytest.importorskip("ase").Atoms(positions=X.positions[1:4].numpy(), cell=X.lattice[1].numpy(), pbc=True)
     assert X.ptr.tolist()[1:3] == [1, 4]
     positions, lattice = X.positions[1:4], X.lattice[1:2]
     edges = cf.build_images(positions, lattice, cf.ptr_from_sizes([3]), cutoff=4.0).to_edges(positions, lattice)
@@ -139,6 +139,8 @@ def test_from_pyg_of_one_crystal_with_an_exact_cell():
         ({"pos": [0.0]}, TypeError, "data.pos must be a torch.Tensor, not list"),
         ({"cell": X.lattice[:2]}, ValueError, "lattice must have shape"),
         ({"pbc": torch.tensor([True, True, False])}, ValueError, "data must be periodic in all three directions"),
+        ({"pbc": (True, False, True)}, ValueError, "data must be periodic in all three directions"),
+        ({"ptr": X.ptr.double()}, TypeError, "ptr must be torch.int64, not torch.float64"),
         ({"z": SPECIES - 1}, ValueError, "species must be atomic numbers from 1 to 98, not 0"),
     ],
 )

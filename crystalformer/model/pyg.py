@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_dense
-from ..common.ptr import ptr_from_batch, ptr_from_sizes
+from ..common.ptr import INTEGERS, ptr_from_batch, ptr_from_sizes
 from ..common.ragged import crystal_of_atom
 
 if TYPE_CHECKING:
@@ -21,14 +21,13 @@ def read_pyg(data: Any, species: str | None) -> tuple[Tensor, Tensor, Tensor, Te
     lattice, numbers = _one_of(data, LATTICE), _one_of(data, SPECIES if species is None else (species,))
     if lattice.dim() == 2 and lattice.shape[1] == 3 and lattice.shape[0] % 3 == 0:  # of Data, joined along its rows
         lattice = lattice.reshape(-1, 3, 3)
-    if (pbc := getattr(data, "pbc", None)) is not None and not bool(pbc.all()):
-        raise ValueError(f"data must be periodic in all three directions, not pbc={pbc.tolist()}")
+    if (pbc := getattr(data, "pbc", None)) is not None and not bool(torch.as_tensor(pbc).all()):
+        raise ValueError(f"data must be periodic in all three directions, not pbc={torch.as_tensor(pbc).tolist()}")
     ptr, batch = getattr(data, "ptr", None), getattr(data, "batch", None)
     if ptr is None:
         ptr = ptr_from_sizes([len(positions)], positions.device) if batch is None else ptr_from_batch(batch)
-    if not numbers.is_floating_point():
-        numbers = numbers.long()
-    return numbers, positions, lattice.to(positions.dtype), ptr.long()
+    numbers, ptr = (x.long() if x.dtype in INTEGERS else x for x in (numbers, ptr))  # others are refused as they are
+    return numbers, positions, lattice.to(positions.dtype), ptr
 
 
 def _one_of(data: Any, names: tuple[str, ...]) -> Tensor:
@@ -41,10 +40,10 @@ def _one_of(data: Any, names: tuple[str, ...]) -> Tensor:
 
 def write_pyg(batch: "CrystalBatch") -> Any:
     """`CrystalBatch.to_pyg`."""
-    from torch_geometric.data import Batch, Data
-
     if batch.orbit_atoms is not None:
         raise ValueError("the batch must be of atoms, not of orbits: build it without symmetry_tol")
+    from torch_geometric.data import Batch, Data
+
     sizes = batch.ptr.diff().tolist()
     name = "x" if batch.species.is_floating_point() else "z"
     atoms = {name: batch.species.split(sizes), "pos": batch.positions.split(sizes), "cell": batch.lattice.split(1)}
