@@ -1,18 +1,19 @@
-"""Loads the compiled kernels: the library `_C.so` and `crystalformer.kernels`.
+"""Loads the compiled kernels, the library `_C.so` and `crystalformer.kernels`, and says why they are missing.
 
-Loading them implements the operators `crystalformer::cpu_...` and `crystalformer::triton_...`.
+Loading them implements the operators `crystalformer::cpu_...` and `crystalformer::triton_...`. This file comes without
+torch: the command line begins so.
 """
 
 from pathlib import Path
 
-import torch
-
-from .common.backends import AVAILABLE, DEVICE_TYPE
+from .common.loading import LOADERS
 
 LIBRARY = Path(__file__).with_name("_C.so")
 
 
 def _load_cpu() -> bool | str:
+    import torch
+
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -29,13 +30,25 @@ def _reason(error: BaseException) -> str:
     if not LIBRARY.exists():
         return f"there is no file {LIBRARY.name} in {LIBRARY.parent}, so they have not been built"
     if "undefined symbol" in str(error):
+        import torch
+
         return f"they need torch 2.10 or later, and this is {torch.__version__} ({error})"
     return str(error)
 
 
 def _load_triton() -> bool | str:
+    import torch
+
+    from . import kernels
+    from .common.backends import DEVICE_TYPE
+
+    if not kernels.INTERPRETED and not torch.cuda.is_available():
+        return (
+            "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run "
+            "the kernels slowly on the CPU"
+        )
     try:
-        from . import kernels
+        from .kernels import attention_fwd  # noqa: F401  # and triton
     except ImportError as error:
         return (
             f"the Triton kernels, crystalformer.kernels, cannot be loaded ({error}): install triton, which is there "
@@ -43,12 +56,7 @@ def _load_triton() -> bool | str:
         )
     if kernels.INTERPRETED:
         DEVICE_TYPE["triton"] = "cpu"
-    if torch.cuda.is_available() or kernels.INTERPRETED:
-        return True
-    return (
-        "no CUDA device is there: use 'cpu' or 'reference', or set TRITON_INTERPRET=1 before Python starts to run the "
-        "kernels slowly on the CPU"
-    )
+    return True
 
 
-AVAILABLE.update(triton=_load_triton(), cpu=_load_cpu())
+LOADERS.update(triton=_load_triton, cpu=_load_cpu)

@@ -1,27 +1,33 @@
 """Triton kernels, one file per op, named as in `crystalformer`. Installed as `crystalformer.kernels`.
 
 Importing this implements the operators `crystalformer::triton_*` for CUDA tensors, and for CPU tensors where the
-kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported).
+kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Python starts). A kernel's file, and with it triton, is
+imported when its operator is called first: most of the time that this package took to import was triton's.
 """
 
+import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
-from triton.runtime import JITFunction
 
-from . import attention_bwd, attention_fwd, encoding, images, layout, reciprocal_bwd, reciprocal_fwd
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-INTERPRETED = not isinstance(attention_fwd.attention_fwd, JITFunction)
-OPERATORS: dict[str, Callable[..., Any]] = {
-    "images": images.build,
-    "layout": layout.pack,
-    "attention": attention_fwd.attention,
-    "attention_backward": attention_bwd.attention_backward,
-    "encoding": encoding.encoding,
-    "encoding_backward": encoding.encoding_backward,
-    "reciprocal": reciprocal_fwd.reciprocal,
-    "reciprocal_backward": reciprocal_bwd.reciprocal_backward,
+
+def _operator(file: str, function: str) -> Callable[..., Any]:
+    return lambda *args: getattr(import_module(f".{file}", __name__), function)(*args)
+
+
+OPERATORS = {
+    "images": _operator("images", "build"),
+    "layout": _operator("layout", "pack"),
+    "attention": _operator("attention_fwd", "attention"),
+    "attention_backward": _operator("attention_bwd", "attention_backward"),
+    "encoding": _operator("encoding", "encoding"),
+    "encoding_backward": _operator("encoding", "encoding_backward"),
+    "reciprocal": _operator("reciprocal_fwd", "reciprocal"),
+    "reciprocal_backward": _operator("reciprocal_bwd", "reciprocal_backward"),
 }
 
 for _name, _function in OPERATORS.items():

@@ -10,7 +10,7 @@ from command_line import refused
 from test_convert import PARAMS, official_state
 
 import crystalformer
-from crystalformer.app import cli
+from crystalformer.app import cli, doctor
 
 
 def test_presets_and_print_config(capsys, tmp_path):
@@ -57,10 +57,11 @@ def test_overview_and_doctor(capsys):
 
 
 def test_doctor_says_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setitem(cli.EXTRAS, "data", ("reading structures", ("numpy", "no-such-package")))
+    extra = doctor.Extra("Reading", {"numpy": "nothing", "no-such-package": "no fun"}, "'crystalformer[data]'")
+    monkeypatch.setitem(doctor.EXTRAS, "data", extra)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "pip install 'crystalformer[data]' or pip install no-such-package" in out
+    assert "no-such-packagemissing: no fun\n  pip install 'crystalformer[data]' or pip install no-such-package" in out
 
 
 def test_a_missing_library(capsys, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crystalformer import compiled
-from crystalformer.common import backends
+from crystalformer.common import backends, loading
 
 PACKAGE = Path(compiled.__file__).parent
 
@@ -29,7 +29,7 @@ def test_reasons(file, reason, tmp_path, monkeypatch):
     if file is not None:
         (folder / file).write_bytes(b"no library")
     monkeypatch.syspath_prepend(tmp_path)
-    loaded = importlib.import_module(f"package_{name}.compiled").AVAILABLE["cpu"]
+    loaded = importlib.import_module(f"package_{name}.compiled").LOADERS["cpu"]()
     assert loaded.startswith("the compiled CPU kernels cannot be loaded: " + reason.format(folder=folder))
     assert "pip install --no-build-isolation ." in loaded
 
@@ -59,14 +59,14 @@ cli.main(["doctor"])
 
 
 def test_the_backend_in_one_line(monkeypatch):
-    monkeypatch.setitem(backends.AVAILABLE, "cpu", True)
-    monkeypatch.setitem(backends.AVAILABLE, "triton", "no CUDA device is there")
+    monkeypatch.setitem(loading.AVAILABLE, "cpu", True)
+    monkeypatch.setitem(loading.AVAILABLE, "triton", "no CUDA device is there")
     describe = backends.describe_backend
     threads = backends.count(torch.get_num_threads(), "thread")
     assert describe(torch.device("cpu")) == f"attention by the backend 'cpu' on cpu, {threads}"
     assert describe(torch.device("cuda")).endswith("slower than kernels, because no CUDA device is there")
     assert describe(torch.device("mps")).endswith("slower than kernels, because there are no kernels for it")
-    monkeypatch.setitem(backends.AVAILABLE, "triton", True)
+    monkeypatch.setitem(loading.AVAILABLE, "triton", True)
     monkeypatch.setitem(backends.DEVICE_TYPE, "triton", "cuda")
     assert describe(torch.device("cuda")) == "attention by the backend 'triton' on cuda"
     assert "the kernels for cuda do not compute in torch.float64" in describe(torch.device("cuda"), torch.float64)

@@ -208,7 +208,7 @@ def test_a_signal_while_torch_is_imported(number, code):
     program = f"""
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background do not have
-sys.argv = ["crystalformer"]
+sys.argv = ["crystalformer", "train", "--help"]
 class Hook:
     @staticmethod
     def find_spec(name, *_):
@@ -216,7 +216,8 @@ class Hook:
             os.kill(os.getpid(), {number:d})
             time.sleep(9)
 sys.meta_path.insert(0, Hook)
-import crystalformer
+from crystalformer.app.cli import program
+sys.exit(program())
 """
     done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "crystalformer: stopped\n")

@@ -12,7 +12,7 @@ from command_line import SIZES
 
 import crystalformer
 from crystalformer.app import cli, metrics, plots, prediction_commands
-from crystalformer.common import backends, words
+from crystalformer.common import loading, words
 from crystalformer.common.elements import NUM_ELEMENTS, SYMBOLS
 from crystalformer.data.ionic import ionic_crystals
 from crystalformer.data.readers import read_samples
@@ -203,7 +203,7 @@ def test_a_training_whose_test_crystals_give_nan_names_them(run, data, capsys, m
 
 
 def test_the_slow_backend_says_why(run, data, capsys, monkeypatch):
-    monkeypatch.setitem(backends.AVAILABLE, "cpu", "the compiled CPU kernels are hidden: do this")
+    monkeypatch.setitem(loading.AVAILABLE, "cpu", "the compiled CPU kernels are hidden: do this")
     assert cli.main(["evaluate", str(run), "--data", str(data), "--split", str(run / "split.json")]) == 0
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("crystalformer: attention by the backend 'reference' on cpu, ")

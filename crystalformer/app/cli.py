@@ -4,13 +4,11 @@ Whatever is wrong with the arguments or the data ends in one line on stderr and 
 SIGTERM in one and 143.
 """
 
-import argparse
 import dataclasses
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from ..common.elements import SYMBOLS
@@ -26,7 +24,8 @@ from ..common.process import (
     prepare_streams,
 )
 from ..common.version import version
-from ..common.words import count, short
+from ..common.words import short
+from .doctor import doctor
 from .metrics import guess, keys, kind_in, not_learnt, read_metrics
 from .options import make_parser, parse
 from .prediction_commands import evaluate, load_model, predict
@@ -154,41 +153,6 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
-def doctor(arguments: list[str]) -> int:
-    """Shows backends and versions, what is missing and how to get it."""
-    parser = argparse.ArgumentParser(prog=f"{PROG} doctor", description=doctor.__doc__)
-    _, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise Stop(f"unrecognized arguments: {' '.join(unknown)}: see {parser.prog} --help")
-    import platform
-
-    import torch
-
-    from ..common.backends import available_backends, describe_backend
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"crystalformer {version}, Python {platform.python_version()}, {platform.platform()}")
-    print(f"torch {torch.__version__}, {count(torch.get_num_threads(), 'thread')}, GPU: {', '.join(gpus) or 'none'}")
-    for device in ("cpu", "cuda") if gpus else ("cpu",):
-        print(describe_backend(torch.device(device)))
-    print()
-    print("Backends of the attention")
-    for name, state in available_backends().items():
-        print(f"  {name:12}{'ready' if state is True else state}")
-    for extra, (purpose, packages) in EXTRAS.items():
-        print(f"\nExtra [{extra}]: {purpose}")
-        missing = []
-        for package in packages:
-            try:
-                print(f"  {package:14}{metadata.version(package)}")
-            except metadata.PackageNotFoundError:
-                print(f"  {package:14}missing")
-                missing.append(package)
-        if missing:
-            print(f"  pip install 'crystalformer[{extra}]' or pip install {' '.join(missing)}")
-    return 0
-
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "crossval": crossval,
@@ -197,12 +161,4 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info,
     "convert": convert,
     "doctor": doctor,
-}
-EXTRAS = {
-    "data": ("reading structures", ("pymatgen", "ase", "spglib")),
-    "train": (
-        "training, saved models, this command line",
-        ("lightning", "jsonargparse", "pyyaml", "tqdm", "safetensors", "matplotlib", "torchmetrics"),
-    ),
-    "tensorboard": ("train --tensorboard", ("tensorboard",)),
 }

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..attention.basis import RadialBasis
 from ..attention.functional import periodic_attention
 from ..common import checks, storage
-from ..common.backends import available_backends, choose_backend
+from ..common.backends import choose_backend
+from ..common.loading import available_backends
 from ..common.version import version
 from ..common.words import one_line
 from ..model.batch import CrystalBatch

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..common import storage
 from ..common.words import short
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRICS = "metrics.json"
 
@@ -26,11 +27,11 @@ class Score(NamedTuple):
     key: str
     word: str
     title: str
-    of: Callable[[Tensor, Tensor], Tensor]
+    of: "Callable[[Tensor, Tensor], Tensor]"
     rises: bool = False
 
 
-def _auc(predicted: Tensor, true: Tensor) -> Tensor:
+def _auc(predicted: "Tensor", true: "Tensor") -> "Tensor":
     from ..training.losses import auc  # with torchmetrics, which this program begins without
 
     return auc(predicted, true)
@@ -78,13 +79,13 @@ def keys(kind: Sequence[Score]) -> list[str]:
     return [f"{prefix}{score.key}" for score in kind for prefix in PREFIXES]
 
 
-def known_values(names: Sequence[str], targets: Tensor) -> dict[str, int]:
+def known_values(names: Sequence[str], targets: "Tensor") -> dict[str, int]:
     """How many values of each target are known, of targets (C,T)."""
     return dict(zip(names, (~targets.isnan()).sum(0).tolist(), strict=True))
 
 
 def scores(
-    kind: Sequence[Score], names: Sequence[str], predictions: Tensor, targets: Tensor
+    kind: Sequence[Score], names: Sequence[str], predictions: "Tensor", targets: "Tensor"
 ) -> dict[str, dict[str, float]]:
     """Each score, by its key, of each target that has one, of predictions (C,T) or one for all (T)."""
     found: dict[str, dict[str, float]] = {score.key: {} for score in kind}

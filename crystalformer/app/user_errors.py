@@ -28,7 +28,8 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise Stop(f"{error.name} is missing: pip install 'crystalformer[data,train]'; see {PROG} doctor") from error
+        package = error.name if error.name in ("torch", "numpy") else "'crystalformer[data,train]'"
+        raise Stop(f"{error.name} is missing: pip install {package}; see {PROG} doctor") from error
     except BrokenPipeError:
         raise
     except FloatingPointError as error:

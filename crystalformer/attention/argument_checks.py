@@ -44,13 +44,15 @@ def check_atoms(
     checks.check_tensor(name, decay, "N H", known, like=like)
     checks.check_tensor("positions", positions, "N 3", known, like=like)
     checks.check_tensor("lattice", lattice, "C 3 3", known, like=like)
-    checks.check_positive(name, decay)
+    checks.check_decay(name, decay)
 
 
 def check_images(images: ImageList, decay: Tensor, known: dict[str, int], reciprocal: bool = False) -> None:
     """Checks the list; with `reciprocal` its wave vectors are used, too."""
     if not isinstance(images, ImageList):
-        raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}")
+        several = isinstance(images, (list, tuple)) and all(isinstance(x, ImageList) for x in images)
+        hint = ": join the lists of several crystals by ImageList.cat" if several else ""
+        raise TypeError(f"images must be an ImageList, from build_images, not {type(images).__name__}{hint}")
     if (images.num_atoms, images.num_crystals) != (known["N"], known["C"]):
         raise ValueError(
             f"images must be of {known['N']} atoms in {known['C']} crystals, as positions and lattice, "

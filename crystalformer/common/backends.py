@@ -2,19 +2,13 @@
 
 import torch
 
+from .loading import BACKENDS, load_backend
 from .words import count
 
 # On a GPU the reference's matrix products serve it.
 NOT_IN_TRITON = ("reciprocal_sum",)
-# The backends, each with True or, where it is missing, the reason and what to do about it; compiled.py fills it in.
-AVAILABLE: dict[str, bool | str] = {"triton": False, "cpu": False, "reference": True}
 # Where the tensors are that a backend with kernels of its own takes; Triton's interpreter takes those of the CPU.
 DEVICE_TYPE = {"triton": "cuda", "cpu": "cpu"}
-
-
-def available_backends() -> dict[str, bool | str]:
-    """The backends, each with True or, where it is missing, the reason and what to do about it."""
-    return dict(AVAILABLE)
 
 
 def describe_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -24,14 +18,15 @@ def describe_backend(device: torch.device, dtype: torch.dtype = torch.float32) -
     line = f"attention by the backend {backend!r} on {device.type}{threads}"
     if backend != "reference":
         return line
-    reason = available_backends().get({"cuda": "triton"}.get(device.type, device.type), "there are no kernels for it")
+    kernels = {"cuda": "triton", "cpu": "cpu"}.get(device.type)
+    reason = load_backend(kernels) if kernels else "there are no kernels for it"
     if reason is True:
         reason = f"the kernels for {device.type} do not compute in {dtype}"
     return f"{line}: plain PyTorch, many times slower than kernels, because {reason}"
 
 
 def check_backend(backend: str) -> None:
-    if backend not in ("auto", *AVAILABLE):
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of 'auto', 'triton', 'cpu', 'reference', not {backend!r}")
 
 
@@ -46,13 +41,12 @@ def choose_backend(backend: str, device: torch.device, op: str, dtype: torch.dty
         TypeError: for a backend that does not compute in this dtype.
     """
     check_backend(backend)
-    available = available_backends()
     if backend == "auto":
         fast = "triton" if device.type == "cuda" else "cpu"
-        serves = available[fast] is True and DEVICE_TYPE[fast] == device.type and _has(fast, op)
+        serves = load_backend(fast) is True and DEVICE_TYPE[fast] == device.type and _has(fast, op)
         return fast if serves and (fast == "cpu" or dtype == torch.float32) else "reference"
-    if available[backend] is not True:
-        raise RuntimeError(f"backend {backend!r} is not available: {available[backend]}")
+    if (state := load_backend(backend)) is not True:
+        raise RuntimeError(f"backend {backend!r} is not available: {state}")
     if not _has(backend, op):
         raise RuntimeError(f"backend {backend!r} has no {op} attention: use 'auto' or 'reference'")
     if backend != "reference" and DEVICE_TYPE[backend] != device.type:

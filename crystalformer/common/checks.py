@@ -117,14 +117,19 @@ def check_has_values(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have values, not be on the device meta")
 
 
-def check_positive(name: str, x: Tensor) -> None:
+def check_decay(name: str, x: Tensor) -> None:
     check_has_values(name, x)
     if not values_visible(x) or not x.numel():
         return
     low, high = _extremes(x)
     if not 0 < low <= high < math.inf:
         check_finite(name, x)
-        raise ValueError(f"{name} must be positive, but its smallest value is {low:g}")
+        sign = (
+            ": the weight is exp(-decay d²), so that what falls with the distance has a decay above 0"
+            if low < 0
+            else ""
+        )
+        raise ValueError(f"{name} must be positive, but its smallest value is {low:g}{sign}")
 
 
 def check_number(name: str, x: Any, low: float = 0.0, high: float = float("inf"), closed: bool = False) -> float:

@@ -44,14 +44,19 @@ def _is_program(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
     return (word.partition("m")[2] if word.startswith("-") else word) == PROG
 
 
+def is_program() -> bool:
+    """Whether this process is the console script or `python -m crystalformer`, and not one that imports the library."""
+    return _is_program(getattr(sys, "argv", []), sys.orig_argv)
+
+
 def _leave_while_importing() -> None:
-    """Lets Ctrl-C and SIGTERM end this program at once while it imports torch, which takes seconds.
+    """Lets Ctrl-C and SIGTERM end this program at once until `main` takes care of them.
 
     Other programs, which only import the library, keep their own handlers.
     """
     # The parent takes care of processes that multiprocessing has started.
     parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", lambda: None)()
-    if not _is_program(getattr(sys, "argv", []), sys.orig_argv) or parent is not None:
+    if not is_program() or parent is not None:
         return
     for number, default in DEFAULTS.items():
         if signal.getsignal(number) is default:

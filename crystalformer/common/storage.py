@@ -16,12 +16,13 @@ import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, uint8
+from typing import TYPE_CHECKING, Any
 
 from .user_files import parse_json, read_text
 from .words import one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The key of the checksum in JSON and in the metadata of tensors, and what it follows at the end of other files.
 SHA256 = "sha256"
@@ -152,7 +153,7 @@ def unsealed(path: str | Path, values: Any) -> Any:
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], about: Mapping[str, Any]) -> None:
     """Writes a safetensors file with a checksum of the tensors, their names, types and shapes, and of `about`.
 
     Args:
@@ -165,7 +166,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
     write(path, save(tensors, {METADATA: json.dumps(metadata)}))
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_tensors(path: str | Path) -> tuple[dict[str, "Tensor"], dict[str, Any] | None]:
     """The tensors of a safetensors file, mapped into memory, and `about`; None if it has no checksum.
 
     Raises:
@@ -190,8 +191,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
     return tensors, about
 
 
-def sha256(values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+def sha256(values: Mapping[str, Any], tensors: "Mapping[str, Tensor] | None" = None) -> str:
     """Of JSON values and tensors."""
+    from torch import uint8
+
     state = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, x in sorted((tensors or {}).items()):
         state.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())

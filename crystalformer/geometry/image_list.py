@@ -12,6 +12,7 @@ from torch import Tensor
 from ..common import checks
 from ..common.ragged import cat_numbers, cat_ptr, crystal_of_atom, ordinals
 from ..common.tensor_struct import TensorStruct, cat_known, check_parts, join_words, split_words, weakest
+from .edges import Edges, edges_of
 from .lattice import triangular
 from .movement import Geometry
 from .truncation import BEYOND, bearable_movement
@@ -231,6 +232,22 @@ class ImageList(TensorStruct):
             distance=cat_known([x.distance for x in lists]),
             repeats=cat_known([x.repeats for x in lists]),
         )
+
+    def to_edges(self, positions: Tensor, lattice: Tensor, themselves: bool = False) -> Edges:
+        """The images as edges of a graph, as PyG, MACE and matgl have them, in the order of the list.
+
+        Differentiable in positions and lattice. The list has the mirror of each image: so has the graph, and it does
+        not matter which end of an edge is called its source.
+
+        Args:
+            positions: (N,3), Å, of the geometry that the list was built for.
+            lattice: (C,3,3), Å.
+            themselves: also each atom as its own image, at the distance 0, which the list has and graphs have not.
+
+        Raises:
+            ValueError: for a list of orbits, and for positions that the list was not built for.
+        """
+        return edges_of(self, positions, lattice, themselves)
 
     @property
     def bearable(self) -> Tensor | None:

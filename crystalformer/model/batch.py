@@ -15,6 +15,7 @@ from ..geometry.limits import MAX_VECTORS
 from ..geometry.orbits import Orbits, find_orbits
 from ..geometry.wave_vectors import WaveVectors, build_wave_vectors
 from .orbit_atoms import OrbitAtoms, reduce_crystal
+from .pyg import read_pyg, write_pyg
 from .structures import MOST_OCCUPIED, NUM_ELEMENTS, Crystal, read_structure
 
 
@@ -131,6 +132,30 @@ class CrystalBatch:
             lattice=torch.from_numpy(np.stack([x.lattice for x in crystals])).to(dtype),
             ptr=torch.tensor([0] + [len(x.positions) for x in crystals]).cumsum(0),
         )
+
+    @classmethod
+    def from_pyg(cls, data: Any, species: str | None = None) -> "CrystalBatch":
+        """The crystals of a Data or Batch of PyTorch Geometric, or of MACE's. PyG itself is not needed.
+
+        Args:
+            data: has `pos` or `positions` (N,3), Cartesian, Å; `cell` or `lattice` (C,3,3) or (3C,3), rows are the
+                lattice vectors, Å, taken in the dtype of positions; atomic numbers; and `ptr` or `batch` where it is
+                of more than one crystal.
+            species: the name of its atomic numbers (N) or occupancies (N,98); `z` or `atomic_numbers` if None.
+
+        Raises:
+            TypeError, ValueError: for what data lacks, or what is no crystal.
+        """
+        return cls(*read_pyg(data, species))
+
+    def to_pyg(self) -> Any:
+        """A Batch of PyTorch Geometric: pos, cell (C,3,3), and z, or x for occupancies; with images their `Edges`, too.
+
+        Raises:
+            ModuleNotFoundError: where PyG is not installed.
+            ValueError: for a batch of orbits.
+        """
+        return write_pyg(self)
 
     @staticmethod
     def cat(batches: "Sequence[CrystalBatch]") -> "CrystalBatch":

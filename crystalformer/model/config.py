@@ -41,6 +41,18 @@ FROM_TRAINING = (
 )
 
 
+def smallest_decay(r0: float, bound: float = 0.5) -> float:
+    """The smallest decay, Å^-2, of a real head with the length scale r0, Å, and rho >= bound: bound / (2 r0²).
+
+    It is the `decay_min` of `build_images` for such heads; the paper's r0 = 1.4 Å gives 0.12755.
+
+    Raises:
+        TypeError, ValueError: for an r0 outside 1e-6 to 1e6 Å, or a bound that is not between 0 and 1.
+    """
+    checks.check_between("r0", r0, *LENGTHS)
+    return checks.check_number("bound", bound, high=1.0) / (2 * r0**2)
+
+
 @dataclass(frozen=True)
 class CrystalformerConfig:
     """The paper's model by default (Taniai et al., ICLR 2024): 853,505 trained numbers. At most 10^9 of them.
@@ -211,7 +223,7 @@ class CrystalformerConfig:
     @property
     def decay_min(self) -> float:
         """The smallest real decay that any block can have, Å^-2: b / (2 r0²)."""
-        return min(self.decay_bound / (2 * self.block_r0(block) ** 2) for block in range(self.num_blocks))
+        return min(smallest_decay(self.block_r0(block), self.decay_bound) for block in range(self.num_blocks))
 
     @property
     def decay_reciprocal_min(self) -> float:
