@@ -6,13 +6,26 @@ imported when its operator is called first: most of the time that this package t
 """
 
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+def _interpreted() -> bool:
+    """Whether the kernels run on the CPU: as Triton has made them, where it is imported already, else as it will."""
+    if "triton" not in sys.modules:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    from triton.runtime import JITFunction
+
+    from .attention_fwd import attention_fwd
+
+    return not isinstance(attention_fwd, JITFunction)
+
+
+INTERPRETED = _interpreted()
 
 
 def _operator(file: str, function: str) -> Callable[..., Any]:

@@ -20,8 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CRYSTALFORMER_POISON"] = "1"  # scratch memory of the C++ kernels starts as NaN
 
 
+BACKENDS = "reference,cpu,triton"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backends", default="reference,cpu,triton", help="of these alone the contract is tested")
+    parser.addoption("--backends", default=BACKENDS, help="of these alone the contract is tested")
     parser.addoption("--fuzz-examples", type=int, default=0, help="so many random problems for test_fuzz.py, new ones")
 
 
@@ -29,6 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
     wanted = os.environ.get("CRYSTALFORMER_FROM")  # by `make sanitize`
     if wanted and Path(wanted).resolve() not in Path(cf.__file__).resolve().parents:
         raise pytest.UsageError(f"crystalformer must be the one in {wanted}, not {cf.__file__}")
+    if (asked := config.getoption("--backends")) != BACKENDS:  # else all their tests would be skipped, and pass
+        for name, state in ((name, cf.available_backends()[name]) for name in asked.split(",")):
+            if state is not True:
+                raise pytest.UsageError(f"--backends {name}: {state}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
