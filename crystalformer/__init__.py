@@ -1,7 +1,7 @@
 """Infinitely connected attention for crystals, and the Crystalformer model on it."""
 
 # First: Ctrl-C may come before the rest.
-from .common.process import is_program  # isort: skip
+from .common.process import is_command_line  # isort: skip
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from . import compiled  # noqa: F401  # says how backends are loaded
 from .common.version import version as __version__
 
 # The command line imports what a command needs, so that its --help and doctor do without torch.
-if not is_program():
+if not is_command_line():
     try:
         import numpy  # noqa: F401
         import torch  # noqa: F401

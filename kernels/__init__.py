@@ -17,7 +17,7 @@ import torch
 def _interpreted() -> bool:
     """Whether the kernels run on the CPU: as Triton has made them, where it is imported already, else as it will."""
     if "triton" not in sys.modules:
-        return os.environ.get("TRITON_INTERPRET") == "1"
+        return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
     from triton.runtime import JITFunction
 
     from .attention_fwd import attention_fwd

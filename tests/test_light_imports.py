@@ -66,6 +66,17 @@ for name in crystalformer.kernels.OPERATORS:
     assert done.stdout.strip() == str([crystalformer.available_backends()["cpu"] is True] * 3)
 
 
+def test_a_script_that_is_only_called_so_has_the_library():
+    done = run("import sys; sys.argv = ['crystalformer', 'train']\nimport crystalformer as cf; cf.build_images")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON"])
+def test_the_interpreter_is_asked_for_as_triton_reads_it(value):
+    done = run("import crystalformer as cf; print(cf.kernels.INTERPRETED)", TRITON_INTERPRET=value)
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_without_triton():
     """In Triton's interpreter, so that it is not a missing GPU that is told."""
     done = run("import crystalformer; print(crystalformer.available_backends())", ("triton",), TRITON_INTERPRET="1")

@@ -23,11 +23,12 @@ def as_pyg(**changes):
     return SimpleNamespace(**{name: x for name, x in (values | changes).items() if x is not None})
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_ptr(dtype):
     for ptr in (
         cf.ptr_from_sizes(X.ptr.diff().tolist()),
         cf.ptr_from_sizes(X.ptr.diff().to(dtype)),
+        cf.ptr_from_sizes(list(X.ptr.diff().to(dtype).numpy())),
         cf.ptr_from_batch(BATCH.to(dtype)),
         cf.ptr_from_batch(BATCH.to(dtype), len(X.lattice)),
     ):
@@ -54,6 +55,7 @@ def test_wrong_sizes(sizes, error, message):
     ("batch", "number", "message"),
     [
         ([1, 1], None, r"no crystal left out, but batch\[0\] is 1$"),
+        ([-1, 0], None, r"no crystal left out, but batch\[0\] is -1$"),
         ([0, 2], None, r"no crystal left out, but batch\[1\] is 2 behind 0$"),
         ([0, 1, 0], None, r"no crystal left out, but batch\[2\] is 0 behind 1$"),
         ([0, 1], 3, "batch must be of num_crystals=3 crystals, not of 2"),
@@ -101,6 +103,10 @@ def test_edges_have_gradients():
     torch.autograd.gradcheck(
         lambda p, c: X.images.to_edges(p, c, themselves=False).distances[:40], (positions, lattice)
     )
+    torch.autograd.gradgradcheck(
+        lambda p, c: X.images.to_edges(p, c, themselves=True).distances[:20].square(), (positions, lattice)
+    )
+    assert (X.images.to_edges(positions, lattice, themselves=True).distances[:20] == 0).any()
 
 
 def test_edges_are_of_the_lists_own_geometry():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,6 +48,12 @@ def _is_program(argv: Sequence[str], orig_argv: Sequence[str]) -> bool:
 def is_program() -> bool:
     """Whether this process is the console script or `python -m crystalformer`, and not one that imports the library."""
     return _is_program(getattr(sys, "argv", []), sys.orig_argv)
+
+
+def is_command_line() -> bool:
+    """Whether it surely is that: `python -m crystalformer`, or the script where pip puts it, not another of its name."""
+    name = sys.argv[0] if getattr(sys, "argv", []) else ""
+    return is_program() and (name == "-m" or os.path.dirname(name) == sysconfig.get_path("scripts"))
 
 
 def _leave_while_importing() -> None:

@@ -1,6 +1,7 @@
 """Where the crystals of a batch begin, from what other libraries say of it."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def ptr_from_sizes(sizes: Tensor | Sequence[int], device: torch.device | str | N
     """
     if not isinstance(sizes, Tensor):
         sizes = list(sizes)
-        if not all(isinstance(x, int) and not isinstance(x, bool) for x in sizes):
+        if not all(isinstance(x, Integral) and not isinstance(x, bool) for x in sizes):
             raise TypeError(f"sizes must be integers, the atoms of each crystal, not {sizes!r}")
         sizes = torch.tensor(sizes, dtype=torch.int64)
     _check_integers("sizes", sizes, "C")
@@ -52,8 +53,8 @@ def ptr_from_batch(batch: Tensor, num_crystals: int | None = None) -> Tensor:
     if num_crystals is None:
         num_crystals = int(batch[-1]) + 1 if len(batch) else 0
     if values_visible(batch):
-        step = batch.long().diff(prepend=batch.new_full((1,), -1).long())
-        bad = ((step < 0) | (step > 1)).nonzero() if len(batch) else step.new_empty(0)
+        step = batch.long().diff(prepend=batch.new_full((1,), -1, dtype=torch.int64))
+        bad = ((step < 0) | (step > 1) | (batch < 0)).nonzero() if len(batch) else step.new_empty(0)
         if len(bad):
             i = int(bad[0])
             what = f"batch[{i}] is {int(batch[i])}" + (f" behind {int(batch[i - 1])}" if i else "")

@@ -39,5 +39,7 @@ def edges_of(images: "ImageList", positions: Tensor, lattice: Tensor, themselves
         i, j, n = i[others], j[others], n[others]
     unit_shifts = n.to(positions.dtype)
     shifts = torch.einsum("ma,mab->mb", unit_shifts, lattice[crystal_of_atom(images.ptr, images.num_atoms)[i]])
-    distances = (positions[j] - positions[i] + shifts).norm(dim=1)
+    squares = (positions[j] - positions[i] + shifts).square().sum(1)
+    apart = squares > 0  # else the root has no derivatives
+    distances = squares.where(apart, 1.0).sqrt().where(apart, 0.0)
     return Edges(torch.stack((i, j)), unit_shifts, shifts, distances)
