@@ -53,7 +53,7 @@ def is_program() -> bool:
 def is_command_line() -> bool:
     """Whether it surely is that: `python -m crystalformer`, or the script where pip puts it, not another so named."""
     name = sys.argv[0] if getattr(sys, "argv", []) else ""
-    return is_program() and (name == "-m" or os.path.dirname(name) == sysconfig.get_path("scripts"))
+    return is_program() and (name == "-m" or os.path.dirname(os.path.abspath(name)) == sysconfig.get_path("scripts"))
 
 
 def _leave_while_importing() -> None:
