@@ -54,10 +54,11 @@ inline Threads torch_threads() {
     return {number, run, PythonSignals{}};
 }
 
-// torch::stable::contiguous alone goes through the dispatcher for every tensor.
-inline Tensor contiguous_of(const Tensor& x) {
-    return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
+// A tensor that is contiguous: itself or, if it is not, a copy. torch::stable::contiguous alone goes through the
+// dispatcher for every tensor.
+struct Contiguous : Tensor {
+    Contiguous(const Tensor& x) : Tensor(x.is_contiguous() ? x : torch::stable::contiguous(x)) {}
+};
 
 // A contiguous tensor of dtype T; kept alive by the caller.
 template <class T>

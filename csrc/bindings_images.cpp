@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> cpu_images(const Tensor& pos
                                                                double logit_range, double beyond,
                                                                std::optional<double> cutoff, bool every_pair,
                                                                int64_t max_images) {
-    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice), a = contiguous_of(decay_min);
+    const Contiguous p = positions, l = lattice, a = decay_min;
     const ImageRequest request = request_of(p, l, ptr, a, tol, logit_range, beyond, cutoff, every_pair, max_images);
     const Tensor row_ptr = empty({request.atoms + 1}, ptr);
     const Tensor radius = empty({request.crystals}, positions);
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_orbit_images(const Tensor
                                                                     double tol, double logit_range, double beyond,
                                                                     std::optional<double> cutoff, bool every_pair,
                                                                     int64_t max_images, double spread) {
-    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice), a = contiguous_of(decay_min);
+    const Contiguous p = positions, l = lattice, a = decay_min;
     ImageRequest request = request_of(p, l, ptr, a, tol, logit_range, beyond, cutoff, every_pair, max_images);
     check_shape("orbit", orbit, {request.atoms});
     CHECK_VALUE(spread >= 0, "spread must be at least 0, not ", spread);

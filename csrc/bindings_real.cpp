@@ -50,7 +50,7 @@ Images<T> images_of(const Tensor& positions, const Tensor& lattice, const Tensor
 
 Tensor cpu_layout(const Tensor& positions, const Tensor& lattice, const Tensor& packed, int64_t num,
                   List<double> numbers, bool by_pair, bool merge) {
-    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice);
+    const Contiguous p = positions, l = lattice;
     const Settings settings = Settings::read(numbers);
     const double tol = at_least_rounding(settings.tol, positions);
     const Window window = window_of(num, settings, tol);
@@ -94,7 +94,7 @@ Layout<T> layout_of(const Tensor& block, const Images<T>& images, const Window& 
 
 // All arguments of the attention operators that the core reads, contiguous and alive.
 struct AttentionArguments {
-    Tensor q, k, v, decay, edge_weight, positions, lattice;
+    Contiguous q, k, v, decay, edge_weight, positions, lattice;
     const Tensor &packed, &layout;
     Settings settings;
 
@@ -139,16 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu_attention(const Tensor& q, const Tensor& 
                                                  const Tensor& edge_weight, const Tensor& positions,
                                                  const Tensor& lattice, const Tensor& images, const Tensor& layout,
                                                  List<double> settings) {
-    const AttentionArguments x{contiguous_of(q),
-                               contiguous_of(k),
-                               contiguous_of(v),
-                               contiguous_of(decay),
-                               contiguous_of(edge_weight),
-                               contiguous_of(positions),
-                               contiguous_of(lattice),
-                               images,
-                               layout,
-                               Settings::read(settings)};
+    const AttentionArguments x{q,         k,       v,      decay,  edge_weight,
+                               positions, lattice, images, layout, Settings::read(settings)};
     const Tensor y = empty(v.sizes(), v), lse = empty(decay.sizes(), v);
     const Tensor c = empty({v.size(0), v.size(1), edge_weight.size(2)}, v);
     for_dtype("q", q, [&]<class scalar_t>() {
@@ -167,18 +159,10 @@ SevenTensors cpu_attention_backward(const Tensor& grad_y, const Tensor& grad_lse
                                     const Tensor& positions, const Tensor& lattice, const Tensor& images,
                                     const Tensor& layout, List<double> settings, const Tensor& y, const Tensor& lse,
                                     const Tensor& c, bool geometry) {
-    const AttentionArguments x{contiguous_of(q),
-                               contiguous_of(k),
-                               contiguous_of(v),
-                               contiguous_of(decay),
-                               contiguous_of(edge_weight),
-                               contiguous_of(positions),
-                               contiguous_of(lattice),
-                               images,
-                               layout,
-                               Settings::read(settings)};
-    const Tensor grads[] = {contiguous_of(grad_y), contiguous_of(grad_lse)};
-    const Tensor outputs[] = {contiguous_of(y), contiguous_of(lse), contiguous_of(c)};
+    const AttentionArguments x{q,         k,       v,      decay,  edge_weight,
+                               positions, lattice, images, layout, Settings::read(settings)};
+    const Contiguous grads[] = {grad_y, grad_lse};
+    const Contiguous outputs[] = {y, lse, c};
     const SevenTensors result{like(q),
                               like(k),
                               like(v),
@@ -244,8 +228,8 @@ EncodingInputs<T> encoding_inputs(const Tensor& decay, const Tensor& edge_weight
 std::tuple<Tensor, Tensor> cpu_encoding(const Tensor& decay, const Tensor& edge_weight, const Tensor& positions,
                                         const Tensor& lattice, const Tensor& images, const Tensor& layout,
                                         int64_t num_pairs, List<double> settings) {
-    const Tensor a = contiguous_of(decay), w = contiguous_of(edge_weight);
-    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice);
+    const Contiguous a = decay, w = edge_weight;
+    const Contiguous p = positions, l = lattice;
     const Tensor alpha = empty({num_pairs, decay.size(1)}, decay);
     const Tensor beta = empty({num_pairs, decay.size(1), edge_weight.size(1)}, decay);
     for_dtype("decay", decay, [&]<class scalar_t>() {
@@ -263,10 +247,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_encoding_backward(
     const Tensor& grad_alpha, const Tensor& grad_beta, const Tensor& decay, const Tensor& edge_weight,
     const Tensor& positions, const Tensor& lattice, const Tensor& images, const Tensor& layout, int64_t num_pairs,
     List<double> settings, const Tensor& alpha, const Tensor& beta, bool geometry) {
-    const Tensor a = contiguous_of(decay), w = contiguous_of(edge_weight);
-    const Tensor p = contiguous_of(positions), l = contiguous_of(lattice);
-    const Tensor tensors[] = {contiguous_of(grad_alpha), contiguous_of(grad_beta), contiguous_of(alpha),
-                              contiguous_of(beta)};
+    const Contiguous a = decay, w = edge_weight;
+    const Contiguous p = positions, l = lattice;
+    const Contiguous tensors[] = {grad_alpha, grad_beta, alpha, beta};
     const auto result = std::make_tuple(like(a), like(w), like_if(geometry, p), like_if(geometry, l));
     for_dtype("decay", decay, [&]<class scalar_t>() {
         const Settings told = Settings::read(settings);

@@ -71,7 +71,7 @@ ReciprocalInputs<T> sum_inputs(const Tensor& decay, const Tensor& positions, con
 
 // All arguments of the reciprocal operators, contiguous and alive.
 struct ReciprocalArguments {
-    Tensor q, k, v, decay, positions, lattice;
+    Contiguous q, k, v, decay, positions, lattice;
     const Tensor& waves;
     bool of_orbits;
 
@@ -94,14 +94,7 @@ struct ReciprocalArguments {
 
 Tensor cpu_reciprocal(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& positions,
                       const Tensor& lattice, const Tensor& waves, Shape largest) {
-    const ReciprocalArguments x{contiguous_of(q),
-                                contiguous_of(k),
-                                contiguous_of(v),
-                                contiguous_of(decay),
-                                contiguous_of(positions),
-                                contiguous_of(lattice),
-                                waves,
-                                of_orbits(largest)};
+    const ReciprocalArguments x{q, k, v, decay, positions, lattice, waves, of_orbits(largest)};
     const Tensor y = empty(v.sizes(), v);
     for_dtype("q", q, [&]<class scalar_t>() {
         const auto inputs = x.inputs<scalar_t>();
@@ -117,17 +110,10 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& decay, const Tensor& positions, const Tensor& lattice,
                                    const Tensor& waves, Shape largest, const Tensor&, bool geometry) {
-    const ReciprocalArguments x{contiguous_of(q),
-                                contiguous_of(k),
-                                contiguous_of(v),
-                                contiguous_of(decay),
-                                contiguous_of(positions),
-                                contiguous_of(lattice),
-                                waves,
-                                of_orbits(largest)};
+    const ReciprocalArguments x{q, k, v, decay, positions, lattice, waves, of_orbits(largest)};
     CHECK_VALUE(!geometry || !x.of_orbits,
                 "wave_vectors must be of all atoms, not of orbits, for the gradients of positions and lattice");
-    const Tensor grad = contiguous_of(grad_y);
+    const Contiguous grad = grad_y;
     check_shape("grad_y", grad, v.sizes());
     const SixTensors result{
         like(x.q), like(x.k), like(x.v), like(x.decay), like_if(geometry, x.positions), like_if(geometry, x.lattice)};
@@ -151,7 +137,7 @@ SixTensors cpu_reciprocal_backward(const Tensor& grad_y, const Tensor& q, const 
 Tensor cpu_reciprocal_sum(const Tensor& decay, const Tensor& positions, const Tensor& lattice, const Tensor& waves,
                           Shape largest, int64_t num_pairs) {
     check_of_atoms(largest);
-    const Tensor c = contiguous_of(decay), p = contiguous_of(positions), l = contiguous_of(lattice);
+    const Contiguous c = decay, p = positions, l = lattice;
     const Tensor total = empty({num_pairs, decay.size(1)}, decay);
     for_dtype("decay", decay, [&]<class scalar_t>() {
         const auto inputs = sum_inputs<scalar_t>(c, p, l, waves, false);
@@ -168,8 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu_reciprocal_sum_backward(const Tensor& gra
                                                                const Tensor& waves, Shape largest, int64_t,
                                                                const Tensor&, bool geometry) {
     check_of_atoms(largest);
-    const Tensor c = contiguous_of(decay), p = contiguous_of(positions), l = contiguous_of(lattice);
-    const Tensor grad = contiguous_of(grad_total);
+    const Contiguous c = decay, p = positions, l = lattice;
+    const Contiguous grad = grad_total;
     const auto result = std::make_tuple(like(c), like_if(geometry, p), like_if(geometry, l));
     for_dtype("decay", decay, [&]<class scalar_t>() {
         const auto inputs = sum_inputs<scalar_t>(c, p, l, waves, false);
