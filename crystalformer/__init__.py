@@ -12,8 +12,8 @@ from .common.version import version as __version__
 # The command line imports what a command needs, so that its --help and doctor do without torch.
 if not is_command_line():
     try:
-        import numpy  # noqa: F401
-        import torch  # noqa: F401
+        import numpy  # noqa: F401  # is it there?
+        import torch  # noqa: F401  # likewise
     except ModuleNotFoundError as error:
         message = f"crystalformer needs torch and numpy, and there is {error}: pip install torch numpy"
         raise ModuleNotFoundError(message, name=error.name) from None

@@ -81,7 +81,7 @@ def doctor(arguments: list[str]) -> int:
 
 
 def _show_backends() -> None:
-    import numpy  # noqa: F401
+    import numpy  # noqa: F401  # without it torch computes, but the library does not
     import torch
 
     from ..common.backends import describe_backend
